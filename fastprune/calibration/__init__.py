@@ -1,0 +1,21 @@
+"""From rows to micro-batches: the room that reads and tokenises calibration data. It must not know models."""
+
+from fastprune.calibration.encoding import encode_context, encode_row
+from fastprune.calibration.examples import Example, MicroBatch, micro_batches
+from fastprune.calibration.foreign import collect
+from fastprune.calibration.rows import Row, read_rows
+from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_calibration
+
+__all__ = [
+    "CalibrationLoader",
+    "CalibrationSet",
+    "Example",
+    "MicroBatch",
+    "Row",
+    "collect",
+    "encode_context",
+    "encode_row",
+    "load_calibration",
+    "micro_batches",
+    "read_rows",
+]

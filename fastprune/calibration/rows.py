@@ -1,0 +1,190 @@
+"""Rows of a calibration or evaluation set, from wherever they are kept.
+
+In: the path of a CSV or JSONL file, a list of dicts, or anything that yields dicts (a Hugging Face ``datasets`` object).
+Out: :class:`Row` objects, checked column by column, so that nothing after this module has to ask whether a value is text.
+It must not know tokenizers, models or what the rows are for.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastprune.errors import CalibrationError, NotFoundError
+
+REQUIRED = ("prompt", "response")
+OPTIONAL = ("prefill", "category", "id")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request and its reply.
+
+    Attributes:
+        prompt: The request; context, never scored.
+        response: The reply without its prefill; every token of it is scored.
+        prefill: The start of the reply that counts as context.
+        category: Label by which :meth:`CalibrationSet.subset` picks rows.
+        id: Name of the row in messages and reports.
+        extra: Every other column, as it came.
+    """
+
+    prompt: str
+    response: str
+    prefill: str = ""
+    category: str | None = None
+    id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Read rows from a file or from memory.
+
+    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed over.
+    ``prefill``, ``category`` and ``id`` may be absent, ``None`` or NaN (as ``datasets`` and pandas write missing values);
+    whole numbers are taken as names in ``category`` and ``id``.
+
+    Args:
+        path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt, response[,
+            prefill, category, id]``. It is iterated once.
+
+    Returns:
+        The rows in their order; never empty.
+
+    Raises:
+        NotFoundError: There is no such file.
+        CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or there
+            are no rows. The message names the file and the line, or the number of the row (from 0).
+    """
+    rows = [_row(record, where) for record, where in _records(path_or_rows)]
+    if not rows:
+        raise CalibrationError(f"{describe(path_or_rows)} holds no rows; at least one is needed")
+    return rows
+
+
+def describe(path_or_rows: object) -> str:
+    """Name of a source in messages: its path, or ``rows`` for what is in memory."""
+    return str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else "rows"
+
+
+def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    if not isinstance(source, (str, Path)):
+        yield from _from_memory(source)
+        return
+    path = Path(source)
+    if not path.is_file():
+        raise NotFoundError(f"calibration file {path} does not exist or is not a file")
+    match path.suffix.lower():
+        case ".csv":
+            reader = _from_csv
+        case ".jsonl" | ".ndjson":
+            reader = _from_jsonl
+        case suffix:
+            raise CalibrationError(f"{path}: expected a .csv or .jsonl file, got the suffix {suffix!r}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: expected UTF-8 text, byte {error.start} is not ({error.reason})") from error
+
+
+def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            columns = list(reader.fieldnames or [])
+            _check_columns(columns, str(path))
+            if len(set(columns)) < len(columns):
+                raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
+            for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in record or None in record.values():
+                    raise CalibrationError(f"{where}: expected {len(columns)} fields as in the header {columns}")
+                # an empty cell is how a CSV says that there is no value
+                yield {k: v for k, v in record.items() if v != "" or k in REQUIRED}, where
+        except csv.Error as error:
+            raise CalibrationError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
+
+
+def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise CalibrationError(f"{where}: not valid JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise CalibrationError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            yield record, where
+
+
+def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    if isinstance(source, Mapping):
+        raise CalibrationError(
+            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys {sorted(map(str, source))[:8]}; "
+            "of a dataset with several splits pass one, of a table of columns pass its rows"
+        )
+    columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
+    if columns is not None:
+        _check_columns(list(columns), "rows")
+    try:
+        iterator = iter(source)
+    except TypeError:
+        raise CalibrationError(
+            f"rows: expected a path or an iterable of mappings, got {type(source).__name__}"
+        ) from None
+    for number, record in enumerate(iterator):
+        where = f"rows, row {number}"
+        if isinstance(record, Row):
+            record = {**record.extra, **{name: getattr(record, name) for name in REQUIRED + OPTIONAL}}
+        if not isinstance(record, Mapping):
+            raise CalibrationError(f"{where}: expected a mapping, got {type(record).__name__}")
+        yield record, where
+
+
+def _check_columns(columns: list[str], where: str) -> None:
+    missing = [name for name in REQUIRED if name not in columns]
+    if missing:
+        raise CalibrationError(f"{where}: missing {' and '.join(missing)}; found {columns or 'no columns'}")
+
+
+def _row(record: Mapping[str, Any], where: str) -> Row:
+    _check_columns(list(record), where)
+    return Row(
+        prompt=_text(record["prompt"], "prompt", where),
+        response=_text(record["response"], "response", where),
+        prefill="" if _absent(record.get("prefill")) else _text(record["prefill"], "prefill", where),
+        category=_name(record.get("category"), "category", where),
+        id=_name(record.get("id"), "id", where),
+        extra={key: value for key, value in record.items() if key not in REQUIRED + OPTIONAL},
+    )
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise CalibrationError(f"{where}: {column} must be a string, got {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, and no tokenizer takes it
+        raise CalibrationError(f"{where}: {column} holds half a surrogate pair at character {error.start}") from error
+    return value
+
+
+def _name(value: Any, column: str, where: str) -> str | None:
+    if _absent(value):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(value, column, where)

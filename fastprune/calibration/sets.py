@@ -1,0 +1,153 @@
+"""A calibration set: examples with their hash, and the loader that hands them to scoring.
+
+In: a file or rows and a tokenizer. Out: :class:`CalibrationSet`. Rows above a length limit are dropped and counted, never cut.
+It must not know models.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from fastprune.calibration.encoding import check_format, encode_row
+from fastprune.calibration.examples import Example, check_batch_tokens, hash_examples, micro_batches
+from fastprune.calibration.rows import describe, read_rows
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
+
+
+class CalibrationSet:
+    """Tokenised examples, in their order; never empty.
+
+    Args:
+        examples: The examples.
+        counts: What became of the rows they were made from; by default all were kept.
+
+    Raises:
+        CalibrationError: There is no example.
+    """
+
+    def __init__(self, examples: Iterable[Example], counts: Mapping[str, int] | None = None) -> None:
+        self.examples: tuple[Example, ...] = tuple(examples)
+        if not self.examples:
+            raise CalibrationError("a calibration set needs at least one example, got none")
+        self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of token ids and labels, the same for any order of the examples."""
+        return hash_examples(self.examples)
+
+    def loader(self, batch_tokens: int = 4096) -> CalibrationLoader:
+        """Micro-batches of at most ``batch_tokens`` padded tokens, as often as it is iterated."""
+        return CalibrationLoader(self, batch_tokens)
+
+    def subset(self, *, category: str | Collection[str]) -> CalibrationSet:
+        """The examples of one category or of several, in their order.
+
+        Raises:
+            CalibrationError: No example has such a category; the message lists those there are.
+        """
+        wanted = {category} if isinstance(category, str) else set(category)
+        chosen = [example for example in self.examples if example.category in wanted]
+        if not chosen:
+            there = sorted({str(example.category) for example in self.examples})
+            raise CalibrationError(f"no example of category {sorted(map(str, wanted))}; the set has {there}")
+        return CalibrationSet(chosen)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> CalibrationSet: ...
+    def __getitem__(self, index: int | slice) -> Example | CalibrationSet:
+        return CalibrationSet(self.examples[index]) if isinstance(index, slice) else self.examples[index]
+
+    def __repr__(self) -> str:
+        tokens = sum(map(len, self.examples))
+        return f"CalibrationSet({len(self)} examples, {tokens} tokens, hash {self.hash[:12]})"
+
+
+class CalibrationLoader:
+    """Iterable of HF batches (``input_ids``, ``labels``, ``attention_mask``; right-padded) made by a calibration set.
+
+    Attributes:
+        calibration: The set.
+        batch_tokens: Limit for the padded tokens of one batch.
+    """
+
+    def __init__(self, calibration: CalibrationSet, batch_tokens: int) -> None:
+        check_batch_tokens(batch_tokens)
+        self.calibration = calibration
+        self.batch_tokens = batch_tokens
+
+    @cached_property
+    def _batches(self) -> list[dict[str, torch.Tensor]]:
+        return [
+            {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+            for batch in micro_batches(self.calibration.examples, self.batch_tokens)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in self._batches:
+            yield {key: tensor.clone() for key, tensor in batch.items()}
+
+
+def load_calibration(
+    path_or_rows: str | Path | Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    format: str = "raw",
+    max_length: int | None = None,
+) -> CalibrationSet:
+    """Read rows and tokenise them.
+
+    An example is ``prompt | prefill | response``, each piece tokenised separately and verbatim; only the response is scored.
+    ``raw`` writes a line break after the prompt and adds no special token; ``chat`` uses the tokenizer's template and scores
+    the end-of-turn token as well.
+
+    Args:
+        path_or_rows: As for :func:`fastprune.calibration.read_rows`.
+        tokenizer: A Hugging Face tokenizer.
+        format: ``"raw"`` or ``"chat"``.
+        max_length: Rows of more tokens than this are left out whole; ``None`` keeps all.
+
+    Returns:
+        The set; its ``counts`` are ``{"kept": …, "too_long": …}``.
+
+    Raises:
+        NotFoundError: There is no such file.
+        ArgumentError: ``format``, ``tokenizer`` or ``max_length`` is not usable.
+        CalibrationError: The data cannot be read, a row has nothing to score, or no row is left.
+
+    Warns:
+        FastpruneWarning: Rows were left out.
+    """
+    check_format(tokenizer, format)
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ArgumentError(f"max_length must be a positive integer or None, got {max_length!r}")
+    source = describe(path_or_rows)
+    examples = [
+        encode_row(tokenizer, row, format, where=f"{source}, row {number}")
+        for number, row in enumerate(read_rows(path_or_rows))
+    ]
+    kept = [example for example in examples if max_length is None or len(example) <= max_length]
+    too_long = len(examples) - len(kept)
+    if not kept:
+        raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
+    if too_long:
+        message = f"{source}: {too_long} of {len(examples)} rows are longer than max_length={max_length} tokens and were left out"
+        warnings.warn(message, FastpruneWarning, stacklevel=2)
+    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long})
