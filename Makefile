@@ -1,0 +1,45 @@
+# `make` alone lists what there is. Every target makes .venv by itself when it is missing or older than what it is made from.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test bench lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+	@$(BIN)/python -c pass 2>/dev/null || { \
+		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+			{ echo "fastprune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+		echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@echo "installing what requirements-dev.txt pins (about 2 GB the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -r requirements-dev.txt
+	@touch $(STAMP)
+
+venv: $(STAMP)  ## install everything into .venv
+
+demo: $(STAMP)  ## the paper's effect on a small trained model; ends with a table and demo/report.html
+	$(BIN)/fastprune demo --out $(OUT)
+
+test: $(STAMP)  ## the whole test suite; ARGS="-k mask" passes options to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP)  ## benchmarks, one JSON line per measurement; wants a quiet machine
+	@set -e; for script in benchmarks/bench_*.py; do echo "# $$script"; $(BIN)/python $$script $(ARGS); done
+
+lint: $(STAMP)  ## what continuous integration checks about the code's form
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## put the code into that form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info fastprune/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find fastprune kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
