@@ -1,8 +1,8 @@
 """Text to token ids: how prompt, prefill and response become one example.
 
-In: a tokenizer and a row. Out: ids and labels. The pieces are tokenised separately and verbatim and then joined, so that the
-border between context and scored response is exact and the same ids serve scoring and generation. Special tokens are never
-added here; in the chat format they are part of the template's text.
+In: a tokenizer and a row. Out: ids and labels. The pieces are tokenised separately and verbatim and then joined, so
+that the border between context and scored response is exact and the same ids serve scoring and generation. Special
+tokens are never added here; in the chat format they are part of the template's text.
 It must not know files, batches or models.
 """
 
@@ -16,16 +16,16 @@ from fastprune.errors import ArgumentError, CalibrationError
 
 FORMATS = ("raw", "chat")
 
-# Stands in for the assistant's content, to see what the template writes after it. Templates may trim content and split it
-# at their own markers, so it is one plain word.
+# Stands in for the assistant's content, to see what the template writes after it. Templates may trim content and split
+# it at their own markers, so it is one plain word.
 _SENTINEL = "FastpruneSentinelContent"
 
 
 def encode_context(tokenizer: Any, prompt: str, prefill: str = "", *, format: str = "raw") -> list[int]:
-    """Token ids of everything before the scored response.
+    r"""Token ids of everything before the scored response.
 
-    ``raw`` is ``tok(prompt + "\\n") + tok(prefill)``; ``chat`` is the tokenizer's template around a single user turn with the
-    assistant's turn opened, then ``tok(prefill)``.
+    ``raw`` is ``tok(prompt + "\n") + tok(prefill)``; ``chat`` is the tokenizer's template around a single user turn
+    with the assistant's turn opened, then ``tok(prefill)``.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -81,10 +81,10 @@ def encode_row(tokenizer: Any, row: Row, format: str = "raw", *, where: str = "r
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token with which the chat template closes the assistant's turn, as a list of one, or of none if it writes nothing.
+    """The token that closes the assistant's turn in the chat template: a list of one, or empty if it writes nothing.
 
-    Found by rendering a conversation with a marker as the assistant's content: the first token of what follows the marker.
-    Not the tokenizer's ``eos_token``, which many instruction-tuned models do not end a turn with.
+    Found by rendering a conversation with a marker as the assistant's content: the first token of what follows the
+    marker. Not the tokenizer's ``eos_token``, which many instruction-tuned models do not end a turn with.
 
     Raises:
         CalibrationError: There is no template, or it does not show the assistant's content.

@@ -1,7 +1,7 @@
 """What scoring sees of calibration data: token ids, labels, and micro-batches of them.
 
-In: examples, and a token budget. Out: padded tensors. Micro-batches are a function of the multiset of examples and of the
-budget alone, never of memory, processes or the order of a file, so that the same data always gives the same sums.
+In: examples, and a token budget. Out: padded tensors. Micro-batches are a function of the multiset of examples and of
+the budget alone, never of memory, processes or the order of a file, so that the same data always gives the same sums.
 It must not know text, tokenizers or models.
 """
 
@@ -25,8 +25,9 @@ class Example:
 
     Attributes:
         input_ids: Token ids, without padding.
-        labels: One per token: -100 where the token is not scored, otherwise the id whose probability at that place counts
-            (the token itself, unless a foreign loader says otherwise). The first is always -100: nothing comes before it.
+        labels: One per token: -100 where the token is not scored, otherwise the id whose probability at that place
+            counts (the token itself, unless a foreign loader says otherwise). The first is always -100: nothing comes
+            before it.
         id: Name of the row it was made from.
         category: Category of that row.
 
@@ -118,7 +119,7 @@ def _pad(examples: Sequence[Example], indices: list[int]) -> MicroBatch:
 
 
 def hash_examples(examples: Iterable[Example]) -> str:
-    """SHA-256 over the multiset of (input_ids, labels): equal for equal data in any order, names and categories left out."""
+    """SHA-256 over the multiset of (input_ids, labels): equal in any order, names and categories left out."""
     digests = []
     for example in examples:
         numbers = (len(example), *example.input_ids, *example.labels)

@@ -1,8 +1,8 @@
 """Batches of any origin to examples.
 
 In: an iterable of Hugging Face batches, padded on either side, with or without an attention mask. Out: a
-:class:`CalibrationSet`, one example a row, padding taken off. Everything that could silently change a score is checked here,
-so that the engine can trust what it gets.
+:class:`CalibrationSet`, one example a row, padding taken off. Everything that could silently change a score is checked
+here, so that the engine can trust what it gets.
 It must not know models; the size of the vocabulary is all it is told.
 """
 
@@ -27,8 +27,8 @@ def collect(loader: Iterable[Mapping[str, Any]], name: str, vocab_size: int | No
     A set or a loader of :func:`load_calibration` passes through as it is; only the range of its ids is checked.
 
     Args:
-        loader: Iterable of mappings with ``input_ids (rows, tokens)`` and ``labels (rows, tokens)`` (-100 = not scored), and
-            optionally ``attention_mask (rows, tokens)`` of 0 and 1; without it every token is real.
+        loader: Iterable of mappings with ``input_ids (rows, tokens)`` and ``labels (rows, tokens)`` (-100 = not
+            scored), and optionally ``attention_mask (rows, tokens)`` of 0 and 1; without it every token is real.
         name: How messages call it, e.g. ``"harm_loader"``.
         vocab_size: Ids and labels must be below; ``None`` leaves that open.
 
@@ -36,8 +36,9 @@ def collect(loader: Iterable[Mapping[str, Any]], name: str, vocab_size: int | No
         The examples in the order of their rows. The first real token of a row is never scored: its label is dropped.
 
     Raises:
-        CalibrationError: No batch, labels missing, shapes or dtypes that do not fit, ids out of range, a label on a token that
-            the mask leaves out, packed rows, or a row without a scored token. The message names ``name``, the batch and the row.
+        CalibrationError: No batch, labels missing, shapes or dtypes that do not fit, ids out of range, a label on a
+            token that the mask leaves out, packed rows, or a row without a scored token. The message names ``name``,
+            the batch and the row.
     """
     if isinstance(loader, CalibrationLoader):
         loader = loader.calibration
@@ -130,7 +131,7 @@ def _check_shape(tensor: torch.Tensor, input_ids: torch.Tensor, key: str, where:
 
 
 def _check_positions(positions: torch.Tensor, attended: torch.Tensor, where: str) -> None:
-    """Positions are made anew from the mask; given ones may only say the same, or several packed examples would count as one."""
+    """Positions are made anew from the mask; given ones may only say the same, or packed examples would count as one."""
     expected = (attended.cumsum(1) - 1).clamp(min=0)
     if (
         positions.ndim != 2
@@ -140,7 +141,8 @@ def _check_positions(positions: torch.Tensor, attended: torch.Tensor, where: str
         raise CalibrationError(f"{where}: position_ids must be (rows, tokens), got the shape {tuple(positions.shape)}")
     if ((positions != expected) & attended).any():
         raise CalibrationError(
-            f"{where}: position_ids do not count each row's tokens from 0; packed rows cannot be scored, give each example a row"
+            f"{where}: position_ids do not count each row's tokens from 0; "
+            "packed rows cannot be scored, give each example a row of its own"
         )
 
 

@@ -1,8 +1,8 @@
 """Rows of a calibration or evaluation set, from wherever they are kept.
 
-In: the path of a CSV or JSONL file, a list of dicts, or anything that yields dicts (a Hugging Face ``datasets`` object).
-Out: :class:`Row` objects, checked column by column, so that nothing after this module has to ask whether a value is text.
-It must not know tokenizers, models or what the rows are for.
+In: the path of a CSV or JSONL file, a list of dicts, or anything that yields dicts (a Hugging Face ``datasets``
+object). Out: :class:`Row` objects, checked column by column, so that nothing after this module has to ask whether a
+value is text. It must not know tokenizers, models or what the rows are for.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Row:
 def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Row]:
     """Read rows from a file or from memory.
 
-    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed over.
-    ``prefill``, ``category`` and ``id`` may be absent, ``None`` or NaN (as ``datasets`` and pandas write missing values);
-    whole numbers are taken as names in ``category`` and ``id``.
+    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed
+    over. ``prefill``, ``category`` and ``id`` may be absent, ``None`` or NaN (as ``datasets`` and pandas write missing
+    values); whole numbers are taken as names in ``category`` and ``id``.
 
     Args:
-        path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt, response[,
-            prefill, category, id]``. It is iterated once.
+        path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt,
+            response[, prefill, category, id]``. It is iterated once.
 
     Returns:
         The rows in their order; never empty.
 
     Raises:
         NotFoundError: There is no such file.
-        CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or there
-            are no rows. The message names the file and the line, or the number of the row (from 0).
+        CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or
+            there are no rows. The message names the file and the line, or the number of the row (from 0).
     """
     rows = [_row(record, where) for record, where in _records(path_or_rows)]
     if not rows:
@@ -129,8 +129,8 @@ def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
     if isinstance(source, Mapping):
         raise CalibrationError(
-            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys {sorted(map(str, source))[:8]}; "
-            "of a dataset with several splits pass one, of a table of columns pass its rows"
+            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
+            f"{sorted(map(str, source))[:8]}; of a dataset with several splits pass one, of a table of columns pass its rows"
         )
     columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
     if columns is not None:

@@ -1,7 +1,7 @@
 """A calibration set: examples with their hash, and the loader that hands them to scoring.
 
-In: a file or rows and a tokenizer. Out: :class:`CalibrationSet`. Rows above a length limit are dropped and counted, never cut.
-It must not know models.
+In: a file or rows and a tokenizer. Out: :class:`CalibrationSet`. Rows above a length limit are dropped and counted,
+never cut. It must not know models.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def load_calibration(
 ) -> CalibrationSet:
     """Read rows and tokenise them.
 
-    An example is ``prompt | prefill | response``, each piece tokenised separately and verbatim; only the response is scored.
-    ``raw`` writes a line break after the prompt and adds no special token; ``chat`` uses the tokenizer's template and scores
-    the end-of-turn token as well.
+    An example is ``prompt | prefill | response``, each piece tokenised separately and verbatim; only the response is
+    scored. ``raw`` writes a line break after the prompt and adds no special token; ``chat`` uses the tokenizer's
+    template and scores the end-of-turn token as well.
 
     Args:
         path_or_rows: As for :func:`fastprune.calibration.read_rows`.
@@ -148,6 +148,6 @@ def load_calibration(
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
-        message = f"{source}: {too_long} of {len(examples)} rows are longer than max_length={max_length} tokens and were left out"
+        message = f"{source}: left out {too_long} of {len(examples)} rows, longer than max_length={max_length} tokens"
         warnings.warn(message, FastpruneWarning, stacklevel=2)
     return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long})

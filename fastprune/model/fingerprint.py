@@ -1,0 +1,74 @@
+"""A short name for the weights of a model, from fixed samples of its matrices.
+
+In: named matrices, or samples of them read from disk. Out: a hash that is the same for one model in float32 and in
+bfloat16, resident or on disk, and different for another model. (A float16 copy may differ: it rounds tiny weights its
+own way.) It must not know masks; who has changed weights in place says what they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastprune.errors import ModelError
+
+SAMPLES = 64  # per matrix; a 7-block model then has 3,000 of them, enough to tell fine-tuned copies apart
+
+# name -> (ascending flat indices, the values that stood there)
+Overlay = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def sample_positions(numel: int) -> torch.Tensor:
+    """Sampled flat positions of a matrix of ``numel`` weights: int64, evenly spread, all of them if there are few."""
+    count = min(numel, SAMPLES)
+    return torch.arange(count, dtype=torch.int64) * numel // max(count, 1)
+
+
+def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay] = ()) -> str:
+    """Hash of name, shape and samples of each matrix, rounded to bfloat16; -0 counts as 0. The order does not matter.
+
+    Args:
+        matrices: Parameter name to weight, of any float dtype, device and stride.
+        restored: What to put back over the samples before hashing, in this order: values that masks have replaced, the
+            latest first. The result then is that of the model before.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ModelError: A matrix is on the meta device.
+    """
+    samples = {}
+    for name, matrix in matrices.items():
+        if matrix.is_meta:
+            raise ModelError(f"{name} is on the meta device, its values are not there; load the model's weights first")
+        positions = sample_positions(matrix.numel())
+        where = torch.unravel_index(positions.to(matrix.device), matrix.shape)
+        values = matrix.detach()[where].to(device="cpu", dtype=torch.float32)
+        for overlay in restored:
+            if name in overlay:
+                _put_back(values, positions, *overlay[name])
+        samples[name] = (tuple(matrix.shape), values)
+    return fingerprint_of_samples(samples)
+
+
+def fingerprint_of_samples(samples: Mapping[str, tuple[tuple[int, ...], torch.Tensor]]) -> str:
+    """:func:`fingerprint` from ``{name: (shape, values at sample_positions)}``, for who reads weights from disk."""
+    digest = hashlib.sha256(b"fastprune fingerprint 1")
+    for name in sorted(samples):
+        shape, values = samples[name]
+        rounded = values.to(torch.float32).to(torch.bfloat16) + 0.0  # adding +0 turns -0 into +0
+        rounded = torch.where(rounded.isnan(), torch.full_like(rounded, torch.nan), rounded)
+        digest.update(f"{name}{list(shape)}".encode())
+        digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _put_back(values: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, old: torch.Tensor) -> None:
+    if not len(indices):
+        return
+    slot = torch.searchsorted(indices.cpu(), positions).clamp(max=len(indices) - 1)
+    hit = indices.cpu()[slot] == positions
+    values[hit] = old.cpu()[slot[hit]].to(torch.float32)

@@ -1,0 +1,185 @@
+"""Which scores are kept while the engine goes through the matrices.
+
+In: one matrix at a time, in whatever order the engine visits them. Out: per matrix a prefix of its weights by score,
+long enough for every later selection up to the fraction, within a matrix and over all matrices together. A full list of
+scores would be as large as the model; this is about a thousandth of it.
+It must not know gradients, files or how a selection is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fastprune import ops
+from fastprune.errors import ArgumentError, ScoringError
+
+SMALL_MATRIX = 16_384  # entries kept of each matrix whatever the fraction, so that tiny models lose nothing ...
+SMALL_BYTES = 1 << 30  # ... as long as all lists together stay below this
+ENTRY_BYTES = 12  # int64 index, float32 value
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The best-scored weights of one matrix: a prefix of the order by descending score, ties by ascending index.
+
+    Attributes:
+        indices: ``(kept,)`` int64 on the CPU, row-major flat in the stored layout.
+        values: ``(kept,)`` float32 on the CPU, descending.
+        numel: Number of weights of the matrix.
+        floor: Score of the first weight that was not kept, so no weight outside the list has a higher one; -inf if all
+            are kept.
+    """
+
+    indices: torch.Tensor
+    values: torch.Tensor
+    numel: int
+    floor: float
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight of the matrix is in the list."""
+        return len(self) == self.numel
+
+    def above(self, threshold: float, *, equal: bool) -> int:
+        """Number of kept scores above the threshold, or (``equal``) not below it."""
+        return int(torch.searchsorted(-self.values, -threshold, right=equal))
+
+    def prefix(self, length: int) -> Kept:
+        """The first ``length`` entries as a list of their own."""
+        if length >= len(self):
+            return self
+        # cloned: a view would keep the whole list in memory
+        values = self.values[:length].clone()
+        return Kept(self.indices[:length].clone(), values, self.numel, float(self.values[length]))
+
+
+class Keeper:
+    """Collects the lists of one criterion over one calibration set.
+
+    Kept of a matrix of n weights: ``ceil(fraction * n)``, raised to ``min(n, 16384)`` if that fits (see
+    ``SMALL_BYTES``), and every positive score that is among the ``ceil(fraction * N)`` highest of all N weights (ties
+    by matrix order, then index). The latter is what makes one selection over all matrices exact when a single matrix
+    holds all of it.
+
+    Args:
+        sizes: Number of weights of each matrix, in model order.
+        fraction: In (0, 1]; 1 keeps everything.
+        n_lists: How many keepers there are, this one included: they share ``SMALL_BYTES``.
+        backend: For :func:`fastprune.ops.top_scores`.
+
+    Raises:
+        ArgumentError: ``fraction`` is outside (0, 1], or there is no matrix.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], fraction: float, n_lists: int, backend: str | None = None) -> None:
+        if not 0 < fraction <= 1:
+            raise ArgumentError(f"the kept fraction (p_max, q_max) must be in (0, 1], got {fraction!r}")
+        if not sizes:
+            raise ArgumentError("sizes must name at least one matrix")
+        self._sizes = dict(sizes)
+        self._backend = backend
+        self._n_global = math.ceil(fraction * sum(self._sizes.values()))
+        local = {name: math.ceil(fraction * n) for name, n in self._sizes.items()}
+        raised = {name: max(k, min(self._sizes[name], SMALL_MATRIX)) for name, k in local.items()}
+        fits = n_lists * ENTRY_BYTES * sum(raised.values()) < SMALL_BYTES
+        self._n_local = raised if fits else local
+        self._kept: dict[str, Kept] = {}
+        # Scores below this one cannot be among the n_global highest. It only rises, so a stale one is merely generous.
+        self._threshold = -math.inf
+        self._fresh = 0  # candidates added since the threshold was taken
+
+    def add(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str) -> None:
+        """Form the scores of one matrix and keep its best.
+
+        Args:
+            name: One of ``sizes``, not added before.
+            weight: The matrix, stored layout.
+            statistic: What the criterion needs, as for :func:`fastprune.ops.top_scores`.
+            criterion: Name of the criterion.
+
+        Raises:
+            ScoringError: A score is NaN; the message names the matrix.
+            ArgumentError: The matrix is unknown, of another size, or there already.
+        """
+        self._check_new(name, weight.numel())
+        numel, local = weight.numel(), self._n_local[name]
+        limit = min(numel, max(local, self._n_global))
+        # one more than is kept: its score is the floor
+        ask = limit if self._threshold == -math.inf else local
+        while True:
+            try:
+                indices, values = ops.top_scores(
+                    weight, statistic, criterion, min(numel, ask + 1), backend=self._backend
+                )
+            except ScoringError as error:
+                raise ScoringError(f"{name}: {error}") from error
+            values = values.cpu()
+            if ask >= limit or not self._is_candidate(float(values[-1])):
+                break
+            ask = min(4 * ask, limit)
+        found = Kept(indices.cpu(), values, numel, -math.inf)
+        self.insert(name, found.prefix(max(local, min(self._candidates(found), self._n_global))))
+
+    def insert(self, name: str, kept: Kept) -> None:
+        """Add a list that was formed before (by a keeper of the same settings), e.g. one read from a journal.
+
+        Raises:
+            ArgumentError: As :meth:`add`.
+        """
+        self._check_new(name, kept.numel)
+        self._kept[name] = kept
+        self._fresh += min(self._candidates(kept), self._n_global)
+        if self._fresh >= self._n_global:
+            self._trim()
+
+    def finish(self) -> dict[str, Kept]:
+        """The lists in model order.
+
+        Raises:
+            ScoringError: A matrix was never added.
+        """
+        missing = [name for name in self._sizes if name not in self._kept]
+        if missing:
+            raise ScoringError(
+                f"{len(missing)} of {len(self._sizes)} matrices were never scored, the first is {missing[0]}"
+            )
+        self._trim()
+        return {name: self._kept[name] for name in self._sizes}
+
+    def _check_new(self, name: str, numel: int) -> None:
+        if self._sizes.get(name) != numel:
+            raise ArgumentError(f"{name} must be a matrix of {self._sizes.get(name)} weights, got {numel}")
+        if name in self._kept:
+            raise ArgumentError(f"{name} was added before")
+
+    def _is_candidate(self, value: float) -> bool:
+        return value >= self._threshold and value > 0
+
+    def _candidates(self, kept: Kept) -> int:
+        return min(kept.above(self._threshold, equal=True), kept.above(0.0, equal=False))
+
+    def _trim(self) -> None:
+        """Take the threshold anew; cut each list to its own share and what is among the highest of all seen so far."""
+        names = [name for name in self._sizes if name in self._kept]
+        values = np.concatenate(
+            [self._kept[name].values[: self._candidates(self._kept[name])].numpy() for name in names]
+        )
+        self._fresh = 0
+        if len(values) < self._n_global:
+            return
+        self._threshold = float(np.partition(values, len(values) - self._n_global)[len(values) - self._n_global])
+        higher = [self._kept[name].above(self._threshold, equal=False) for name in names]
+        ties_left = self._n_global - sum(higher)
+        for name, n_higher in zip(names, higher, strict=True):  # model order, which is how equal scores are ranked
+            kept = self._kept[name]
+            ties = min(kept.above(self._threshold, equal=True) - n_higher, ties_left)
+            ties_left -= ties
+            self._kept[name] = kept.prefix(max(self._n_local[name], n_higher + ties))

@@ -1,0 +1,227 @@
+"""The outcome of scoring: for every matrix its best-scored weights, under each criterion, with where they come from.
+
+In: the kept lists of the engine. Out: lists by name, selections, and one safetensors file.
+It must not know how scores are formed or how weights are zeroed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastprune.artifact import read_artifact, write_artifact
+from fastprune.errors import ArtifactError, ScoringError, SelectionError
+from fastprune.scoring.keep import Kept
+
+if TYPE_CHECKING:
+    from fastprune.masking.mask import PruneMask
+
+Lists = Mapping[str, Mapping[str, Kept]]
+ROLES = ("harm", "benign")
+
+
+class Scores:
+    """Kept scores of two calibration sets.
+
+    Args:
+        harm: Criterion to matrix name to list; the first criterion is the default one. Matrices in model order.
+        benign: The same for the benign set; empty if there was none.
+        shapes: Shape of each matrix, in model order.
+        provenance: JSON-able facts: model, ``fingerprint``, calibration hashes, versions, and ``block_of`` (matrix name
+            to index of its decoder block).
+        p_max: Fraction up to which benign lists were kept.
+        q_max: The same for harm.
+
+    Raises:
+        ScoringError: The lists do not cover the matrices of ``shapes``.
+    """
+
+    def __init__(
+        self,
+        harm: Lists,
+        benign: Lists,
+        shapes: Mapping[str, tuple[int, ...]],
+        provenance: Mapping[str, Any],
+        p_max: float,
+        q_max: float,
+    ) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+        self.provenance: dict[str, Any] = dict(provenance)
+        self.p_max, self.q_max = p_max, q_max
+        self._lists = {
+            role: {criterion: dict(lists) for criterion, lists in given.items()}
+            for role, given in zip(ROLES, (harm, benign), strict=True)
+        }
+        if not self._lists["harm"]:
+            raise ScoringError("scores need at least one harm criterion, got none")
+        for role, by_criterion in self._lists.items():
+            for criterion, lists in by_criterion.items():
+                self._check_cover(f"{role} {criterion}", lists)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the matrices, in model order."""
+        return tuple(self.shapes)
+
+    @property
+    def criteria(self) -> dict[str, tuple[str, ...]]:
+        """Criteria of each role; the first is the default."""
+        return {role: tuple(by_criterion) for role, by_criterion in self._lists.items()}
+
+    @property
+    def harm(self) -> dict[str, Kept]:
+        """Lists of the first harm criterion."""
+        return self.of("harm")
+
+    @property
+    def benign(self) -> dict[str, Kept]:
+        """Lists of the first benign criterion; empty without a benign set."""
+        return self.of("benign") if self._lists["benign"] else {}
+
+    def of(self, role: str, criterion: str | None = None) -> dict[str, Kept]:
+        """Lists of one criterion.
+
+        Args:
+            role: ``"harm"`` or ``"benign"``.
+            criterion: Its name; by default the first.
+
+        Raises:
+            SelectionError: There is no such role, no such set, or that criterion was not scored.
+        """
+        if role not in ROLES:
+            raise SelectionError(f"role must be one of {ROLES}, got {role!r}")
+        there = self._lists[role]
+        if not there:
+            raise SelectionError(f"these scores have no {role} set; select with p=None or score with a {role} loader")
+        criterion = next(iter(there)) if criterion is None else criterion
+        if criterion not in there:
+            raise SelectionError(f"{role} criterion must be one of {tuple(there)}, got {criterion!r}")
+        return there[criterion]
+
+    def select(
+        self,
+        p: float | None,
+        q: float,
+        *,
+        harm: str | None = None,
+        benign: str | None = None,
+        scope: str = "matrix",
+        layers: Iterable[int] | None = None,
+        slice: int = 0,
+        protect: Iterable[PruneMask] = (),
+    ) -> PruneMask:
+        """The weights among the top ``q`` by harm score and not among the top ``p`` by benign score.
+
+        Args:
+            p: Fraction of protected weights in (0, 1]; ``None`` protects nothing.
+            q: Fraction of weights asked of harm in (0, 1].
+            harm: Harm criterion; by default the first.
+            benign: Benign criterion; by default the first.
+            scope: ``"matrix"``: the fractions hold in each matrix; ``"global"``: over all matrices together.
+            layers: Indices of decoder blocks; P, Q and N are of these alone.
+            slice: ``s`` takes the harm ranks ``[s*k, (s+1)*k)`` instead of the first ``k``.
+            protect: Masks whose weights are never pruned.
+
+        Returns:
+            The mask; ``metadata["report"]`` says what was asked and what came of it.
+
+        Raises:
+            SelectionError: A fraction is out of range, was not kept, or rounds to no weight anywhere.
+            ArgumentError: Another argument is out of range.
+            MaskError: A mask of ``protect`` has other shapes.
+
+        Warns:
+            FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than
+                asked.
+        """
+        from fastprune.masking.select import select  # masking comes after scoring
+
+        return select(self, p, q, harm=harm, benign=benign, scope=scope, layers=layers, slice=slice, protect=protect)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file.
+
+        Raises:
+            NotFoundError: The folder does not exist.
+            ArtifactError: The provenance is not JSON-able.
+        """
+        tensors = {}
+        for role, by_criterion in self._lists.items():
+            for criterion, lists in by_criterion.items():
+                # one tensor for all matrices: a model of many experts has tens of thousands of them
+                key = f"{role}/{criterion}"
+                tensors[f"{key}/indices"] = torch.cat([kept.indices for kept in lists.values()])
+                tensors[f"{key}/values"] = torch.cat([kept.values for kept in lists.values()])
+                tensors[f"{key}/lengths"] = torch.tensor([len(kept) for kept in lists.values()], dtype=torch.int64)
+                tensors[f"{key}/floors"] = torch.tensor([kept.floor for kept in lists.values()], dtype=torch.float32)
+        content = {
+            "shapes": self.shapes,
+            "criteria": self.criteria,
+            "provenance": self.provenance,
+            "p_max": self.p_max,
+            "q_max": self.q_max,
+        }
+        return write_artifact(path, "scores", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            NotFoundError: There is no such file.
+            ArtifactError: It is truncated, foreign, of another kind or version, or its lists are damaged.
+        """
+        tensors, content = read_artifact(path, "scores")
+        try:
+            shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+            lists = {
+                role: {name: _unpack(tensors, f"{role}/{name}", shapes, path) for name in content["criteria"][role]}
+                for role in ROLES
+            }
+            rest = (content["provenance"], content["p_max"], content["q_max"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path}: this scores file lacks {error}") from error
+        return cls(lists["harm"], lists["benign"], shapes, *rest)
+
+    def _check_cover(self, what: str, lists: Mapping[str, Kept]) -> None:
+        if list(lists) != list(self.shapes):
+            odd = sorted(set(lists) ^ set(self.shapes))
+            raise ScoringError(
+                f"{what}: expected the matrices of shapes in their order; odd ones: {odd[:3] or 'the order'}"
+            )
+        for name, kept in lists.items():
+            if kept.numel != math.prod(self.shapes[name]):
+                raise ScoringError(f"{what}: {name} has {kept.numel} weights, its shape says {self.shapes[name]}")
+
+    def __repr__(self) -> str:
+        entries = {r: sum(map(len, self.of(r).values())) for r in ROLES if self._lists[r]}
+        return f"Scores({len(self.shapes)} matrices, criteria {self.criteria}, kept {entries})"
+
+
+def _unpack(
+    tensors: Mapping[str, torch.Tensor], key: str, shapes: Mapping[str, tuple[int, ...]], path: str | Path
+) -> dict[str, Kept]:
+    """The lists of one criterion from their joined tensors, checked in one go."""
+    indices, values = tensors[f"{key}/indices"], tensors[f"{key}/values"]
+    lengths, floors = tensors[f"{key}/lengths"], tensors[f"{key}/floors"]
+    numel = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.int64)
+    fits = len(lengths) == len(floors) == len(numel) and indices.shape == values.shape == (int(lengths.sum()),)
+    if not fits or (lengths > numel).any() or indices.dtype != torch.int64 or values.dtype != torch.float32:
+        raise ArtifactError(f"{path}: the lists of {key} do not fit the matrices; the file is damaged")
+    owner = torch.repeat_interleave(torch.arange(len(numel)), lengths)
+    rising = (values[1:] > values[:-1]) | ((values[1:] == values[:-1]) & (indices[1:] <= indices[:-1]))
+    if (
+        values.isnan().any()
+        or (indices < 0).any()
+        or (indices >= numel[owner]).any()
+        or (rising & (owner[1:] == owner[:-1])).any()
+    ):
+        raise ArtifactError(f"{path}: the lists of {key} are not in order; the file is damaged")
+    parts = zip(
+        shapes, indices.split(lengths.tolist()), values.split(lengths.tolist()), numel.tolist(), floors, strict=True
+    )
+    return {name: Kept(some, scores, size, float(floor)) for name, some, scores, size, floor in parts}
