@@ -1,0 +1,58 @@
+"""Load a checkpoint folder through transformers, from local files only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastprune.errors import ModelError, NotFoundError
+
+
+def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:
+    """Read a causal LM from a folder, in evaluation mode, on the CPU.
+
+    Args:
+        path: Folder with ``config.json`` and safetensors weights.
+        dtype: Dtype of the weights; ``"auto"`` keeps the one on disk.
+
+    Raises:
+        NotFoundError: There is no such folder, or it holds no ``config.json``.
+        ModelError: transformers cannot build the model from it.
+    """
+    _check_folder(path)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            os.fspath(path), dtype=dtype, local_files_only=True, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: {path} cannot be loaded as a causal language model: {error}") from error
+
+
+def load_tokenizer(path: str | Path) -> object:
+    """Read the tokenizer of a checkpoint folder.
+
+    Raises:
+        NotFoundError: There is no such folder, or it holds no ``config.json``.
+        ModelError: transformers finds no tokenizer in it.
+    """
+    _check_folder(path)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"tokenizer: {path} holds no tokenizer that transformers can read: {error}") from error
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotFoundError(
+            f"model: expected a checkpoint folder, found none at {path} (nothing is fetched from a hub)"
+        )
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"model: {path} holds no config.json, so it is not a checkpoint folder")

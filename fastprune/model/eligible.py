@@ -1,0 +1,143 @@
+"""Which weights are scored: the matrices of every Linear inside the decoder blocks.
+
+In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases and routers are left out;
+a weight that ought to be scored but that no hook could see is an error, never skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastprune.errors import ModelError
+
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One eligible weight.
+
+    Attributes:
+        name: Parameter name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
+        block: Index of its decoder block.
+        module: The module whose forward multiplies by it.
+        input_major: ``True`` if the weight is stored ``(in_features, out_features)`` (GPT-2's Conv1D).
+    """
+
+    name: str
+    block: int
+    module: nn.Module
+    input_major: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in its stored layout, detached; the same storage as the model's."""
+        return self.module.weight.detach()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of decoder blocks and its name.
+
+    Raises:
+        ModelError: No module list has as many entries as the config says there are layers.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ModelError(
+            f"model: expected a Hugging Face causal language model with a config, got {type(model).__name__}"
+        )
+    n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    fitting = [(name, module) for name, module in lists if len(module) == n_layers]
+    if not fitting:
+        found = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
+        raise ModelError(
+            f"model: {type(model).__name__} says it has {n_layers} layers, but no module list has that many entries "
+            f"(module lists found: {found})"
+        )
+    # A vision tower of the same depth is smaller than the language model's blocks.
+    return max(fitting, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+
+
+def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Matrix]:
+    """All weights that are scored, in model order.
+
+    Args:
+        model: A causal LM.
+        allow_meta: Accept weights without values, for planning.
+
+    Raises:
+        ModelError: A block holds weights that cannot be scored (fused 3-D experts, quantised or meta tensors, a matrix
+            outside any Linear), or one weight serves two blocks.
+    """
+    prefix, blocks = decoder_blocks(model)
+    matrices: list[Matrix] = []
+    for index, block in enumerate(blocks):
+        owned: set[int] = set()
+        for path, module in block.named_modules():
+            if not isinstance(module, nn.Linear | Conv1D):
+                continue
+            name = ".".join(part for part in (prefix, str(index), path, "weight") if part)
+            owned.add(id(module.weight))
+            _check_weight(name, module, allow_meta)
+            if not _is_router(model, path, module):
+                matrices.append(Matrix(name, index, module, isinstance(module, Conv1D)))
+        for path, parameter in block.named_parameters():
+            if parameter.ndim >= 2 and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
+                raise ModelError(
+                    f"model: {prefix}.{index}.{path} of shape {tuple(parameter.shape)} is a weight inside a decoder block "
+                    "that no Linear multiplies by (fused experts?); it cannot be scored, and leaving it out would be silent"
+                )
+    if not matrices:
+        raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
+    _check_unshared(matrices)
+    return matrices
+
+
+def _check_weight(name: str, module: nn.Module, allow_meta: bool) -> None:
+    weight = module.weight
+    if weight.device.type == "meta" and not allow_meta:
+        raise ModelError(
+            f"model: {name} is on the meta device or offloaded, so its gradients would be lost; load the whole model "
+            "(no device_map that offloads to CPU or disk) or pass the path of the checkpoint folder"
+        )
+    if weight.dtype not in _FLOAT_DTYPES or weight.ndim != 2:
+        raise ModelError(
+            f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be scored, "
+            "load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
+        )
+
+
+def _n_experts(model: nn.Module) -> set[int]:
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return {count for name in names if isinstance(count := getattr(config, name, None), int)}
+
+
+def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
+    last = path.rsplit(".", 1)[-1]
+    return last in ("gate", "router") and getattr(module, "out_features", None) in _n_experts(model)
+
+
+def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> bool:
+    owner = path.rsplit(".", 2)
+    return len(owner) >= 2 and owner[-2] in ("gate", "router") and parameter.shape[0] in _n_experts(model)
+
+
+def _check_unshared(matrices: list[Matrix]) -> None:
+    seen: dict[int, str] = {}
+    for matrix in matrices:
+        first = seen.setdefault(id(matrix.module.weight), matrix.name)
+        if first != matrix.name:
+            raise ModelError(
+                f"model: {first} and {matrix.name} are one shared weight; its per-example gradient cannot be split"
+            )

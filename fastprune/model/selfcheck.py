@@ -1,0 +1,135 @@
+"""Before a long pass: does this model, taken apart, compute what it computes as a whole?
+
+In: a block view. Out: the view, or the whole-model view with a warning, or an error. Two short rows are driven both ways,
+right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradient of one
+weight are compared. Catches what reading code cannot: blocks that share state, rows that see each other, padding that
+leaks. The model itself is used, which costs two passes over about twenty tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from fastprune.calibration import Example, micro_batches
+from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
+from fastprune.model.capture import Capture
+from fastprune.model.eligible import Matrix
+from fastprune.model.view import Batch, BlockView, WholeView
+
+_LENGTHS = (6, 4)
+
+# Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same sums
+# differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+class _OneGradient:
+    """A sink that keeps ``dy^T x`` of one matrix."""
+
+    wants_inputs, wants_gradients, per_example = False, True, True
+
+    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
+        """Not asked for."""
+
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Form the gradient of the one watched matrix, in fp32."""
+        left, right = (x, dy) if matrix.input_major else (dy, x)
+        self.gradient = left.float().T @ right.float()
+
+
+def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | WholeView:
+    """Build the view of a model and check it.
+
+    Args:
+        model: A resident causal LM, already quiet (see :func:`fastprune.model.state.quiet`).
+        segments: What the caller asked for; more than one rules the whole-model view out.
+
+    Returns:
+        The block view if it agrees with the untouched model, otherwise the whole-model view (with a FastpruneWarning).
+
+    Raises:
+        ModelError: The view disagrees with the model and more than one segment was asked for, or the model's weights
+            cannot be scored at all.
+    """
+    view = BlockView(model)
+    batch, left_padded = _probe(view)
+    try:
+        reason = _disagreement(view, batch, left_padded)
+    except FastpruneError as error:
+        reason = str(error)
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
+    if reason is None:
+        return view
+    if segments is not None and segments > 1:
+        raise ModelError(
+            f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, which runs it whole"
+        )
+    warnings.warn(
+        f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
+        FastpruneWarning,
+        stacklevel=3,
+    )
+    return WholeView(model)
+
+
+def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
+    """Two rows of fixed pseudo-random tokens: as the engine pads them, and padded on the left with position ids."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for length in _LENGTHS:
+        ids = torch.randint(0, view.vocab_size, (length,), generator=generator).tolist()
+        examples.append(Example(input_ids=tuple(ids), labels=(-100, *ids[1:])))
+    micro_batch = micro_batches(examples, batch_tokens=max(_LENGTHS) * len(_LENGTHS))[0]
+    batch = Batch.from_micro_batch(micro_batch, view.device)
+    ids, mask = torch.zeros_like(batch.input_ids), torch.zeros_like(batch.attention_mask)
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        ids[row, -length:] = batch.input_ids[row, :length]
+        mask[row, -length:] = 1
+    return batch, (ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+
+
+def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...]) -> str | None:
+    """What differs between the parts and the whole, in words; ``None`` if nothing does."""
+    matrix = view.matrices[0]
+    weight = matrix.module.weight
+    tolerance = _TOLERANCE[weight.dtype]
+    attended = batch.attention_mask.bool()
+
+    weight.requires_grad_(True)
+    try:
+        logits = view.learn_return_type(batch)
+        loss = view.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights).sum()
+        (gradient,) = torch.autograd.grad(loss, weight)
+    finally:
+        weight.requires_grad_(False)
+
+    with torch.no_grad():
+        hidden, arguments = view.prologue(batch)
+    sink = _OneGradient()
+    with Capture([matrix], sink) as capture, capture.micro_batch(batch.input_ids.numel()):
+        leaving = view.run(0, view.n_blocks, hidden.detach().requires_grad_(True), arguments)
+        _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
+        torch.autograd.backward(leaving, downstream)
+        with torch.no_grad():
+            parts = view.epilogue(leaving.detach()[attended])
+    if (error := _relative_error(parts, logits[attended])) > tolerance:
+        return f"its logits differ by {error:.1e} (relative) from the untouched model's"
+    if (error := _relative_error(sink.gradient, gradient)) > tolerance:
+        return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
+    ids, mask, positions = left_padded
+    with torch.no_grad():
+        left_logits = view.forward(ids, mask, positions)
+    if (
+        "position_ids" in view.accepted
+        and (error := _relative_error(left_logits[mask.bool()], logits[attended])) > tolerance
+    ):
+        return f"padding changes its logits by {error:.1e} (relative): tokens see the padding"
+    return None

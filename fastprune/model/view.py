@@ -1,0 +1,303 @@
+"""A Hugging Face causal LM seen as prologue, decoder blocks and epilogue.
+
+In: a resident model. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's arguments
+are written by hand: the model's own forward runs with every decoder block replaced by a stub that records what the real
+block would have been given, and the head runs on hidden states that the last stub hands back. :class:`WholeView` is the
+same interface for a model that does not come apart like this. Nothing here knows statistics or criteria.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastprune.calibration import MicroBatch
+from fastprune.errors import ModelError
+from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+
+# Logits of one chunk of the head, as fp32: 2**25 of them are 128 MiB, small beside the weights of any model whose
+# vocabulary makes chunking necessary, and large enough that the head's GEMM stays efficient.
+_LOGITS_PER_CHUNK = 2**25
+
+
+@dataclass
+class BlockArguments:
+    """What the model passes to each of its blocks besides the hidden states, for one micro-batch."""
+
+    calls: list[tuple[tuple, dict]]
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the model's device. All tensors are ``(rows, tokens)``; padding is on the right."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    scored: torch.Tensor
+    """bool; ``scored[i, t]``: the token at t + 1 counts, and the hidden state at t predicts it."""
+    targets: torch.Tensor
+    """int64 ``(n_scored,)``: the tokens to predict, in the order of ``scored.nonzero()``."""
+    token_weights: torch.Tensor
+    """float64 ``(n_scored,)``: 1 / (number of scored tokens of the example)."""
+
+    @classmethod
+    def from_micro_batch(cls, micro_batch: MicroBatch, device: torch.device) -> Batch:
+        """Move a micro-batch to ``device`` and precompute what the loss needs."""
+        mask = micro_batch.attention_mask
+        scored = torch.zeros_like(mask, dtype=torch.bool)
+        scored[:, :-1] = micro_batch.labels[:, 1:] != -100
+        targets = micro_batch.labels[:, 1:][scored[:, :-1]]
+        weights = (1.0 / scored.sum(1, dtype=torch.float64)).unsqueeze(1).expand(scored.shape)[scored]
+        fields = (micro_batch.input_ids, mask, (mask.cumsum(1) - 1).clamp(min=0), scored, targets, weights)
+        return cls(*(field.to(device, non_blocking=True) for field in fields))
+
+    @property
+    def rows_of_scored(self) -> torch.Tensor:
+        """int64 ``(n_scored,)``: the row of each scored token."""
+        return self.scored.nonzero()[:, 0]
+
+
+class _PrologueDone(Exception):
+    """Raised by the last stub of a prologue: head and final norm need not run."""
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: records its arguments and hands hidden states through."""
+
+    def __init__(self, block: nn.Module, on_call: Callable[[tuple, dict], object]) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not registered: the stub owns no parameters
+        self.on_call = on_call
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # per-layer settings that a model reads from its blocks, such as attention_type
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.on_call(args, kwargs)
+
+
+def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    """Separate the hidden states from the other arguments of a block's call."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), (), kwargs
+
+
+class _View:
+    """What both views share: the model's own forward, the eligible matrices and the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self.matrices: list[Matrix] = eligible_matrices(self.model)
+        self.n_blocks = len(decoder_blocks(self.model)[1])
+        self.accepted = set(inspect.signature(self.model.forward).parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the input embedding: the token ids that the model can read."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The model's own forward; logits ``(rows, tokens, vocab)``."""
+        extra = {"position_ids": position_ids, "use_cache": False}
+        extra = {name: value for name, value in extra.items() if name in self.accepted}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
+
+    @staticmethod
+    def weighted_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each scored token times its weight, in fp32 (fp64 for a float64 model): ``(n_scored,)``."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets.to(logits.device), reduction="none") * weights.to(logits)
+
+
+class BlockView(_View):
+    """The model in three parts: ``prologue``, ``run`` (any range of blocks) and ``losses_and_gradient``.
+
+    Raises:
+        ModelError: The decoder blocks cannot be found, or hold weights that cannot be scored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.block_list = decoder_blocks(self.model)[1]
+        self.blocks: list[nn.Module] = list(self.block_list)
+        self.returns_tuple = False  # whether a block returns (hidden states, …); learnt when a block first runs
+
+    @contextlib.contextmanager
+    def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor]) -> Iterator[None]:
+        def handler(index: int) -> Callable[[tuple, dict], object]:
+            def call(args: tuple, kwargs: dict) -> object:
+                hidden = on_call(index, args, kwargs)
+                return (hidden,) if self.returns_tuple else hidden
+
+            return call
+
+        try:
+            for index, block in enumerate(self.blocks):
+                self.block_list[index] = _Stub(block, handler(index))
+            yield
+        finally:
+            for index, block in enumerate(self.blocks):
+                self.block_list[index] = block
+
+    def learn_return_type(self, batch: Batch) -> torch.Tensor:
+        """Run the untouched model once, note what its blocks return, and return its logits."""
+        seen: list[bool] = []
+        hook = self.blocks[0].register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
+        try:
+            logits = self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
+        finally:
+            hook.remove()
+        self.returns_tuple = bool(seen and seen[0])
+        return logits
+
+    def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
+        """Everything before the first block.
+
+        Returns:
+            The hidden states ``(rows, tokens, hidden)`` that enter block 0, and every block's other arguments.
+        """
+        calls: list[tuple[tuple, dict]] = []
+        entering: list[torch.Tensor] = []
+
+        def record(index: int, args: tuple, kwargs: dict) -> torch.Tensor:
+            hidden, args, kwargs = _split_hidden(args, kwargs)
+            entering.append(hidden)
+            calls.append((args, kwargs))
+            if index == self.n_blocks - 1:
+                raise _PrologueDone
+            return hidden
+
+        with self._stubbed(record), contextlib.suppress(_PrologueDone):
+            self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
+        if len(calls) != self.n_blocks:
+            raise ModelError(
+                f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder blocks in one forward"
+            )
+        return entering[0], BlockArguments(calls)
+
+    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
+        """Run blocks ``first`` to ``last - 1``; hidden states in, hidden states out, ``(rows, tokens, hidden)``."""
+        for index in range(first, last):
+            args, kwargs = arguments.calls[index]
+            output = self.blocks[index](hidden, *args, **kwargs)
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+        return hidden
+
+    def epilogue(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm, head, soft-caps and scales of the model on single tokens.
+
+        Args:
+            hidden: ``(n_tokens, hidden)`` states that left the last block.
+
+        Returns:
+            Logits ``(n_tokens, vocab)``.
+        """
+
+        # Each token goes through as a sequence of length 1: the epilogue acts on tokens one by one, so only the tokens
+        # whose logits are needed are computed, and models that reshape by the input's shape (GPT-2) still work.
+        def replace_last(index: int, args: tuple, kwargs: dict) -> torch.Tensor:
+            passed, _, _ = _split_hidden(args, kwargs)
+            return hidden.unsqueeze(1) if index == self.n_blocks - 1 else passed
+
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=self.device)
+        with self._stubbed(replace_last):
+            return self.forward(ids, torch.ones_like(ids), torch.zeros_like(ids)).squeeze(1)
+
+    def losses_and_gradient(
+        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss of each example and the gradient of their sum.
+
+        Args:
+            hidden: ``(rows, tokens, hidden)`` states that left the last block; no graph is needed.
+            batch: The micro-batch they belong to.
+            scale: Factor on the loss before the backward pass (a power of two; for fp16 models).
+            need_gradient: Whether the gradient is asked for.
+
+        Returns:
+            Losses, fp32 (fp64 for a float64 model) ``(rows,)``, unscaled; and ``scale`` times the gradient of their sum
+            with respect to ``hidden``, in its dtype, or ``None``.
+        """
+        hidden = hidden.detach()
+        states = hidden[batch.scored]
+        gradient = torch.zeros_like(states) if need_gradient else None
+        losses: list[torch.Tensor] = []
+        step = max(1, _LOGITS_PER_CHUNK // self.vocab_size)
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            chunk = states[part].requires_grad_(need_gradient)
+            with torch.set_grad_enabled(need_gradient):
+                token_losses = self.weighted_losses(
+                    self.epilogue(chunk), batch.targets[part], batch.token_weights[part]
+                )
+            losses.append(token_losses.detach())
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(token_losses.sum() * scale, chunk)
+        per_token = torch.cat(losses)
+        rows = batch.rows_of_scored.to(per_token.device)
+        per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, rows, per_token)
+        if gradient is None:
+            return per_example, None
+        full = torch.zeros_like(hidden)
+        full[batch.scored] = gradient
+        return per_example, full
+
+
+class WholeView(_View):
+    """The same interface for a model that only runs as a whole: one "block", the logits as its hidden states.
+
+    Memory for the whole model's activations and statistics is needed at once (``segments=1``).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.n_blocks = 1
+
+    def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        """Nothing runs before the one block; a leaf stands for the hidden states, so that both views are driven alike."""
+        return torch.zeros((), device=self.device), batch
+
+    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:
+        """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output."""
+        hook = None
+        if torch.is_grad_enabled():
+            embedding = self.model.get_input_embeddings()
+            hook = embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_(True))
+        try:
+            return self.forward(arguments.input_ids, arguments.attention_mask, arguments.position_ids)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def losses_and_gradient(
+        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
+        logits = hidden.detach().requires_grad_(need_gradient)
+        with torch.set_grad_enabled(need_gradient):
+            per_token = self.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights)
+        rows = batch.rows_of_scored.to(per_token.device)
+        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, rows, per_token.detach())
+        if not need_gradient:
+            return per_example, None
+        (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)
+        return per_example, gradient
