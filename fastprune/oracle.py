@@ -1,0 +1,101 @@
+"""The truth: statistics in float64, one example at a time, plain autograd, no batching, no hooks on gradients.
+
+In: a causal LM and tokenised examples. Out: every statistic of every eligible weight, and dense scores formed from them.
+It is short so that it can be checked by eye, slow, and shares nothing with the engine but the list of eligible weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastprune.model.eligible import eligible_matrices
+
+
+class _StayDouble(TorchFunctionMode):
+    """Models cast to float32 inside norms and softmax; in float64 that would put a floor of 3e-7 under every comparison."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, dict[str, torch.Tensor]]:
+    """Every statistic of method's table, in float64.
+
+    Args:
+        model: A causal LM of any float dtype; a copy is used.
+        examples: Objects with ``input_ids`` and ``labels`` (-100 = not scored), unpadded.
+
+    Returns:
+        ``{name: {"grad_sum", "grad_abs_sum", "grad_sq_sum": like the weight, "act_sq_sum": (in_features,)}}``.
+    """
+    model = copy.deepcopy(model).double().eval()
+    matrices = eligible_matrices(model)
+    weights = [matrix.module.weight.requires_grad_(True) for matrix in matrices]
+    result = {
+        matrix.name: {name: torch.zeros_like(weight) for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum")}
+        for matrix, weight in zip(matrices, weights, strict=True)
+    }
+    for matrix, weight in zip(matrices, weights, strict=True):
+        result[matrix.name]["act_sq_sum"] = weight.new_zeros(weight.shape[0 if matrix.input_major else 1])
+
+        def add_inputs(module, args, total=result[matrix.name]["act_sq_sum"]):
+            total += args[0].detach().flatten(0, -2).square().sum(0)
+
+        matrix.module.register_forward_pre_hook(add_inputs)
+    for example in examples:
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
+        with _StayDouble():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
+        for matrix, gradient in zip(matrices, torch.autograd.grad(loss, weights), strict=True):
+            result[matrix.name]["grad_sum"] += gradient
+            result[matrix.name]["grad_abs_sum"] += gradient.abs()
+            result[matrix.name]["grad_sq_sum"] += gradient.square()
+    return {name: {key: value.detach() for key, value in values.items()} for name, values in result.items()}
+
+
+def oracle_score(weight: torch.Tensor, statistics: dict[str, torch.Tensor], criterion: str) -> torch.Tensor:
+    """One criterion's dense score, in float64, like the weight.
+
+    Args:
+        weight: The weight in its stored layout.
+        statistics: What :func:`oracle_statistics` gives for it.
+        criterion: A name of method's table.
+    """
+    w = weight.detach().double()
+    if criterion == "wanda":
+        inputs = statistics["act_sq_sum"]
+        # Stored (out, in), the input runs along the last axis; GPT-2's Conv1D stores (in, out).
+        return w.abs() * (inputs.sqrt() if w.shape[1] == len(inputs) else inputs.sqrt().unsqueeze(1))
+    return {
+        "signed": lambda: -w * statistics["grad_sum"],
+        "signed_reverse": lambda: w * statistics["grad_sum"],
+        "abs": lambda: w.abs() * statistics["grad_abs_sum"],
+        "abs_of_sum": lambda: (w * statistics["grad_sum"]).abs(),
+        "fisher": lambda: w.square() * statistics["grad_sq_sum"],
+        "magnitude": lambda: w.abs(),
+    }[criterion]()
+
+
+def oracle_select(harm: dict[str, torch.Tensor], benign: dict[str, torch.Tensor] | None, p: float | None, q: float):
+    """The per-matrix set difference on dense scores: sorted flat indices of each matrix. Ties: lowest index first."""
+
+    def top(score: torch.Tensor, fraction: float) -> set[int]:
+        flat = score.flatten()
+        best = torch.sort(flat, descending=True, stable=True).indices[: int(fraction * flat.numel())]
+        return {index for index in best.tolist() if flat[index] > 0}
+
+    return {
+        name: sorted(top(score, q) - (top(benign[name], p) if p is not None and benign is not None else set()))
+        for name, score in harm.items()
+    }
