@@ -1,0 +1,52 @@
+"""Criteria: which statistic each importance score is formed from.
+
+In: the names a user gives. Out: validated tuples of criteria and the statistics they need. The scores themselves are
+formed on the fly by ``ops.top_scores``. Source: arXiv 2604.09544 (signed, abs), 2402.05162 (wanda and the set difference).
+"""
+
+from __future__ import annotations
+
+from fastprune.errors import ArgumentError
+
+STATISTIC: dict[str, str | None] = {
+    "signed": "grad_sum",
+    "signed_reverse": "grad_sum",
+    "abs": "grad_abs_sum",
+    "abs_of_sum": "grad_sum",
+    "fisher": "grad_sq_sum",
+    "wanda": "act_sq_sum",
+    "magnitude": None,
+}
+"""Criterion -> statistic; ``magnitude`` needs none."""
+
+GRADIENT_STATISTICS = frozenset({"grad_sum", "grad_abs_sum", "grad_sq_sum"})
+
+
+def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Validate ``harm=`` or ``benign=``.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: One criterion or a tuple of them.
+
+    Raises:
+        ArgumentError: Unknown, repeated or no criterion.
+    """
+    names = (value,) if isinstance(value, str) else tuple(value)
+    known = ", ".join(STATISTIC)
+    for name in names:
+        if name == "random":
+            raise ArgumentError(
+                f"{argument}: 'random' is a mask, not a score; use fastprune.random_mask(model, like=mask)"
+            )
+        if name not in STATISTIC:
+            raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {name!r}")
+    if not names or len(set(names)) != len(names):
+        raise ArgumentError(f"{argument}: expected one or more different criteria out of {known}, got {value!r}")
+    return names
+
+
+def statistics_of(criteria: tuple[str, ...]) -> tuple[str, ...]:
+    """The statistics that these criteria need, each once, in a fixed order."""
+    needed = {STATISTIC[name] for name in criteria}
+    return tuple(name for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum") if name in needed)

@@ -1,0 +1,116 @@
+"""The running statistics of one calibration set over the matrices of one segment.
+
+In: inputs and output gradients of each Linear, micro-batch by micro-batch (it is a sink of :class:`Capture`). Out: one
+tensor for each matrix and statistic. Gradients arrive already weighted, each example by 1 / its scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastprune import ops
+from fastprune.errors import ScoringError
+from fastprune.model.eligible import Matrix
+from fastprune.model.view import Batch
+from fastprune.scoring.criteria import GRADIENT_STATISTICS
+
+
+class SegmentStatistics:
+    """Accumulators, in ``dtype``, for the matrices of one segment.
+
+    Args:
+        matrices: Matrices of the segment.
+        statistics: Names out of method's table: ``grad_sum``, ``grad_abs_sum``, ``grad_sq_sum``, ``act_sq_sum``.
+        dtype: ``torch.float32`` or ``torch.float64``.
+        backend: Backend of the ops, ``None`` for the best available.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], statistics: tuple[str, ...], dtype: torch.dtype, backend: str | None
+    ) -> None:
+        self._statistics = statistics
+        self._backend = backend
+        self.wants_inputs = "act_sq_sum" in statistics
+        self.wants_gradients = bool(GRADIENT_STATISTICS.intersection(statistics))
+        self.per_example = bool({"grad_abs_sum", "grad_sq_sum"}.intersection(statistics))
+        self.of: dict[str, dict[str, torch.Tensor]] = {
+            matrix.name: {name: self._zeros(matrix, name, dtype) for name in statistics} for matrix in matrices
+        }
+
+    @staticmethod
+    def _zeros(matrix: Matrix, statistic: str, dtype: torch.dtype) -> torch.Tensor:
+        weight = matrix.weight
+        shape = weight.shape
+        if statistic == "act_sq_sum":
+            shape = shape[:1] if matrix.input_major else shape[1:]
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def begin(self, batch: Batch, example_names: Sequence[str]) -> None:
+        """Start a micro-batch; ``example_names`` are used in error messages, one a row."""
+        rows, tokens = batch.attention_mask.shape
+        self._names = example_names
+        self._lengths = batch.attention_mask.sum(1)
+        self._starts = torch.arange(rows, device=self._lengths.device) * tokens
+        # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so leaving it
+        # out changes nothing; it is left out because its products would cost time and its inputs are meaningless.
+        padded = int(self._lengths.sum()) < rows * tokens
+        self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded else None
+        self._checks: list[tuple[Matrix, torch.Tensor]] = []
+
+    def _real_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self._attended is None else values.index_select(0, self._attended)
+
+    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
+        """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
+        ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], self._real_tokens(x), backend=self._backend)
+
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
+        # A sum is finite only if every term is; one number an example is enough to name a culprit later.
+        self._checks.append((matrix, dy.reshape(len(self._names), -1).sum(1, dtype=torch.float32)))
+        # dW is dy^T x in the usual layout and x^T dy where the weight is stored input-major.
+        left, right = (x, dy) if matrix.input_major else (dy, x)
+        for name, accumulator in self.of[matrix.name].items():
+            match name:
+                case "grad_sum":
+                    ops.accumulate_grad_sum(
+                        accumulator, self._real_tokens(left), self._real_tokens(right), backend=self._backend
+                    )
+                case "grad_abs_sum":
+                    ops.accumulate_grad_abs_sum(
+                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
+                    )
+                case "grad_sq_sum":
+                    ops.accumulate_grad_sq_sum(
+                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
+                    )
+
+    def end(self) -> None:
+        """Check the gradients of the micro-batch that is over.
+
+        Raises:
+            ScoringError: A gradient was not finite; names the example, the block and the matrix.
+        """
+        if not self._checks:
+            return
+        device = self._checks[0][1].device
+        finite = torch.stack([sums.to(device) for _, sums in self._checks]).isfinite()
+        if bool(finite.all()):
+            return
+        call, row = (~finite).nonzero()[0].tolist()  # the first in the order of the backward pass: where it began
+        matrix = self._checks[call][0]
+        raise ScoringError(
+            f"{self._names[row]}: the gradient that reached block {matrix.block} ({matrix.name}) is not finite; "
+            "look at this example's text, or load the model in float32 or bfloat16"
+        )
+
+    def unscale(self, scale: float) -> None:
+        """Take a loss scale out again: linear in gradients and absolute gradients, squared in squares."""
+        if scale == 1.0:
+            return
+        for accumulators in self.of.values():
+            for name, accumulator in accumulators.items():
+                if name in GRADIENT_STATISTICS:
+                    accumulator.mul_(1.0 / scale**2 if name == "grad_sq_sum" else 1.0 / scale)

@@ -1,0 +1,96 @@
+"""Tiny random models of every architecture under test, and calibration examples for them."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+from fastprune.calibration import Example
+
+VOCAB = 97
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+}
+_NEOX = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+
+CONFIGS: dict[str, dict] = {
+    "Llama": _COMMON,
+    "Qwen2": _COMMON,
+    "Qwen3": {**_COMMON, "head_dim": 8},
+    "Mistral": {**_COMMON, "sliding_window": 6},
+    "Gemma2": {**_COMMON, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "Olmo2": _COMMON,
+    "Phi3": _COMMON,
+    "GPTNeoX": _NEOX,
+    "OPT": _OPT,
+    "GPT2": _GPT2,
+}
+
+
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> torch.nn.Module:
+    """A random model whose weights are large enough that every block matters; evaluation mode."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**{**CONFIGS[name], **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+    return model.to(dtype).eval()
+
+
+def examples(lengths: list[tuple[int, int]], *, seed: int = 0, vocab: int = VOCAB) -> list[Example]:
+    """Random examples; each entry is (context tokens, scored tokens)."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number, (context, scored) in enumerate(lengths):
+        ids = torch.randint(3, vocab, (context + scored,), generator=generator).tolist()
+        made.append(Example(tuple(ids), (*[-100] * context, *ids[context:]), id=f"row-{number}"))
+    return made
+
+
+HARM = examples([(5, 4), (3, 7), (9, 2), (1, 1), (12, 5)], seed=1)
+BENIGN = examples([(4, 6), (2, 1), (7, 9), (3, 3)], seed=2)
+
+
+def pad(rows: list[Example], side: str, *, with_mask: bool = True) -> dict[str, torch.Tensor]:
+    """One Hugging Face batch of all rows, padded on one side with token 0."""
+    width = max(map(len, rows))
+    shape = (len(rows), width)
+    ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        part = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[index, part] = torch.tensor(row.input_ids)
+        labels[index, part] = torch.tensor(row.labels)
+        mask[index, part] = 1
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    return batch if with_mask else {key: batch[key] for key in ("input_ids", "labels")}

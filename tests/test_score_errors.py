@@ -1,0 +1,328 @@
+"""Bad input to ``score``: a clear error, and a model that is the same as before to the last bit and flag."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from architectures import BENIGN, HARM, VOCAB, build, pad
+from torch import nn
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+from fastprune.errors import CalibrationError, FastpruneError, FastpruneWarning, ModelError, ScoringError
+from fastprune.scoring import engine
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Everything of a model that a pass could leave changed."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for name, module in model.named_modules()
+        },
+        "config": model.config.to_dict(),
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = state_of(model)
+    for name, tensor in before.pop("weights").items():
+        assert torch.equal(tensor, after["weights"][name]), name
+    after.pop("weights")
+    assert after == before
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = build("Llama").train()
+    model.config.use_cache = True
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    model.model.layers[2].eval()
+    return model
+
+
+def test_a_pass_leaves_the_model_as_it_was(model: nn.Module) -> None:
+    before = state_of(model)
+    fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), segments=2, progress=False)
+    assert_unchanged(model, before)
+
+
+def broken(**changes: object) -> list[dict[str, torch.Tensor]]:
+    batch = pad(HARM, "right")
+    batch.update(changes)
+    return [{key: value for key, value in batch.items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], CalibrationError, "harm_loader"),
+        (broken(labels=None), CalibrationError, "labels"),
+        (broken(labels=torch.full((2, 3), -100)), CalibrationError, r"\(2, 3\)"),
+        (broken(labels=torch.full_like(pad(HARM, "right")["labels"], -100)), CalibrationError, "scored"),
+        (broken(input_ids=pad(HARM, "right")["input_ids"] + VOCAB), CalibrationError, str(VOCAB)),
+        (broken(input_ids=pad(HARM, "right")["input_ids"].float()), CalibrationError, "int64"),
+        (None, FastpruneError, "harm_loader"),
+        (3, FastpruneError, "harm_loader"),
+    ],
+)
+def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str) -> None:
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        fastprune.score(model, loader, progress=False)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"segments": 0}, "segments.*1 … 4"),
+        ({"segments": 5}, "segments.*got 5"),
+        ({"segments": 1.5}, "segments"),
+        ({"p_max": 0.0}, "p_max"),
+        ({"q_max": 1.1}, "q_max"),
+        ({"q_max": True}, "q_max"),
+        ({"harm": "sighned"}, "harm.*sighned"),
+        ({"harm": "random"}, "random_mask"),
+        ({"benign": ()}, "benign"),
+        ({"benign": ("abs", "abs")}, "benign"),
+        ({"statistics_dtype": "int8"}, "statistics_dtype"),
+        ({"memory": "much"}, "memory"),
+        ({"memory": "1KiB"}, "memory.*need"),
+        ({"resume": "somewhere"}, "resume"),
+        ({"backend": "abacus"}, "backend.*abacus"),
+    ],
+)
+def test_bad_arguments(model: nn.Module, arguments: dict, message: str) -> None:
+    before = state_of(model)
+    with pytest.raises(ValueError if "backend" not in arguments else FastpruneError, match=message):
+        fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, **arguments)
+    assert_unchanged(model, before)
+
+
+def test_missing_checkpoint_folder_and_not_a_model(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fastprune.score(tmp_path / "nowhere", CalibrationSet(HARM))
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        fastprune.score(tmp_path, CalibrationSet(HARM))
+    with pytest.raises(ModelError, match="Linear"):
+        fastprune.score(nn.Linear(2, 2), CalibrationSet(HARM))
+
+
+def test_checkpoint_folder_gives_the_same_scores(tmp_path) -> None:
+    model = build("Llama")
+    model.save_pretrained(tmp_path)
+    mask = fastprune.score(tmp_path, CalibrationSet(HARM), progress=False).select(None, 0.01)
+    assert mask == fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_names_the_example(model: nn.Module, poison: float) -> None:
+    token = HARM[2].input_ids[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = poison
+    owners = [index for index, example in enumerate(HARM) if token in example.input_ids]
+    before = state_of(model)
+    with pytest.raises(ScoringError, match=rf"harm example ({'|'.join(map(str, owners))}) \(id row-"):
+        fastprune.score(model, CalibrationSet(HARM).loader(1), progress=False, segments=2)
+    for name, tensor in before["weights"].items():
+        assert torch.equal(tensor.nan_to_num(), model.state_dict()[name].nan_to_num())
+
+
+class _PoisonGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, row):
+        ctx.row = row
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[ctx.row] = float("nan")
+        return gradient, None
+
+
+def test_gradient_that_is_not_finite_names_example_and_block(model: nn.Module) -> None:
+    culprit = max(range(len(HARM)), key=lambda index: len(HARM[index]))
+
+    def poison(module, args, output):
+        rows, tokens = output.shape[:2]
+        return _PoisonGradient.apply(output, rows - 1) if tokens > 6 else output  # not in the self-check's six tokens
+
+    handle = model.model.layers[1].register_forward_hook(poison)
+    try:
+        with pytest.raises(ScoringError, match=rf"harm example {culprit} \(id row-{culprit}\).*block 1"):
+            fastprune.score(model, CalibrationSet(HARM), progress=False)
+    finally:
+        handle.remove()
+
+
+def test_meta_and_offloaded_models_are_refused() -> None:
+    with torch.device("meta"):
+        model = build_on_meta()
+    with pytest.raises(ModelError, match="meta device"):
+        fastprune.score(model, CalibrationSet(HARM))
+
+
+def build_on_meta() -> nn.Module:
+    import transformers
+    from architectures import CONFIGS
+
+    return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**CONFIGS["Llama"]))
+
+
+def test_integer_weights_are_refused_with_the_way_out(model: nn.Module) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match="dequantised"):
+        fastprune.score(model, CalibrationSet(HARM))
+
+
+def test_fused_experts_are_refused_by_name() -> None:
+    import transformers
+    from architectures import CONFIGS
+
+    moe = transformers.AutoModelForCausalLM.from_config(
+        transformers.MixtralConfig(**CONFIGS["Llama"], num_local_experts=2, num_experts_per_tok=1)
+    )
+    with pytest.raises(ModelError, match="experts"):
+        fastprune.score(moe, CalibrationSet(HARM))
+
+
+def test_one_weight_in_two_blocks_is_refused(model: nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ModelError, match="shared"):
+        fastprune.score(model, CalibrationSet(HARM))
+
+
+class _Twice(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden) + self.mlp(0.5 * hidden)
+
+
+def test_linear_used_twice_is_refused_for_per_example_statistics_only(model: nn.Module) -> None:
+    block = model.model.layers[2]
+    block.mlp = _Twice(block.mlp)
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.mlp.*used 2 times"):
+        fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False)
+    assert fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01).total > 0
+
+
+class _Unseen(nn.Module):
+    """Multiplies by its Linear's weight without calling the Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.inner.weight.T
+
+
+def test_weight_that_no_hook_sees_is_an_error(model: nn.Module) -> None:
+    model.model.layers[3].mlp = _Unseen(32)
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp\.inner\.weight"):
+        fastprune.score(model, CalibrationSet(HARM), progress=False)
+
+
+class _InPlace(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden * 1.0
+        output = self.mlp.down_proj(torch.tanh(self.mlp.up_proj(hidden)) * torch.tanh(self.mlp.gate_proj(hidden)))
+        hidden.mul_(2.0)
+        return output
+
+
+def test_input_changed_in_place_is_refused(model: nn.Module) -> None:
+    block = model.model.layers[1]
+    block.mlp = _InPlace(block.mlp)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*in place"):
+        fastprune.score(model, CalibrationSet(HARM), progress=False)
+
+
+class _SharesState(nn.Module):
+    """A block that reads what an earlier block left behind in a place that only a whole forward resets."""
+
+    def __init__(self, block: nn.Module, memory: list) -> None:
+        super().__init__()
+        self.block, self.memory = block, memory
+
+    def forward(self, hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self.memory.append(1)
+        return self.block(hidden, **kwargs) * len(self.memory)
+
+
+def stateful(model: nn.Module) -> nn.Module:
+    memory: list = []
+    model.register_forward_pre_hook(lambda module, args: memory.clear())
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = _SharesState(block, memory)
+    return model
+
+
+def test_model_that_does_not_come_apart_is_scored_whole_with_a_warning(model: nn.Module) -> None:
+    model = stateful(model)
+    with pytest.raises(ModelError, match="segments=1"):
+        fastprune.score(model, CalibrationSet(HARM), segments=2, progress=False)
+    with pytest.warns(FastpruneWarning, match="scored whole"):
+        scores = fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False)
+    from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
+
+    copy = stateful(build("Llama"))
+    exact = oracle_statistics(copy, HARM)
+    dense = {name: oracle_score(copy.get_parameter(name), exact[name], "signed") for name in exact}
+    found = scores.select(None, 0.01)
+    for name, indices in oracle_select(dense, None, None, 0.01).items():
+        assert found[name].tolist() == indices, name
+
+
+@pytest.mark.parametrize("stage", ["_forward", "_backward"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_interruption_leaves_the_model_as_it_was(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+) -> None:
+    before = state_of(model)
+    real, calls = getattr(engine, stage), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine, stage, interrupted)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        fastprune.score(model, CalibrationSet(HARM).loader(8), CalibrationSet(BENIGN), segments=2, progress=False)
+    assert len(calls) == 3
+    assert_unchanged(model, before)
+
+
+def test_a_real_ctrl_c_leaves_the_model_as_it_was(model: nn.Module) -> None:
+    before = state_of(model)
+    rows = CalibrationSet(HARM * 200)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            while True:  # the signal falls somewhere into one of these passes
+                fastprune.score(model, rows.loader(64), rows.loader(64), segments=3, progress=False)
+    finally:
+        timer.cancel()
+    assert_unchanged(model, before)
