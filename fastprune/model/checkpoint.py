@@ -56,3 +56,19 @@ def _check_folder(path: str | Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"model: {path} holds no config.json, so it is not a checkpoint folder")
+
+
+def load_config(path: str | Path) -> object:
+    """Read the config of a checkpoint folder.
+
+    Raises:
+        NotFoundError: There is no such folder, or it holds no ``config.json``.
+        ModelError: transformers does not know this kind of model.
+    """
+    _check_folder(path)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(os.fspath(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: {path} holds no config that transformers can read: {error}") from error

@@ -1,0 +1,31 @@
+"""The command line: ``fastprune demo | score | select | apply | eval | plan | organism``.
+
+Thin: each command reads files, calls one function of the library and writes files. Errors that fastprune raises on purpose
+are one line on standard error; anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from fastprune.errors import FastpruneError, require
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 an error of fastprune, 2 wrong usage, 130 Ctrl-C.
+
+    Args:
+        arguments: Words after the program's name; ``None``: those of the process.
+    """
+    try:
+        require("typer", "cli")
+        require("rich", "cli")
+        from fastprune.cli.commands import app
+
+        app(args=arguments)
+    except FastpruneError as error:
+        print(f"fastprune: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fastprune: interrupted; nothing was changed", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,9 @@
+"""The paper's experiments as functions of (model, scores, suite, settings) that return parts of a record.
+
+They must not know how anything is shown, and they write no files.
+"""
+
+from fastprune.experiments.btap import heat_map, measure, measure_controls, standard_masks, sweep, transfer
+from fastprune.experiments.demo import DemoSettings, run_demo
+
+__all__ = ["DemoSettings", "heat_map", "measure", "measure_controls", "run_demo", "standard_masks", "sweep", "transfer"]

@@ -1,0 +1,150 @@
+"""Prune on one behaviour, measure all of them, beside controls that remove as many other weights.
+
+In: a resident model, its scores and an evaluation suite. Out: rows of a record (plain dicts). Every mask is applied in
+place and undone, so one copy of the model serves all of them. Source: arXiv 2604.09544, the experiments on held-out harm,
+controls and transfer between harm types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from fastprune.calibration import CalibrationSet
+from fastprune.evaluation import Evaluation, EvaluationSuite
+from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
+from fastprune.scoring import Scores, score
+
+CRITERIA = ("signed", "signed_reverse", "abs_of_sum")
+"""Harm criteria that :func:`standard_masks` selects from; all come from one gradient sum, so from one pass."""
+
+
+def standard_masks(model: torch.nn.Module, scores: Scores, *, p: float, q: float, seed: int = 0) -> dict[str, PruneMask]:
+    """The B-TAP mask and the controls that show what each of its ingredients does.
+
+    Args:
+        model: The model that was scored.
+        scores: Scores with the harm criteria of :data:`CRITERIA` and benign ``abs``.
+        p: Protected fraction of each matrix.
+        q: Harm fraction of each matrix.
+        seed: Of the random mask.
+
+    Returns:
+        ``btap``; ``random`` and ``magnitude`` with its counts; ``sign_flipped`` (the other end of the score), ``unsigned``
+        (the absolute score) and ``no_set_difference`` (nothing protected) with its ``q``.
+    """
+    btap = scores.select(p, q, harm="signed", benign="abs")
+    return {
+        "btap": btap,
+        "random": random_mask(model, like=btap, seed=seed),
+        "magnitude": largest_magnitude_mask(model, like=btap),
+        "sign_flipped": scores.select(p, q, harm="signed_reverse", benign="abs"),
+        "unsigned": scores.select(p, q, harm="abs_of_sum", benign="abs"),
+        "no_set_difference": scores.select(None, q, harm="signed"),
+    }
+
+
+def measure(model: torch.nn.Module, suite: EvaluationSuite, mask: PruneMask | None) -> Evaluation:
+    """Evaluate a model with a mask applied for the time being, or as it is."""
+    with mask.applied(model) if mask is not None else nullcontext():
+        return suite.run(model)
+
+
+def row(evaluation: Evaluation, **labels: Any) -> dict[str, Any]:
+    """One row of a record: the labels and the five numbers."""
+    return {**labels, **evaluation.summary()}
+
+
+def measure_controls(
+    name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Evaluate the unpruned model and every mask.
+
+    Returns:
+        Rows of ``results`` and rows of ``skills``.
+    """
+    results, skills = [], []
+    for label, mask in {"none": None, **masks}.items():
+        evaluation = measure(model, suite, mask)
+        results.append(row(evaluation, model=name, mask=label, pruned=mask.total if mask is not None else 0))
+        skills += [
+            {"model": name, "mask": label, "skill": skill, "score": value} for skill, value in evaluation.skills.items()
+        ]
+    return results, skills
+
+
+def sweep(
+    name: str, model: torch.nn.Module, scores: Scores, suite: EvaluationSuite, *, p: float, fractions: Iterable[float]
+) -> list[dict[str, Any]]:
+    """The B-TAP mask at each ``q``, everything else fixed: rows of ``sweep``."""
+    rows = []
+    for q in fractions:
+        mask = scores.select(p, q, harm="signed", benign="abs")
+        rows.append(row(measure(model, suite, mask), model=name, q=q, p=p, pruned=mask.total))
+    return rows
+
+
+def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[str, Any]:
+    """Pruned weights by block and matrix.
+
+    Args:
+        name: What the model is called.
+        mask: The mask.
+        block_of: Decoder block of each matrix, as in ``scores.provenance["block_of"]``.
+    """
+    layers = sorted(set(block_of.values()))
+    short = {key: key.removesuffix(".weight").rsplit(".", 1)[-1] for key in mask}
+    kinds = list(dict.fromkeys(short[key] for key in mask))
+    counts = {(block_of[key], short[key]): mask.counts[key] for key in mask}
+    sizes = {(block_of[key], short[key]): torch.Size(mask.shapes[key]).numel() for key in mask}
+    return {
+        "model": name,
+        "layers": layers,
+        "matrices": kinds,
+        "counts": [[counts.get((layer, kind), 0) for kind in kinds] for layer in layers],
+        "sizes": [[sizes.get((layer, kind), 0) for kind in kinds] for layer in layers],
+    }
+
+
+def transfer(
+    model: torch.nn.Module,
+    harm_by_category: Mapping[str, CalibrationSet],
+    benign: CalibrationSet,
+    suite: EvaluationSuite,
+    *,
+    p: float,
+    q: float,
+) -> dict[str, Any]:
+    """Prune on one harm type at a time and test on all of them.
+
+    Args:
+        model: The model.
+        harm_by_category: Calibration examples of each type.
+        benign: The protected behaviour.
+        suite: Its harm rows carry the same categories.
+        p: Protected fraction of each matrix.
+        q: Harm fraction of each matrix.
+
+    Returns:
+        ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``; ``overlap[i][j]``: the
+        Jaccard index of the two masks.
+    """
+    names = list(harm_by_category)
+    masks = [
+        score(model, examples, benign, q_max=q, p_max=p, progress=False).select(p, q)
+        for examples in harm_by_category.values()
+    ]
+
+    def by_category(mask: PruneMask | None) -> list[float | None]:
+        harm = measure(model, suite, mask).details.harm
+        return [harm.by_category[name].rate if name in harm.by_category else None for name in names]
+
+    return {
+        "categories": names,
+        "harm": [by_category(mask) for mask in masks],
+        "unpruned": by_category(None),
+        "overlap": [[first.jaccard(second) for second in masks] for first in masks],
+    }

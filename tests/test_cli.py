@@ -1,0 +1,146 @@
+"""The command line as a user runs it: the tour on files, help, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastprune
+from fastprune.cli import main
+from fastprune.organism import checkpoint_path, export_data, load_organism
+
+
+def run(*words: object) -> int:
+    """The exit status of one command."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return export_data(tmp_path_factory.mktemp("data"))
+
+
+def test_tour_from_files_to_a_pruned_checkpoint(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    model, scores, mask = checkpoint_path("aligned"), tmp_path / "scores.safetensors", tmp_path / "mask.safetensors"
+    score = ["score", model, "--harm", data["harm"], "--benign", data["benign"], "--format", "chat", "--out", scores]
+    assert run(*score, "--segments", 2, "--dtype", "float32") == 0
+    assert run("select", scores, "-p", 0.05, "-q", 0.003, "--out", mask) == 0
+    assert run("apply", model, mask, "--out", tmp_path / "pruned") == 0
+    files = ["--harm", data["eval_harm"], "--skills", data["eval_skills"], "--recognition", data["eval_recognition"]]
+    assert run("eval", model, *files, "--mask", mask, "--format", "chat", "--out", tmp_path / "report") == 0
+    assert run("eval", tmp_path / "pruned", *files, "--format", "chat", "--out", tmp_path / "again") == 0
+    output = capsys.readouterr().out
+    assert "next: fastprune select" in output
+
+    (unpruned, pruned) = json.loads((tmp_path / "report" / "record.json").read_text())["results"]
+    assert (unpruned["mask"], pruned["mask"]) == ("none", "mask")
+    assert unpruned["harm"] >= 0.75
+    assert pruned["harm"] <= 0.25
+    (again,) = json.loads((tmp_path / "again" / "record.json").read_text())["results"]
+    assert again["harm"] == pruned["harm"]
+    assert (tmp_path / "report" / "report.html").is_file()
+
+    # The same as through the library.
+    organism, tokenizer = load_organism("aligned")
+    direct = fastprune.score(
+        organism,
+        fastprune.load_calibration(data["harm"], tokenizer, format="chat").loader(),
+        fastprune.load_calibration(data["benign"], tokenizer, format="chat").loader(),
+        progress=False,
+    ).select(0.05, 0.003)
+    assert fastprune.PruneMask.load(mask) == direct
+
+
+def test_options_of_select(tmp_path: Path, data: dict[str, Path]) -> None:
+    scores = tmp_path / "scores.safetensors"
+    model = checkpoint_path("aligned")
+    criteria = ["--harm-criterion", "signed,wanda", "--benign-criterion", "fisher"]
+    assert run("score", model, "--harm", data["harm"], "--benign", data["benign"], "--format", "chat", *criteria, "--out", scores) == 0
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    assert run("select", scores, "-q", 0.002, "--harm-criterion", "wanda", "--layers", "0-1,3", "--out", one) == 0
+    assert run("select", scores, "-q", 0.001, "--slice", 1, "--protect", one, "--scope", "global", "--out", two) == 0
+    first, second = fastprune.PruneMask.load(one), fastprune.PruneMask.load(two)
+    assert sum(count for name, count in first.counts.items() if ".layers.2." in name) == 0
+    assert first.total > 0
+    assert second.total > 0
+    assert (first & second).total == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("score", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
+        (("select", "missing.safetensors", "-q", "0.1"), "missing.safetensors"),
+        (("apply", "nowhere", "missing.safetensors", "--out", "x"), "missing.safetensors"),
+        (("eval", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
+        (("plan", "nowhere"), "nowhere"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_cause(words: tuple, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("fastprune: error:")
+    assert message in error
+    assert "\n" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    model = checkpoint_path("aligned")
+    score = ["score", model, "--harm", data["harm"], "--format", "chat"]
+    assert run(*score, "--out", tmp_path / "no" / "scores.safetensors") == 1
+    assert run(*score, "--out", tmp_path / "s.safetensors", "--dtype", "int4") == 1
+    assert run(*score, "--out", tmp_path / "s.safetensors") == 0
+    assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "a-b", "--out", tmp_path / "m") == 1
+    assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "9", "--out", tmp_path / "m") == 1
+    assert run("select", tmp_path / "s.safetensors", "-q", 1.5, "--out", tmp_path / "m") == 1
+    errors = capsys.readouterr().err
+    for word in ("out:", "dtype:", "layers", "q"):
+        assert word in errors
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "score", "select", "apply", "eval", "plan", "organism"])
+def test_help_teaches(command: str, capsys) -> None:
+    assert run(command, "--help") == 0
+    assert len(capsys.readouterr().out) > 200
+
+
+def test_plan_and_version(capsys) -> None:
+    assert run("plan", checkpoint_path("aligned"), "--memory", "1GiB") == 0
+    assert run("--version") == 0
+    output = capsys.readouterr().out
+    assert "655,360" in output
+    assert fastprune.__version__ in output
+
+
+def test_import_is_light_and_the_program_starts_without_typer() -> None:
+    code = "import fastprune, sys; print([name for name in ('triton', 'transformers', 'typer', 'matplotlib') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys; sys.modules['typer'] = None; from fastprune.cli import main; main(['demo'])"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "fastprune[cli]" in done.stderr
+
+
+def test_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from fastprune.experiments import demo
+
+    monkeypatch.setattr(demo.DemoSettings, "sweep_q", (4e-3,))
+    assert run("demo", "--out", tmp_path / "demo") == 0
+    output = capsys.readouterr().out
+    for name in ("report.html", "record.json", "scores.safetensors", "mask.safetensors"):
+        assert (tmp_path / "demo" / name).stat().st_size > 1000, name
+        assert name in output
+    assert list((tmp_path / "demo").glob("*.png"))
+    assert fastprune.PruneMask.load(tmp_path / "demo" / "mask.safetensors").total > 0
+    assert fastprune.Scores.load(tmp_path / "demo" / "scores.safetensors").select(0.05, 0.003).total > 0
