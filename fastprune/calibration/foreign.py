@@ -131,7 +131,7 @@ def _check_shape(tensor: torch.Tensor, input_ids: torch.Tensor, key: str, where:
 
 
 def _check_positions(positions: torch.Tensor, attended: torch.Tensor, where: str) -> None:
-    """Positions are made anew from the mask; given ones may only say the same, or packed examples would count as one."""
+    """Positions are made anew from the mask; given ones may only say the same, or packed examples merge."""
     expected = (attended.cumsum(1) - 1).clamp(min=0)
     if (
         positions.ndim != 2

@@ -130,7 +130,7 @@ def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
     if isinstance(source, Mapping):
         raise CalibrationError(
             f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
-            f"{sorted(map(str, source))[:8]}; of a dataset with several splits pass one, of a table of columns pass its rows"
+            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows"
         )
     columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
     if columns is not None:

@@ -1,0 +1,298 @@
+"""Rows, encoding and sets: what becomes of a file on its way to token ids, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastprune.calibration import CalibrationSet, Example, encode_context, encode_row, load_calibration, read_rows
+from fastprune.calibration.rows import Row
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning, NotFoundError
+
+WORDS = ["<unk>", "<bos>", "<eos>", "<user>", "<asst>", "<turn>", "\n", *"abcdefgh"]
+TEMPLATE = (
+    "<bos>{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<asst>' }}{{ m['content'] | trim }}<turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<asst>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter; it adds <bos> and <eos> unless told not to, as real ones do."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    from tokenizers.processors import TemplateProcessing
+
+    backend.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<user>", "<asst>", "<turn>"],
+    )
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """``"<bos> a b"`` to ids, by hand; ``/`` stands for the line break."""
+    return tuple(WORDS.index("\n" if word == "/" else word) for word in text.split())
+
+
+def unscored(n: int) -> tuple[int, ...]:
+    return (-100,) * n
+
+
+ROWS = [
+    {"prompt": "ab", "response": "cd", "prefill": "e", "category": "x", "id": "r0"},
+    {"prompt": 'a,"b"\nü', "response": " d \u2028", "prefill": "", "category": None, "id": None},
+]
+
+
+def test_every_source_gives_the_same_rows(tmp_path):
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS), "utf-8")
+    lines = ["prompt,response,prefill,category,id", "ab,cd,e,x,r0", '"a,""b""\nü"," d \u2028",,,', ""]
+    (tmp_path / "c.csv").write_bytes("\n".join(lines).encode())
+    (tmp_path / "d.CSV").write_bytes(("\ufeff" + "\n".join(lines)).encode())
+    expected = [Row("ab", "cd", "e", "x", "r0"), Row('a,"b"\nü', " d \u2028")]
+    for source in ("a.jsonl", "b.jsonl", "c.csv", "d.CSV"):
+        assert read_rows(tmp_path / source) == expected, source
+        assert read_rows(str(tmp_path / source)) == expected, source
+    dataset = datasets.Dataset.from_list(ROWS)
+    for rows in (ROWS, iter(ROWS), expected, dataset, dataset.to_iterable_dataset()):
+        assert read_rows(rows) == expected
+
+
+def test_optional_values_may_be_absent_none_or_nan_and_other_columns_are_kept():
+    rows = read_rows(
+        [
+            {"prompt": "a", "response": "b", "skill": "copy", "answer": 3},
+            {"prompt": "a", "response": "b", "prefill": float("nan"), "category": float("nan"), "id": 7},
+        ]
+    )
+    assert rows == [Row("a", "b", extra={"skill": "copy", "answer": 3}), Row("a", "b", id="7")]
+
+
+def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'prompt,response\r\n"a\r\nb","c\nd"\r\n')
+    assert read_rows(tmp_path / "a.csv") == [Row("a\r\nb", "c\nd")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "prompt,answer\na,b\n", r"a\.csv: missing response; found \['prompt', 'answer'\]"),
+        ("a.csv", "question,answer\na,b\n", "missing prompt and response"),
+        ("a.csv", "", "found no columns"),
+        ("a.csv", "prompt,response\n", "holds no rows"),
+        ("a.csv", "prompt,response\na,b\nc\n", r"a\.csv, line 3: expected 2 fields"),
+        ("a.csv", "prompt,response\na,b,c\n", r"a\.csv, line 2: expected 2 fields"),
+        ("a.csv", "prompt,response,response\na,b,c\n", "appears twice"),
+        ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line \d: not valid CSV"),
+        ("a.jsonl", "", "holds no rows"),
+        ("a.jsonl", "\n \n", "holds no rows"),
+        ("a.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"', r"a\.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", '["a", "b"]', r"a\.jsonl, line 1: expected a JSON object, got list"),
+        ("a.jsonl", '{"prompt": "a"}', r"a\.jsonl, line 1: missing response; found \['prompt'\]"),
+        ("a.jsonl", '{"prompt": 3, "response": "b"}', "prompt must be a string, got int"),
+        ("a.jsonl", '{"prompt": "a", "response": null}', "response must be a string, got NoneType"),
+        ("a.jsonl", '{"prompt": "a", "response": "b", "prefill": ["c"]}', "prefill must be a string, got list"),
+        ("a.jsonl", '{"prompt": "a", "response": "b", "id": true}', "id must be a string, got bool"),
+        ("a.jsonl", '{"prompt": "a", "response": "\\ud800"}', "half a surrogate pair at character 0"),
+        ("a.txt", "a", r"expected a \.csv or \.jsonl file, got the suffix '\.txt'"),
+        ("a", "a", "got the suffix ''"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_with_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_files_that_are_not_text_or_not_there(tmp_path):
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"prompt,response\n\xff\xfe,b\n")
+        with pytest.raises(CalibrationError, match=rf"{name}: expected UTF-8 text, byte 16 is not"):
+            read_rows(tmp_path / name)
+    with pytest.raises(NotFoundError, match=r"missing\.csv does not exist"):
+        read_rows(tmp_path / "missing.csv")
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no rows"),
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], "rows, row 1: missing response"),
+        (["ab"], "rows, row 0: expected a mapping, got str"),
+        ({"prompt": ["a"], "response": ["b"]}, "expected an iterable of mappings, got one dict with the keys"),
+        (3, "got int"),
+    ],
+)
+def test_rows_in_memory_that_are_refused(rows, message):
+    with pytest.raises(CalibrationError, match=message):
+        read_rows(rows)
+
+
+def test_a_dataset_says_what_it_lacks_before_it_is_read():
+    import datasets
+
+    with pytest.raises(CalibrationError, match=r"missing response; found \['prompt'\]"):
+        read_rows(datasets.Dataset.from_list([{"prompt": "a"}]))
+    with pytest.raises(CalibrationError, match="of several splits pass one"):
+        read_rows(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}))
+
+
+def test_raw_is_prompt_line_break_prefill_response_without_special_tokens(tokenizer):
+    example = encode_row(tokenizer, Row("ab", "cd", "e", "x", "r0"))
+    assert example == Example(ids("a b / e c d"), unscored(4) + ids("c d"), id="r0", category="x")
+    assert encode_context(tokenizer, "ab", "e") == list(ids("a b / e"))
+    assert encode_context(tokenizer, "") == list(ids("/"))
+
+
+def test_chat_is_the_template_with_the_prefill_opening_the_turn_and_its_end_scored(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    example = encode_row(tokenizer, Row("ab", "cd", "e"), "chat")
+    context = ids("<bos> <user> a b <turn> / <asst> e")
+    assert example == Example(context + ids("c d <turn>"), unscored(len(context)) + ids("c d <turn>"))
+    assert encode_context(tokenizer, "ab", "e", format="chat") == list(context)
+
+
+def test_chat_without_anything_after_the_content_scores_nothing_extra(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert encode_row(tokenizer, Row("ab", "cd"), "chat") == Example(ids("a b c d"), unscored(2) + ids("c d"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "needs a chat template and this .* has none"),
+        ("{{ raise_exception('no system turn') }}", "chat template failed .*no system turn"),
+        (
+            "{% for m in messages %}{{ m['content'] if m['role'] == 'user' }}{% endfor %}",
+            "does not show the assistant's",
+        ),
+    ],
+)
+def test_chat_without_a_usable_template_is_refused(tokenizer, template, message):
+    tokenizer.chat_template = template
+    with pytest.raises(CalibrationError, match=message):
+        load_calibration(ROWS[:1], tokenizer, format="chat")
+
+
+def test_pieces_are_tokenised_apart():
+    """A merge across the border of prompt and response would move a scored token into the context."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "\n": 3, "ab": 4, "\na": 5}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("\n", "a")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer("b\nab", add_special_tokens=False)["input_ids"] == [2, 3, 4]
+    assert encode_row(tokenizer, Row("b", "b", "a")) == Example((2, 3, 1, 2), (-100, -100, -100, 2))
+    assert encode_row(tokenizer, Row("b", "ab")) == Example((2, 3, 4), (-100, -100, 4))
+    assert encode_row(tokenizer, Row("", "b", "a")).input_ids == (3, 1, 2)
+
+
+def test_without_any_context_the_first_response_token_is_not_scored(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert encode_row(tokenizer, Row("", "cd"), "chat") == Example(ids("c d"), (-100, *ids("d")))
+    with pytest.raises(CalibrationError, match="which nothing precedes"):
+        encode_row(tokenizer, Row("", "c"), "chat")
+
+
+def test_a_row_without_response_tokens_is_refused_by_name(tokenizer, tmp_path):
+    rows = [ROWS[0], {"prompt": "a", "response": "", "id": "empty-one"}]
+    with pytest.raises(CalibrationError, match=r"rows, row 1 \(id 'empty-one'\): response is empty"):
+        load_calibration(rows, tokenizer)
+    (tmp_path / "a.csv").write_text("prompt,response\na,\n")
+    with pytest.raises(CalibrationError, match=r"a\.csv, row 0: response is empty"):
+        load_calibration(tmp_path / "a.csv", tokenizer)
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(CalibrationError, match="row 0: response gives no token"):
+        load_calibration([{"prompt": "a", "response": " \n"}], PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_arguments_are_checked_before_anything_is_read(tokenizer):
+    with pytest.raises(ArgumentError, match=r"format must be one of \('raw', 'chat'\), got 'alpaca'"):
+        load_calibration("missing.csv", tokenizer, format="alpaca")
+    with pytest.raises(ArgumentError, match="tokenizer must be a Hugging Face tokenizer, got str"):
+        load_calibration("missing.csv", "some/model")
+    for value in (0, -1, 2.5, True):
+        with pytest.raises(ArgumentError, match="max_length must be a positive integer"):
+            load_calibration("missing.csv", tokenizer, max_length=value)
+
+
+LETTERS = [{"prompt": "a" * n, "response": "b", "category": "xy"[n % 2], "id": str(n)} for n in range(1, 7)]
+
+
+def test_long_rows_are_dropped_whole_and_counted(tokenizer):
+    with pytest.warns(FastpruneWarning, match="left out 2 of 6 rows, longer than max_length=6 tokens"):
+        kept = load_calibration(LETTERS, tokenizer, max_length=6)
+    assert kept.counts == {"kept": 4, "too_long": 2}
+    assert [len(example) for example in kept] == [3, 4, 5, 6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_calibration(LETTERS, tokenizer).counts == {"kept": 6, "too_long": 0}
+    with pytest.raises(CalibrationError, match="all 6 rows are longer than max_length=2"):
+        load_calibration(LETTERS, tokenizer, max_length=2)
+
+
+def test_the_hash_is_that_of_the_multiset_of_ids_and_labels(tokenizer):
+    whole = load_calibration(LETTERS, tokenizer)
+    renamed = [{**row, "id": "other", "category": None} for row in LETTERS]
+    assert load_calibration(renamed[::-1], tokenizer).hash == whole.hash
+    assert load_calibration(LETTERS + LETTERS[:1], tokenizer).hash != whole.hash
+    assert whole[1:].hash != whole.hash
+    assert (
+        CalibrationSet([Example((1, 2, 3), (-100, 2, 3))]).hash
+        != CalibrationSet([Example((1, 2, 3), (-100, -100, 3))]).hash
+    )
+    # the border between two examples counts, not only the concatenation of their numbers
+    one, other = Example((1, 1), (-100, 1)), Example((1, 1, 1), (-100, 1, 1))
+    assert CalibrationSet([one, one, one]).hash != CalibrationSet([other, other]).hash
+
+
+def test_a_set_is_a_sequence_of_examples_with_subsets(tokenizer):
+    whole = load_calibration(LETTERS, tokenizer)
+    assert len(whole) == 6 and list(whole) == list(whole.examples) and whole[0].id == "1"
+    assert [example.id for example in whole[1:3]] == ["2", "3"] and isinstance(whole[1:3], CalibrationSet)
+    assert [example.id for example in whole.subset(category="x")] == ["2", "4", "6"]
+    assert len(whole.subset(category=["x", "y"])) == 6
+    with pytest.raises(CalibrationError, match=r"no example of category \['z'\]; the set has \['x', 'y'\]"):
+        whole.subset(category="z")
+    with pytest.raises(CalibrationError, match="at least one example"):
+        whole[6:]
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "labels", "message"),
+    [
+        ((1, 2), (-100,), "2 input_ids but 1 labels"),
+        ((1, 2), (1, 2), "first label of an example must be -100"),
+        ((), (), "first label"),
+        ((1, 2), (-100, -100), "no scored token"),
+    ],
+)
+def test_examples_that_cannot_be_scored_cannot_be_made(input_ids, labels, message):
+    with pytest.raises(CalibrationError, match=message):
+        Example(input_ids, labels)
+
+
+def test_the_loader_yields_hf_batches_as_often_as_it_is_read(tokenizer):
+    loader = load_calibration(LETTERS, tokenizer).loader(batch_tokens=12)
+    first, second = list(loader), list(loader)
+    assert len(loader) == len(first) == 4 and loader.batch_tokens == 12
+    for batch, again in zip(first, second, strict=True):
+        assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
+        assert batch["input_ids"].numel() <= 12
+        batch["labels"].fill_(7)  # a caller that writes into a batch does not change the next reading
+        assert (again["labels"] != 7).all()
+    with pytest.raises(ArgumentError, match="batch_tokens must be a positive integer, got 0"):
+        loader.calibration.loader(batch_tokens=0)
