@@ -130,9 +130,9 @@ class Scores:
             The mask; ``metadata["report"]`` says what was asked and what came of it.
 
         Raises:
-            SelectionError: A fraction is out of range, was not kept, or rounds to no weight anywhere.
-            ArgumentError: Another argument is out of range.
-            MaskError: A mask of ``protect`` has other shapes.
+            SelectionError: A fraction is out of range, was not kept, or rounds to no weight anywhere; a layer is
+                unknown; a mask of ``protect`` has other shapes.
+            ArgumentError: ``scope`` or ``slice`` is out of range.
 
         Warns:
             FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than

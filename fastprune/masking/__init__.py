@@ -1,0 +1,7 @@
+"""Which weights go, and how they go and come back: selection, masks, controls, checkpoints; no gradients."""
+
+from fastprune.masking.controls import largest_magnitude_mask, random_mask
+from fastprune.masking.mask import PruneMask
+from fastprune.masking.patch import patch_checkpoint
+
+__all__ = ["PruneMask", "largest_magnitude_mask", "patch_checkpoint", "random_mask"]

@@ -1,0 +1,195 @@
+"""Weights of a mask written in place, and the same bits put back.
+
+In: a mask and a model. Out: the changed model and an :class:`Undo`. All old values are read before anything is written,
+so that an error or an interrupt at any point leaves the model as it was. Which masks are on which model is remembered
+as long as the model lives: a mask made for the model still fits it while others are applied.
+It must not know transformers, scores or gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastprune import ops
+from fastprune.errors import ArgumentError, MaskError, ModelError
+from fastprune.model.fingerprint import Overlay, fingerprint
+
+if TYPE_CHECKING:
+    from fastprune.masking.mask import PruneMask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# model -> its live undo records, oldest first
+_live: weakref.WeakKeyDictionary[torch.nn.Module, list[Undo]] = weakref.WeakKeyDictionary()
+
+
+class Undo:
+    """The values that a mask replaced in one model, as :meth:`PruneMask.apply_` gives it; it keeps no model alive."""
+
+    def __init__(
+        self, model: torch.nn.Module, mask: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._model = weakref.ref(model)
+        touched = {name: weight for name, weight in weights.items() if len(mask[name])}
+        self._shapes = {name: tuple(weight.shape) for name, weight in touched.items()}
+        self._indices = {name: mask[name].to(weight.device) for name, weight in touched.items()}
+        self._old = {name: weight.view(-1)[self._indices[name]] for name, weight in touched.items()}
+
+    def restore_(self, model: torch.nn.Module) -> None:
+        """Put the old bits back, NaN payloads and -0 included.
+
+        Args:
+            model: The model that the mask was applied to. It may have been moved to another device since.
+
+        Raises:
+            MaskError: It is another model, was restored before, has other shapes or dtypes now, or a mask applied later
+                has weights in common and has to be restored first. The model is not changed then.
+        """
+        model = unwrap(model)
+        if self._model() is not model:
+            raise MaskError("restore_ needs the model that the mask was applied to, got another one")
+        if not self.live:
+            raise MaskError("this mask is not on the model any more; an undo works once")
+        records = _live[model]
+        for later in records[records.index(self) + 1 :]:
+            for name in self._indices.keys() & later._indices.keys():
+                if torch.isin(self._indices[name], later._indices[name].to(self._indices[name].device)).any():
+                    raise MaskError(f"a mask applied later also changes {name}; restore that one first")
+        weights = matrices_of(model, self._shapes)
+        for name, weight in weights.items():
+            if weight.dtype != self._old[name].dtype:
+                raise MaskError(
+                    f"{name} is {weight.dtype} now and was {self._old[name].dtype} when the mask was applied"
+                )
+        self._write_back(weights)
+        records.remove(self)
+
+    @property
+    def live(self) -> bool:
+        """Whether the mask is on the model."""
+        model = self._model()
+        return model is not None and self in _live.get(model, [])
+
+    def overlay(self) -> Overlay:
+        """What the mask replaced, for the fingerprint of the model without it."""
+        return {name: (self._indices[name], old) for name, old in self._old.items()}
+
+    def write_(self, weights: Mapping[str, torch.Tensor], scale: float) -> None:
+        """Apply the mask wholly or not at all: whatever stops it half way, an interrupt too, puts the old bits back."""
+        records = _live.setdefault(self._model(), [])
+        records.append(self)
+        try:
+            for name, indices in self._indices.items():
+                ops.apply_sparse_(weights[name], indices, scale)
+        except BaseException:
+            self._write_back({name: weights[name] for name in self._indices})
+            records.remove(self)
+            raise
+
+    def _write_back(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            ops.restore_sparse_(weight, self._indices[name].to(weight.device), self._old[name].to(weight.device))
+
+
+def apply_mask_(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Undo:
+    """See :meth:`PruneMask.apply_`."""
+    weights, undo = _prepare(mask, model, scale, strict)
+    undo.write_(weights, scale)
+    return undo
+
+
+@contextmanager
+def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Iterator[torch.nn.Module]:
+    """See :meth:`PruneMask.applied`."""
+    weights, undo = _prepare(mask, model, scale, strict)
+    try:
+        undo.write_(weights, scale)
+        yield model
+    finally:
+        if undo.live:
+            undo.restore_(model)
+
+
+def _prepare(
+    mask: PruneMask, model: torch.nn.Module, scale: float, strict: bool
+) -> tuple[dict[str, torch.Tensor], Undo]:
+    """Everything that can be refused, before anything is written."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+    model = unwrap(model)
+    weights = matrices_of(model, mask.shapes)
+    expected = mask.metadata.get("fingerprint")
+    if strict and expected is not None and expected not in _fingerprints(model, weights):
+        raise MaskError(
+            f"the mask was made for a model with the fingerprint {expected[:12]}…, this one has "
+            f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
+        )
+    return weights, Undo(model, mask, weights)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose parameters have the plain names: what ``torch.compile`` returns holds the original one."""
+    return getattr(model, "_orig_mod", model)
+
+
+def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The weights that a mask names, as detached views that can be written.
+
+    Args:
+        model: Any module.
+        shapes: Name (``parameter`` or ``parameter[expert]``) to the shape it must have.
+
+    Raises:
+        MaskError: A parameter is missing or of another shape.
+        ModelError: A parameter is on the meta device, not contiguous, sharded, or not of a float type.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in shapes if split_name(name)[0] not in parameters]
+    if missing:
+        raise MaskError(
+            f"the model lacks {len(missing)} of the {len(shapes)} matrices of the mask, the first is {missing[0]}"
+        )
+    found = {}
+    for name, shape in shapes.items():
+        base, expert = split_name(name)
+        weight = parameters[base].detach()
+        if expert is not None:
+            if weight.ndim < 2 or expert >= len(weight):
+                raise MaskError(f"{base} has the shape {tuple(weight.shape)} in the model, so there is no {name}")
+            weight = weight[expert]
+        if tuple(weight.shape) != tuple(shape):
+            raise MaskError(f"{name} has the shape {tuple(weight.shape)} in the model and {tuple(shape)} in the mask")
+        if weight.is_meta:
+            raise ModelError(f"{name} is on the meta device (not loaded, or offloaded); load the whole model first")
+        if type(weight) is not torch.Tensor or weight.dtype not in DTYPES:
+            raise ModelError(f"{name} must be a plain float tensor, got {type(weight).__name__} of {weight.dtype}")
+        if not weight.is_contiguous():
+            raise ModelError(
+                f"{name} is not contiguous, so flat indices do not name its weights; call .contiguous() on it"
+            )
+        found[name] = weight
+    return found
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """``"a.down_proj[3]"`` is expert 3 of the fused tensor ``a.down_proj``; other names are whole parameters."""
+    match = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def original_fingerprint(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
+    """Fingerprint of the model without the masks that are on it."""
+    return _fingerprints(unwrap(model), weights)[-1]
+
+
+def _fingerprints(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Of the model as it is, without the latest mask, without the latest two, …; a mask may be of any of these."""
+    overlays = [undo.overlay() for undo in reversed(_live.get(model, []))]
+    return [fingerprint(weights, overlays[:depth]) for depth in range(len(overlays) + 1)]

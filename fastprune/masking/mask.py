@@ -1,0 +1,212 @@
+"""Which weights of a model are to be pruned, as a value: flat indices per matrix, set algebra, one file.
+
+In: indices and the shapes they belong to. Out: a mapping that can be compared, combined, saved, and applied to a model.
+It must not know how the weights were chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.artifact import read_artifact, write_artifact
+from fastprune.errors import ArtifactError, MaskError
+from fastprune.masking.apply import Undo, applied, apply_mask_
+
+
+class PruneMask(Mapping[str, torch.Tensor]):
+    """Parameter name to the flat indices of its pruned weights (int64, ascending); every eligible matrix is a key.
+
+    One expert of a fused tensor has the name of the tensor and its number: ``….experts.down_proj[3]``.
+
+    Args:
+        indices: Name to row-major flat indices in the stored layout.
+        shapes: Name to the shape of the matrix; the same names.
+        metadata: JSON-able facts; ``fingerprint`` is that of the model the mask was made for.
+        nominal: Number of weights that were asked for, before anything was protected; by default the total.
+
+    Raises:
+        MaskError: Names differ, or indices are not int64, ascending, unique and inside the matrix.
+    """
+
+    def __init__(
+        self,
+        indices: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        metadata: Mapping[str, Any] | None = None,
+        nominal: int | None = None,
+    ) -> None:
+        if set(indices) != set(shapes):
+            odd = sorted(set(indices) ^ set(shapes))
+            raise MaskError(f"indices and shapes must name the same matrices; odd ones: {odd[:3]}")
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+        self._indices = {name: _checked(indices[name], name, shape) for name, shape in self.shapes.items()}
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        self.nominal: int = self.total if nominal is None else nominal
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pruned weights of each matrix."""
+        return {name: len(indices) for name, indices in self._indices.items()}
+
+    @property
+    def total(self) -> int:
+        """Pruned weights in all."""
+        return sum(map(len, self._indices.values()))
+
+    def density(self, model: torch.nn.Module) -> float:
+        """Pruned weights as a fraction of all parameters of the model, embeddings included."""
+        return self.total / sum(parameter.numel() for parameter in model.parameters())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of shapes and indices, metadata left out; the name of this mask in the metadata of others."""
+        digest = hashlib.sha256()
+        for name in sorted(self._indices):
+            digest.update(json.dumps([name, self.shapes[name], len(self._indices[name])]).encode())
+            digest.update(self._indices[name].numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def applied(
+        self, model: torch.nn.Module, scale: float = 0.0, strict: bool = True
+    ) -> AbstractContextManager[torch.nn.Module]:
+        """Prune inside a ``with`` block; the same bits are back when it is left, by an exception too.
+
+        Arguments and errors are those of :meth:`apply_`. The block gets the model.
+        """
+        return applied(self, model, scale=scale, strict=strict)
+
+    def apply_(self, model: torch.nn.Module, scale: float = 0.0, strict: bool = True) -> Undo:
+        """Multiply the weights of the mask by ``scale`` in place; 0 writes +0.
+
+        Args:
+            model: Any module with parameters of these names and shapes; compiled models too.
+            scale: Finite factor.
+            strict: Refuse a model with another fingerprint than the mask's. Shapes have to fit in any case.
+
+        Returns:
+            What :meth:`Undo.restore_` needs to put the same bits back.
+
+        Raises:
+            MaskError: A matrix is missing or of another shape, or the model is not the one of the mask.
+            ModelError: A weight is on the meta device, not contiguous, or not of a float type.
+            ArgumentError: ``scale`` is not finite.
+        """
+        return apply_mask_(self, model, scale=scale, strict=strict)
+
+    def __and__(self, other: PruneMask) -> PruneMask:
+        return self._combine(other, "and", lambda a, b: a[torch.isin(a, b, assume_unique=True)])
+
+    def __or__(self, other: PruneMask) -> PruneMask:
+        return self._combine(other, "or", lambda a, b: torch.cat([a, b]).unique())
+
+    def __sub__(self, other: PruneMask) -> PruneMask:
+        return self._combine(other, "sub", lambda a, b: a[torch.isin(a, b, assume_unique=True, invert=True)])
+
+    def jaccard(self, other: PruneMask) -> float:
+        """Size of the intersection over size of the union; 1 for two empty masks.
+
+        Raises:
+            MaskError: The masks have other shapes.
+        """
+        self.check_shapes(other)
+        both = sum(int(torch.isin(a, other[name], assume_unique=True).sum()) for name, a in self.items())
+        either = self.total + other.total - both
+        return both / either if either else 1.0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PruneMask):
+            return NotImplemented
+        return self.shapes == other.shapes and all(torch.equal(a, other[name]) for name, a in self.items())
+
+    __hash__ = None  # type: ignore[assignment]  # metadata can change
+
+    def check_shapes(self, other: PruneMask) -> None:
+        """Raise MaskError unless the other mask is over the same matrices."""
+        if not isinstance(other, PruneMask):
+            raise MaskError(f"expected a PruneMask, got {type(other).__name__}")
+        if self.shapes != other.shapes:
+            names = [n for n in {**self.shapes, **other.shapes} if self.shapes.get(n) != other.shapes.get(n)]
+            ours, theirs = self.shapes.get(names[0]), other.shapes.get(names[0])
+            raise MaskError(
+                f"masks are over other matrices: {names[0]} has the shape {ours} in one and {theirs} in the other"
+            )
+
+    def _combine(self, other: PruneMask, operation: str, combine: Callable[..., torch.Tensor]) -> PruneMask:
+        if not isinstance(other, PruneMask):
+            return NotImplemented
+        self.check_shapes(other)
+        metadata: dict[str, Any] = {"kind": "algebra", "operation": operation, "parents": [self.digest, other.digest]}
+        for key in ("model", "fingerprint"):
+            if key in self.metadata and self.metadata[key] == other.metadata.get(key):
+                metadata[key] = self.metadata[key]
+        return PruneMask({name: combine(a, other[name]) for name, a in self.items()}, self.shapes, metadata)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: a tensor of indices per matrix, everything else as JSON in its metadata.
+
+        Raises:
+            NotFoundError: The folder does not exist.
+            ArtifactError: The metadata is not JSON-able.
+        """
+        content = {"shapes": self.shapes, "nominal": self.nominal, "metadata": self.metadata, "digest": self.digest}
+        return write_artifact(path, "mask", self._indices, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneMask:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            NotFoundError: There is no such file.
+            ArtifactError: It is truncated, foreign, of another kind or version, or its contents were changed.
+        """
+        tensors, content = read_artifact(path, "mask")
+        try:
+            mask = cls(tensors, content["shapes"], content["metadata"], content["nominal"])
+            digest = content["digest"]
+        except (KeyError, TypeError, AttributeError, MaskError) as error:
+            raise ArtifactError(f"{path}: this mask file is damaged ({error})") from error
+        if mask.digest != digest:
+            raise ArtifactError(f"{path}: the indices are not those that were saved; the file is damaged")
+        return mask
+
+    def __repr__(self) -> str:
+        size = sum(math.prod(shape) for shape in self.shapes.values())
+        share = f"{self.total / size:.3g}" if size else "0"
+        return (
+            f"PruneMask({self.total} of {size} weights ({share}) in {len(self)} matrices, nominal {self.nominal}, "
+            f"kind {self.metadata.get('kind')!r})"
+        )
+
+
+def _checked(indices: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+        came = (
+            f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, torch.Tensor) else type(indices).__name__
+        )
+        raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
+    indices = indices.detach().cpu().contiguous()
+    if len(indices) and (
+        int(indices[0]) < 0 or int(indices[-1]) >= math.prod(shape) or (indices[1:] <= indices[:-1]).any()
+    ):
+        raise MaskError(
+            f"{name}: indices must be ascending, unique and in [0, {math.prod(shape)}) for the shape {shape}"
+        )
+    return indices

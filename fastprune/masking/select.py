@@ -1,0 +1,268 @@
+"""Set difference: the weights that harm needs most, without those that benign behaviour needs most.
+
+In: kept scores, fractions, and what is to be spared. Out: a mask, with a report of what was asked and what came of it.
+Weights of all matrices are numbered through (offset of the matrix + flat index), so that a selection is a handful of
+sorted arrays whatever the number of matrices: a point of a sweep over p and q costs milliseconds.
+It must not know gradients or models.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastprune.errors import ArgumentError, FastpruneWarning, SelectionError
+from fastprune.masking.mask import PruneMask
+from fastprune.scoring.keep import Kept
+from fastprune.scoring.scores import Scores
+
+SCOPES = ("matrix", "global")
+
+
+def select(
+    scores: Scores,
+    p: float | None,
+    q: float,
+    *,
+    harm: str | None,
+    benign: str | None,
+    scope: str,
+    layers: Iterable[int] | None,
+    slice: int,
+    protect: Iterable[PruneMask],
+) -> PruneMask:
+    """See :meth:`fastprune.scoring.scores.Scores.select`."""
+    q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
+    if scope not in SCOPES:
+        raise ArgumentError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if isinstance(slice, bool) or not isinstance(slice, int) or slice < 0:
+        raise ArgumentError(f"slice must be an integer of 0 or more, got {slice!r}")
+    layers = None if layers is None else _check_layers(layers, scores)
+    matrices = _Numbering(scores.shapes, None if layers is None else _in_layers(layers, scores))
+    masks = (protect,) if isinstance(protect, PruneMask) else tuple(protect)
+
+    criteria = {"harm": harm or scores.criteria["harm"][0]}
+    harmful = _Demand("q", q, slice, matrices)
+    chosen = harmful.take(scores.of("harm", harm), scope)
+    report: dict[str, Any] = {"harm": harmful.report(), "benign": None}
+    pruned = np.sort(chosen)
+    if p is not None:
+        needed = _Demand("p", p, 0, matrices)
+        pruned = _without(pruned, np.sort(needed.take(scores.of("benign", benign), scope)))
+        report["benign"] = needed.report()
+        criteria["benign"] = benign or scores.criteria["benign"][0]
+    report["spared_by_benign"] = len(chosen) - len(pruned)
+    unprotected = pruned
+    for mask in masks:
+        unprotected = _without(unprotected, matrices.number(mask))
+    report["spared_by_protect"] = len(pruned) - len(unprotected)
+    _warn(report)
+
+    model = scores.provenance.get("model")
+    metadata = {key: value for key, value in scores.provenance.items() if key != "block_of"} | {
+        "kind": "selection",
+        "fingerprint": scores.provenance.get(
+            "fingerprint", model.get("fingerprint") if isinstance(model, dict) else None
+        ),
+        "criteria": criteria,
+        "p": p,
+        "q": q,
+        "scope": scope,
+        "layers": layers,
+        "slice": slice,
+        "protect": [mask.digest for mask in masks],
+        "report": report,
+    }
+    return PruneMask(matrices.split(unprotected), scores.shapes, metadata, nominal=harmful.asked)
+
+
+class _Numbering:
+    """The selected matrices in model order, their weights numbered through."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], only: set[str] | None) -> None:
+        self._shapes = shapes
+        self.names = [name for name in shapes if only is None or name in only]
+        self.restricted = only is not None
+        self.sizes = [math.prod(shapes[name]) for name in self.names]
+        self.offsets = np.cumsum([0, *self.sizes], dtype=np.int64)
+        self.numel = int(self.offsets[-1])
+
+    def number(self, mask: PruneMask) -> np.ndarray:
+        """Numbers of a mask's weights, ascending; those of other matrices are left out."""
+        if not isinstance(mask, PruneMask) or mask.shapes != self._shapes:
+            came = f"one of {len(mask.shapes)} other shapes" if isinstance(mask, PruneMask) else type(mask).__name__
+            raise SelectionError(f"protect must hold PruneMasks over the matrices of these scores, got {came}")
+        parts = [mask[name].numpy() + offset for name, offset in zip(self.names, self.offsets, strict=False)]
+        return np.concatenate(parts)
+
+    def split(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
+        """Ascending numbers to flat indices per matrix; matrices that are not selected get none."""
+        edges = np.searchsorted(numbers, self.offsets)
+        found = {
+            name: torch.from_numpy(numbers[edges[i] : edges[i + 1]] - self.offsets[i])
+            for i, name in enumerate(self.names)
+        }
+        return {name: found.get(name, torch.empty(0, dtype=torch.int64)) for name in self._shapes}
+
+
+@dataclass
+class _Demand:
+    """One side of the selection, and what came of it."""
+
+    argument: str
+    fraction: float
+    slice: int
+    matrices: _Numbering
+    asked: int = 0
+    selected: int = 0
+    zero: list[str] = field(default_factory=list)
+    short: dict[str, int] = field(default_factory=dict)
+
+    def take(self, lists: Mapping[str, Kept], scope: str) -> np.ndarray:
+        """Numbers of the asked ranks with a score above 0, in no particular order."""
+        numbers = self._take_by_matrix(lists) if scope == "matrix" else self._take_global(lists)
+        if self.asked == 0:
+            where, largest = "in all", self.matrices.numel
+            if scope == "matrix":
+                where, largest = ("in every matrix", max(self.matrices.sizes))
+            raise SelectionError(
+                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; "
+                f"with scope={scope!r} here it has to be {1 / largest:.3g} or more"
+            )
+        self.selected = len(numbers)
+        return numbers
+
+    def report(self) -> dict[str, Any]:
+        """Counts asked and selected, matrices where the fraction rounds to 0, matrices with too few positive scores."""
+        return {"asked": self.asked, "selected": self.selected, "zero": self.zero, "short": self.short}
+
+    def _take_by_matrix(self, lists: Mapping[str, Kept]) -> np.ndarray:
+        parts = [np.empty(0, dtype=np.int64)]
+        for name, numel, offset in zip(self.matrices.names, self.matrices.sizes, self.matrices.offsets, strict=False):
+            k = int(self.fraction * numel)
+            if k == 0:
+                self.zero.append(name)
+                continue
+            kept, start, stop = lists[name], self.slice * k, (self.slice + 1) * k
+            if stop > len(kept) and kept.floor > 0:
+                raise self._not_kept(name, stop, len(kept), (self.slice + 1) * self.fraction)
+            end = min(stop, len(kept))
+            if end and not kept.values[end - 1] > 0:
+                end = kept.above(0.0, equal=False)
+            if end - start < k:
+                self.short[name] = k - max(0, end - start)
+            parts.append(kept.indices[start:end].numpy() + offset)
+            self.asked += k
+        return np.concatenate(parts)
+
+    def _take_global(self, lists: Mapping[str, Kept]) -> np.ndarray:
+        self.asked = k = int(self.fraction * self.matrices.numel)
+        start, stop = self.slice * k, (self.slice + 1) * k
+        kept = [lists[name] for name in self.matrices.names]
+        threshold = _bound_below(kept, stop)
+        lengths = [min(some.above(threshold, equal=True), some.above(0.0, equal=False)) for some in kept]
+        values = np.concatenate([some.values[:n].numpy() for some, n in zip(kept, lengths, strict=True)])
+        numbers = np.concatenate(
+            [some.indices[:n].numpy() + o for some, n, o in zip(kept, lengths, self.matrices.offsets, strict=False)]
+        )
+        # lists follow each other in model order and hold equal scores by index: a stable sort ranks ties as they should
+        # be
+        order = np.argsort(-values, kind="stable")[:stop]
+        self._prove_exact(kept, values[order], numbers[order], stop)
+        return numbers[order[start:]]
+
+    def _prove_exact(self, kept: list[Kept], values: np.ndarray, numbers: np.ndarray, stop: int) -> None:
+        """No weight that was not kept may come before the last one taken; the floors of the lists show that."""
+        full = len(values) == stop and stop > 0
+        last, owner = 0.0, 0
+        if full:
+            last = float(values[-1])
+            owner = int(np.searchsorted(self.matrices.offsets, numbers[-1], side="right")) - 1
+        open_lists = [
+            (name, some)
+            for position, (name, some) in enumerate(zip(self.matrices.names, kept, strict=True))
+            if some.floor > last or (full and some.floor == last and position < owner)
+        ]
+        if open_lists:
+            name, some = min(open_lists, key=lambda item: item[1].numel)
+            # the highest of all matrices are kept wherever they are; the highest of some layers are not
+            safe = stop / some.numel if self.matrices.restricted else (self.slice + 1) * self.fraction
+            raise self._not_kept(name, stop, len(some), safe)
+
+    def _not_kept(self, name: str, rank: int, kept: int, fraction: float) -> SelectionError:
+        limit, times = f"{self.argument}_max", f" and slice={self.slice}" if self.slice else ""
+        return SelectionError(
+            f"{self.argument}={self.fraction!r}{times} needs the top {rank} scores; of {name} only {kept} were kept, "
+            f"and others of its scores may be among them; score again with {limit}={min(1.0, fraction)!r} or more"
+        )
+
+
+def _bound_below(kept: list[Kept], rank: int) -> float:
+    """A score that at least ``rank`` kept ones reach, close below the ``rank``-th highest; -inf if there are too few.
+
+    From every ``stride``-th entry of each list: such a sample stands for the ``stride`` entries up to it, but the
+    first of a list for itself alone. So the highest ``len(kept) + rank / stride`` samples suffice.
+    """
+    stride = max(1, rank // 1024)
+    samples = np.concatenate([some.values.numpy()[::stride] for some in kept])
+    place = len(samples) - len(kept) - math.ceil(rank / stride)
+    return float(np.partition(samples, place)[place]) if place >= 0 else -math.inf
+
+
+def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:
+    """Ascending numbers that are not among other ascending numbers."""
+    if not len(removed):
+        return numbers
+    places = np.minimum(np.searchsorted(removed, numbers), len(removed) - 1)
+    return numbers[removed[places] != numbers]
+
+
+def _check_fraction(argument: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise SelectionError(f"{argument} must be a fraction in (0, 1], got {value!r}")
+    return float(value)
+
+
+def _check_layers(layers: Iterable[int], scores: Scores) -> list[int]:
+    try:
+        wanted = list(layers)
+    except TypeError:
+        raise SelectionError(f"layers must be an iterable of block indices, got {layers!r}") from None
+    blocks = set(scores.provenance.get("block_of", {}).values())
+    odd = [
+        layer for layer in wanted if isinstance(layer, bool) or not isinstance(layer, Integral) or layer not in blocks
+    ]
+    if odd or not wanted:
+        there = f"{min(blocks)} to {max(blocks)}" if blocks else "not known: the scores have no block_of"
+        raise SelectionError(f"layers must be indices of decoder blocks ({there}), got {odd or 'none'}")
+    return sorted({int(layer) for layer in wanted})
+
+
+def _in_layers(layers: list[int], scores: Scores) -> set[str]:
+    block_of = scores.provenance["block_of"]
+    return {name for name in scores.names if block_of[name] in layers}
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    lines = []
+    for argument, role in (("q", "harm"), ("p", "benign")):
+        side = report[role]
+        if side is None:
+            continue
+        if side["zero"]:
+            lines.append(
+                f"{argument} rounds to 0 weights in {len(side['zero'])} matrices (the first is {side['zero'][0]})"
+            )
+        if side["selected"] < side["asked"]:
+            missing = side["asked"] - side["selected"]
+            lines.append(f"{missing} of the {side['asked']} weights asked by {argument} have no {role} score above 0")
+    if lines:
+        message = "; ".join(lines) + "; see metadata['report'] of the mask"
+        warnings.warn(message, FastpruneWarning, stacklevel=4)
