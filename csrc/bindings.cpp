@@ -1,3 +1,102 @@
+// The boundary to Python: addresses, sizes and strides come in as integers, checked by fastprune/ops.py. No header of
+// torch is included, so the same build serves every torch; the interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
-PYBIND11_MODULE(_cpp, module) { module.doc() = "CPU kernels of fastprune; see fastprune/ops.py."; }
+#include <stdexcept>
+#include <string>
+
+#include "accumulate.h"
+#include "scores.h"
+#include "sparse.h"
+#include "top_scores.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using fastprune::Dtype;
+using fastprune::Formula;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void add_examples_gradient(Dtype dtype, bool square, Address acc, int64_t acc_stride, Address g, int64_t rows,
+                           int64_t columns, int threads) {
+  if (dtype == Dtype::float64) {
+    const auto add = square ? fastprune::add_square<double> : fastprune::add_abs<double>;
+    add(at<double>(acc), acc_stride, at<double>(g), rows, columns, threads);
+  } else {
+    const auto add = square ? fastprune::add_square<float> : fastprune::add_abs<float>;
+    add(at<float>(acc), acc_stride, at<float>(g), rows, columns, threads);
+  }
+}
+
+void add_column_squares(Dtype acc_dtype, Address acc, Dtype x_dtype, Address x, int64_t x_stride, int64_t n_tokens,
+                        int64_t columns, int threads) {
+  const auto add = [&](auto* sums, const auto* values) {
+    fastprune::add_column_squares(sums, values, x_stride, n_tokens, columns, threads);
+  };
+  const bool wide_acc = acc_dtype == Dtype::float64, wide_x = x_dtype == Dtype::float64;
+  if (wide_acc && wide_x) return add(at<double>(acc), at<const double>(x));
+  if (wide_acc) return add(at<double>(acc), at<const float>(x));
+  if (wide_x) return add(at<float>(acc), at<const double>(x));
+  add(at<float>(acc), at<const float>(x));
+}
+
+int64_t top_scores(Dtype weight_dtype, Address weight, int64_t n, int64_t columns, Dtype statistic_dtype,
+                   Address statistic, int64_t statistic_row_stride, int64_t statistic_column_stride,
+                   Formula formula, int64_t k, int threads, Address indices, Address values) {
+  const fastprune::ScoreSource source{at<const void>(weight),    weight_dtype, at<const void>(statistic),
+                                      statistic_dtype,           columns,      statistic_row_stride,
+                                      statistic_column_stride,   formula};
+  return fastprune::top_scores(source, n, k, threads, at<int64_t>(indices), at<float>(values));
+}
+
+template <class Call>
+void with_item_size(int item_size, Call call) {
+  switch (item_size) {
+    case 2: return call(uint16_t{});
+    case 4: return call(uint32_t{});
+    case 8: return call(uint64_t{});
+  }
+  throw std::invalid_argument("item_size: expected 2, 4 or 8, got " + std::to_string(item_size));
+}
+
+void gather(int item_size, Address from, Address offsets, int64_t count, Address to) {
+  with_item_size(item_size, [&](auto bits) {
+    fastprune::gather(at<const decltype(bits)>(from), at<const int64_t>(offsets), count, at<decltype(bits)>(to));
+  });
+}
+
+void scatter(int item_size, Address to, Address offsets, int64_t count, Address from) {
+  with_item_size(item_size, [&](auto bits) {
+    fastprune::scatter(at<decltype(bits)>(to), at<const int64_t>(offsets), count, at<const decltype(bits)>(from));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, module) {
+  module.doc() = "CPU kernels of fastprune. fastprune/cpu.py is the only caller; nothing is checked here.";
+  py::enum_<Dtype>(module, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("float64", Dtype::float64)
+      .value("float16", Dtype::float16)
+      .value("bfloat16", Dtype::bfloat16);
+  py::enum_<Formula>(module, "Formula")
+      .value("product", Formula::product)
+      .value("negated_product", Formula::negated_product)
+      .value("abs_product", Formula::abs_product)
+      .value("abs_weight_times", Formula::abs_weight_times)
+      .value("square_times", Formula::square_times)
+      .value("abs_weight", Formula::abs_weight);
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  module.def("add_examples_gradient", &add_examples_gradient, unlocked);
+  module.def("add_column_squares", &add_column_squares, unlocked);
+  module.def("top_scores", &top_scores, unlocked);
+  module.def("gather", &gather, unlocked);
+  module.def("scatter", &scatter, unlocked);
+}

@@ -1,0 +1,137 @@
+#include "scores.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "portable.h"
+
+namespace fastprune {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+template <class To, class From>
+FASTPRUNE_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FASTPRUNE_INLINE float widen(float value) { return value; }
+FASTPRUNE_INLINE double widen(double value) { return value; }
+FASTPRUNE_INLINE float widen(BFloat value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+// In plain integer arithmetic, so that it needs no F16C; without a branch, so that it vectorises. A subnormal is its
+// mantissa times 2^-24, which is exact and meets no float32 subnormal (flush-to-zero would lose those).
+FASTPRUNE_INLINE float widen(Half value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t normal = (magnitude << 13) + ((127u - 15u) << 23);
+  const uint32_t special = (magnitude << 13) | 0x7f800000u;
+  const uint32_t subnormal = bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t bits = magnitude >= 0x7c00u ? special : magnitude >= 0x0400u ? normal : subnormal;
+  return bit_cast<float>(bits | sign);
+}
+
+template <Formula formula, class Compute>
+FASTPRUNE_INLINE Compute score(Compute w, Compute s) {
+  switch (formula) {
+    case Formula::product: return w * s;
+    case Formula::negated_product: return -(w * s);
+    case Formula::abs_product: return std::fabs(w * s);
+    case Formula::abs_weight_times: return std::fabs(w) * s;
+    case Formula::square_times: return (w * w) * s;
+    case Formula::abs_weight: return std::fabs(w);
+  }
+  return w;
+}
+
+template <Formula formula, class Weight, class Statistic>
+FASTPRUNE_INLINE void form_loop(const Weight* weight, const Statistic* statistic, int count, float* out) {
+  using Widened = decltype(widen(Weight{}));
+  // The weight's magnitude is asked for with a statistic type of float, which is then not read.
+  using Compute = std::conditional_t<std::is_same_v<Widened, double> || std::is_same_v<Statistic, double>, double, float>;
+  for (int i = 0; i < count; ++i) {
+    const Compute s = formula == Formula::abs_weight ? Compute{1} : static_cast<Compute>(statistic[i]);
+    out[i] = static_cast<float>(score<formula>(static_cast<Compute>(widen(weight[i])), s)) + 0.0f;
+  }
+}
+
+template <class Weight, class Statistic>
+FASTPRUNE_INLINE void form_typed(Formula formula, const Weight* weight, const Statistic* statistic, int count, float* out) {
+  switch (formula) {
+    case Formula::product: return form_loop<Formula::product>(weight, statistic, count, out);
+    case Formula::negated_product: return form_loop<Formula::negated_product>(weight, statistic, count, out);
+    case Formula::abs_product: return form_loop<Formula::abs_product>(weight, statistic, count, out);
+    case Formula::abs_weight_times: return form_loop<Formula::abs_weight_times>(weight, statistic, count, out);
+    case Formula::square_times: return form_loop<Formula::square_times>(weight, statistic, count, out);
+    case Formula::abs_weight: return form_loop<Formula::abs_weight>(weight, statistic, count, out);
+  }
+}
+
+template <class Statistic>
+FASTPRUNE_INLINE void form_any(Dtype dtype, const void* weight, int64_t begin, Formula formula,
+                               const Statistic* statistic, int count, float* out) {
+  switch (dtype) {
+    case Dtype::float32: return form_typed(formula, static_cast<const float*>(weight) + begin, statistic, count, out);
+    case Dtype::float64: return form_typed(formula, static_cast<const double*>(weight) + begin, statistic, count, out);
+    case Dtype::float16: return form_typed(formula, static_cast<const Half*>(weight) + begin, statistic, count, out);
+    case Dtype::bfloat16: return form_typed(formula, static_cast<const BFloat*>(weight) + begin, statistic, count, out);
+  }
+}
+
+FASTPRUNE_CLONES void form_with_float(Dtype dtype, const void* weight, int64_t begin, Formula formula,
+                                      const float* statistic, int count, float* out) {
+  form_any(dtype, weight, begin, formula, statistic, count, out);
+}
+
+FASTPRUNE_CLONES void form_with_double(Dtype dtype, const void* weight, int64_t begin, Formula formula,
+                                       const double* statistic, int count, float* out) {
+  form_any(dtype, weight, begin, formula, statistic, count, out);
+}
+
+// The statistic of weights begin .. begin + count as consecutive values: where it stands, if it has the weight's layout,
+// else spread out into `tile` row by row.
+template <class Statistic>
+const Statistic* consecutive(const ScoreSource& source, int64_t begin, int count, Statistic* tile) {
+  const auto* statistic = static_cast<const Statistic*>(source.statistic);
+  const int64_t row_stride = source.statistic_row_stride, column_stride = source.statistic_column_stride;
+  if (source.formula == Formula::abs_weight) return tile;
+  if (column_stride == 1 && row_stride == source.columns) return statistic + begin;
+  for (int done = 0; done < count;) {
+    const int64_t row = (begin + done) / source.columns, column = (begin + done) % source.columns;
+    const int length = static_cast<int>(std::min<int64_t>(count - done, source.columns - column));
+    const Statistic* from = statistic + row * row_stride + column * column_stride;
+    if (column_stride == 1) {
+      std::memcpy(tile + done, from, length * sizeof(Statistic));
+    } else {
+      for (int i = 0; i < length; ++i) tile[done + i] = from[i * column_stride];
+    }
+    done += length;
+  }
+  return tile;
+}
+
+}  // namespace
+
+void form_scores(const ScoreSource& source, int64_t begin, int count, float* out) {
+  if (source.statistic_dtype == Dtype::float64) {
+    double tile[kTile];
+    form_with_double(source.weight_dtype, source.weight, begin, source.formula,
+                     consecutive(source, begin, count, tile), count, out);
+  } else {
+    float tile[kTile];
+    form_with_float(source.weight_dtype, source.weight, begin, source.formula, consecutive(source, begin, count, tile),
+                    count, out);
+  }
+}
+
+}  // namespace fastprune

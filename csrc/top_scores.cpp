@@ -1,0 +1,276 @@
+// One pass over the matrix is enough for most selections: a sample of the scores gives a threshold that a few more than
+// k of them should reach, one pass collects those, and the exact cut is made among them. Where the sample misleads (too
+// few reach it, or far too many), three histogram passes over the whole matrix find the k-th score itself.
+#include "top_scores.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "portable.h"
+
+namespace fastprune {
+namespace {
+
+// Unsigned integers in the order of the floats they stand for (-0 does not occur).
+uint32_t key_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+float value_of(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+struct Entry {
+  int64_t index;
+  uint32_t key;
+};
+using Entries = std::vector<Entry>;
+
+// Keys are cut into digits of 11, 11 and 10 bits, the highest first.
+constexpr int kDigits = 3, kBins = 2048;
+constexpr std::array<int, kDigits> kShift = {21, 10, 0};
+constexpr std::array<uint32_t, kDigits> kDigitMask = {2047, 2047, 1023};
+using Histogram = std::array<int64_t, kBins>;
+
+// Finds the k-th largest key digit by digit. count(digit, prefix, histogram) adds up the digit's values over all keys
+// whose higher digits are those of prefix; it returns false to give up.
+template <class Count>
+bool find_kth_key(int64_t k, Count count, uint32_t* kth) {
+  uint32_t prefix = 0;
+  for (int digit = 0; digit < kDigits; ++digit) {
+    Histogram histogram{};
+    if (!count(digit, prefix, histogram)) return false;
+    uint32_t bin = kDigitMask[digit];
+    while (histogram[bin] < k) k -= histogram[bin--];
+    prefix |= bin << kShift[digit];
+  }
+  *kth = prefix;
+  return true;
+}
+
+bool has_prefix(uint32_t key, int digit, uint32_t prefix) {
+  return digit == 0 || key >> kShift[digit - 1] == prefix >> kShift[digit - 1];
+}
+
+constexpr int kBlock = 32;  // at one survivor in a thousand, 97 blocks of a hundred are passed over by one test
+
+// hit[b] says whether block b has a score that reaches the threshold or is not a number.
+FASTPRUNE_CLONES void mark_blocks(const float* scores, int blocks, float threshold, uint8_t* hit) {
+  for (int b = 0; b < blocks; ++b) {
+    int any = 0;
+    for (int i = 0; i < kBlock; ++i) any |= !(scores[b * kBlock + i] < threshold);
+    hit[b] = static_cast<uint8_t>(any);
+  }
+}
+
+class Selection {
+ public:
+  Selection(const ScoreSource& source, int64_t n, int64_t k, int threads)
+      : source_(source), n_(n), k_(k), threads_(n < kSerial ? 1 : std::max(threads, 1)) {}
+
+  int64_t run(int64_t* indices, float* values) {
+    Entries entries;
+    bool enough;
+    if (n_ <= kSampled || k_ > n_ / 4) {
+      enough = collect(-std::numeric_limits<float>::infinity(), n_, n_, entries);
+    } else {
+      const float threshold = sampled_threshold();
+      enough = collect(threshold, 2 * expected_ + kSampled, n_, entries);
+    }
+    if (!enough || (first_nan_ < 0 && static_cast<int64_t>(entries.size()) < k_)) {
+      uint32_t kth;
+      first_nan_ = -1;
+      if (find_kth_key(k_, [&](int d, uint32_t p, Histogram& h) { return count_matrix(d, p, h); }, &kth)) {
+        collect(value_of(kth), n_, k_, entries);
+      }
+    }
+    if (first_nan_ >= 0) return first_nan_;
+    cut(entries);
+    sort(entries);
+    for (size_t i = 0; i < entries.size(); ++i) {
+      indices[i] = entries[i].index;
+      values[i] = value_of(entries[i].key);
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int64_t kSerial = 1 << 16;   // below, starting threads costs as much as they save
+  static constexpr int64_t kSampled = 1 << 15;  // scores in the sample: 2048 runs of 16 neighbours, one line of cache each
+  static constexpr int64_t kRun = 16;
+
+  template <class Visit>
+  void visit_tiles(Visit visit) const {
+    parallel_ranges(n_, threads_, [&](int part, int64_t begin, int64_t end) {
+      alignas(64) float scores[kTile];
+      for (; begin < end; begin += kTile) {
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - begin));
+        form_scores(source_, begin, count, scores);
+        if (!visit(part, begin, count, scores)) return;
+      }
+    });
+  }
+
+  void note_nan(std::vector<int64_t>& first, int part, int64_t index) const {
+    if (first[part] < 0) first[part] = index;
+  }
+
+  void keep_first_nan(const std::vector<int64_t>& first) {
+    first_nan_ = -1;
+    for (const int64_t index : first) {
+      if (index >= 0 && (first_nan_ < 0 || index < first_nan_)) first_nan_ = index;
+    }
+  }
+
+  // A score that about expected_ >= k others reach. Positions are drawn, one in each equal stretch of the matrix, since
+  // evenly spaced ones could all fall into one column.
+  float sampled_threshold() {
+    const int64_t runs = kSampled / kRun, stretch = n_ / runs;
+    std::vector<float> sample(kSampled);
+    parallel_ranges(runs, threads_, [&](int, int64_t begin, int64_t end) {
+      for (int64_t run = begin; run < end; ++run) {
+        uint64_t bits = static_cast<uint64_t>(run + 1) * 0x9e3779b97f4a7c15u;
+        bits ^= bits >> 31;
+        const int64_t offset = static_cast<int64_t>(bits % static_cast<uint64_t>(stretch - kRun + 1));
+        form_scores(source_, run * stretch + offset, kRun, &sample[run * kRun]);
+      }
+    });
+    for (float& score : sample) {
+      if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();  // found by the pass that follows
+    }
+    // Four standard deviations above the mean, and a little more where the mean is small: in 16.7 M independent scores
+    // one selection in ten thousand then needs the slow way; more survivors cost less than that.
+    const double mean = static_cast<double>(k_) * kSampled / static_cast<double>(n_);
+    const int64_t rank = std::min<int64_t>(kSampled - 1, static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 8));
+    expected_ = static_cast<int64_t>(static_cast<double>(rank + 1) * static_cast<double>(n_) / kSampled);
+    std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<float>());
+    return sample[rank];
+  }
+
+  // Collects, in the order of their indices, the scores that reach the threshold, of those equal to it at most `ties`
+  // per thread (the first ones). False if a thread finds more than `most`; scores that are not numbers are noted.
+  bool collect(float threshold, int64_t most, int64_t ties, Entries& entries) {
+    std::vector<Entries> found(threads_);
+    std::vector<int64_t> ties_left(threads_, ties), nan(threads_, -1);
+    std::atomic<bool> enough{true};
+    visit_tiles([&](int part, int64_t begin, int count, const float* scores) {
+      Entries& mine = found[part];
+      uint8_t hit[kTile / kBlock + 1];
+      const int blocks = count / kBlock;
+      mark_blocks(scores, blocks, threshold, hit);
+      hit[blocks] = 1;
+      for (int b = 0; b <= blocks; ++b) {
+        if (!hit[b]) continue;
+        for (int i = b * kBlock; i < std::min(count, (b + 1) * kBlock); ++i) {
+          if (scores[i] < threshold) continue;
+          if (std::isnan(scores[i])) {
+            note_nan(nan, part, begin + i);
+            return false;
+          }
+          if (scores[i] == threshold && ties_left[part]-- <= 0) continue;
+          mine.push_back({begin + i, key_of(scores[i])});
+        }
+      }
+      if (static_cast<int64_t>(mine.size()) <= most) return true;
+      enough = false;
+      return false;
+    });
+    keep_first_nan(nan);
+    if (!enough || first_nan_ >= 0) return enough;
+    entries = std::move(found[0]);
+    for (int part = 1; part < threads_; ++part) {
+      entries.insert(entries.end(), found[part].begin(), found[part].end());
+      Entries().swap(found[part]);
+    }
+    return true;
+  }
+
+  bool count_matrix(int digit, uint32_t prefix, Histogram& histogram) {
+    std::vector<Histogram> counts(threads_, Histogram{});
+    std::vector<int64_t> nan(threads_, -1);
+    visit_tiles([&](int part, int64_t begin, int count, const float* scores) {
+      Histogram& mine = counts[part];
+      for (int i = 0; i < count; ++i) {
+        if (std::isnan(scores[i])) {
+          note_nan(nan, part, begin + i);
+          return false;
+        }
+        const uint32_t key = key_of(scores[i]);
+        if (has_prefix(key, digit, prefix)) ++mine[key >> kShift[digit] & kDigitMask[digit]];
+      }
+      return true;
+    });
+    for (const Histogram& part : counts) {
+      for (int bin = 0; bin < kBins; ++bin) histogram[bin] += part[bin];
+    }
+    keep_first_nan(nan);
+    return first_nan_ < 0;
+  }
+
+  // Leaves the k best entries, still in the order of their indices.
+  void cut(Entries& entries) const {
+    if (static_cast<int64_t>(entries.size()) == k_) return;
+    uint32_t kth = 0;
+    int64_t above = 0;
+    find_kth_key(
+        k_,
+        [&](int digit, uint32_t prefix, Histogram& histogram) {
+          for (const Entry& entry : entries) {
+            if (has_prefix(entry.key, digit, prefix)) ++histogram[entry.key >> kShift[digit] & kDigitMask[digit]];
+          }
+          return true;
+        },
+        &kth);
+    for (const Entry& entry : entries) above += entry.key > kth;
+    int64_t ties = k_ - above;
+    const auto lost = [&](const Entry& entry) { return entry.key < kth || (entry.key == kth && ties-- <= 0); };
+    size_t kept = 0;
+    for (const Entry& entry : entries) {
+      if (!lost(entry)) entries[kept++] = entry;
+    }
+    entries.resize(kept);
+  }
+
+  // By descending key; stable, so that ties stay in the order of their indices.
+  static void sort(Entries& entries) {
+    Entries other(entries.size());
+    for (int digit = kDigits - 1; digit >= 0; --digit) {
+      Histogram start{};
+      const auto bin = [&](const Entry& entry) { return ~entry.key >> kShift[digit] & kDigitMask[digit]; };
+      for (const Entry& entry : entries) ++start[bin(entry)];
+      int64_t sum = 0;
+      for (int64_t& count : start) {
+        const int64_t here = count;
+        count = sum;
+        sum += here;
+      }
+      for (const Entry& entry : entries) other[start[bin(entry)]++] = entry;
+      entries.swap(other);
+    }
+  }
+
+  const ScoreSource& source_;
+  const int64_t n_, k_;
+  const int threads_;
+  int64_t expected_ = 0;
+  int64_t first_nan_ = -1;
+};
+
+}  // namespace
+
+int64_t top_scores(const ScoreSource& source, int64_t n, int64_t k, int threads, int64_t* indices, float* values) {
+  return Selection(source, n, k, threads).run(indices, values);
+}
+
+}  // namespace fastprune

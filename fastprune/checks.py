@@ -1,0 +1,122 @@
+"""What the operations accept: shapes, dtypes, devices, token ranges and indices, checked before any backend is called.
+
+``fastprune.ops`` is the only caller. A check returns its arguments in the form that every backend expects, or raises an
+:class:`~fastprune.errors.ArgumentError` that names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import ArgumentError
+from fastprune.reference import CRITERIA
+
+
+def check_accumulator(acc: Tensor, dims: int) -> None:
+    """An accumulator has float32 or float64 elements and as many dimensions as its statistic."""
+    if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
+
+
+def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
+    """A tensor of 16, 32 or 64 bit floats on the device of another."""
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+        raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ArgumentError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+
+
+def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, detached, swapped if that gives ``acc`` a unit column stride: ``(dy.T @ x).T`` is ``x.T @ dy``."""
+    check_accumulator(acc, dims=2)
+    for name, tensor, width in (("dy", dy, acc.shape[0]), ("x", x, acc.shape[1])):
+        check_float(name, tensor, like=acc)
+        if tensor.dim() != 2 or tensor.shape[1] != width:
+            raise ArgumentError(
+                f"{name}: expected (n_tokens, {width}) to fit acc {tuple(acc.shape)}, got {tuple(tensor.shape)}"
+            )
+    if dy.dtype != x.dtype or len(dy) != len(x):
+        raise ArgumentError(
+            f"dy and x: expected one dtype and number of tokens, got {dy.dtype} {len(dy)} and {x.dtype} {len(x)}"
+        )
+    if acc.shape[1] != 1 and acc.stride(1) != 1:
+        if acc.stride(0) != 1:
+            raise ArgumentError(f"acc: expected a unit stride in one dimension, got strides {acc.stride()}")
+        acc, dy, x = acc.T, x, dy
+    return acc.detach(), dy.detach(), x.detach()
+
+
+def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[int, int]]:
+    """First and end token of each example that has tokens."""
+    for name, tensor in (("starts", starts), ("lengths", lengths)):
+        if tensor.dim() != 1 or tensor.dtype != torch.int64 or tensor.shape != starts.shape:
+            raise ArgumentError(
+                f"{name}: expected int64 (n_examples,), as many of both, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    spans = []
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if start < 0 or length < 0 or start + length > n_tokens:
+            raise ArgumentError(
+                f"starts, lengths: example {i} has start {start} and length {length}, but there are {n_tokens} tokens"
+            )
+        if length:
+            spans.append((start, start + length))
+    return spans
+
+
+def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> int:
+    """The number of scores to select, as a plain integer; weight and statistic fit the criterion."""
+    if criterion not in CRITERIA:
+        raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+    check_float("weight", weight, like=weight)
+    k = operator.index(k)
+    if k < 0:
+        raise ArgumentError(f"k: expected 0 or more, got {k}")
+    if criterion == "magnitude":
+        if statistic is not None:
+            raise ArgumentError("statistic: expected None for 'magnitude', which needs no data")
+        return k
+    if statistic is None or statistic.dtype not in (torch.float32, torch.float64):
+        got = None if statistic is None else statistic.dtype
+        raise ArgumentError(f"statistic: expected a float32 or float64 tensor for {criterion!r}, got {got}")
+    check_float("statistic", statistic, like=weight)
+    try:
+        fits = statistic.shape == weight.shape or (
+            criterion == "wanda" and torch.broadcast_shapes(statistic.shape, weight.shape) == weight.shape
+        )
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ArgumentError(f"statistic: {tuple(statistic.shape)} does not fit the weight {tuple(weight.shape)}")
+    return k
+
+
+def check_elements(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """A one-dimensional view of the weight's memory, and the offsets of the indexed elements in it."""
+    check_float("weight", weight, like=weight)
+    if indices.dim() != 1 or indices.dtype != torch.int64 or indices.device != weight.device:
+        got = f"{indices.dtype} {tuple(indices.shape)} on {indices.device}"
+        raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
+    if indices.numel():
+        lowest, highest = (int(bound) for bound in indices.aminmax())
+        if lowest < 0 or highest >= weight.numel():
+            bounds = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
+            raise ArgumentError(f"indices: expected {bounds}, got {lowest} to {highest}")
+    weight = weight.detach()
+    if weight.is_contiguous():
+        return weight.view(-1), indices
+    extents = sorted((stride, size) for stride, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)
+    reach = 0
+    for stride, size in extents:
+        if stride <= reach:
+            raise ArgumentError(f"weight: elements share memory: {tuple(weight.shape)}, strides {weight.stride()}")
+        reach += stride * (size - 1)
+    offsets = torch.zeros_like(indices)
+    rest = indices
+    for size, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
+        offsets += rest % size * stride
+        rest = rest // size
+    return weight.as_strided((reach + 1,), (1,)), offsets

@@ -1,0 +1,140 @@
+"""The operations of :mod:`fastprune.ops` in plain torch, short enough to be checked by eye.
+
+Every other backend is tested against these. They take what ``ops`` has validated, run on any device, and work in the
+dtype of the accumulator (float32 or float64). Where ``ops`` has no faster backend for a device, selection, apply and
+``accumulate_act_sq_sum`` run from here. This module knows no backend, no model and no file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import ScoringError
+
+CRITERIA = ("signed", "abs", "abs_of_sum", "fisher", "wanda", "signed_reverse", "magnitude")
+ACT_SQ_LANES = 128
+
+
+@torch.no_grad()
+def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor) -> None:
+    """``acc += dy.T @ x``: the gradient of a Linear's weight, summed over tokens."""
+    acc.add_(dy.to(acc.dtype).T @ x.to(acc.dtype))
+
+
+@torch.no_grad()
+def accumulate_grad_abs_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor) -> None:
+    """``acc += sum_i |dy_i.T @ x_i|`` over examples i, whose tokens are ``starts[i] : starts[i] + lengths[i]``."""
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        tokens = slice(start, start + length)
+        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).abs())
+
+
+@torch.no_grad()
+def accumulate_grad_sq_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor) -> None:
+    """``acc += sum_i (dy_i.T @ x_i)**2``: the diagonal of the empirical Fisher matrix."""
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        tokens = slice(start, start + length)
+        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).square())
+
+
+@torch.no_grad()
+def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
+    """``acc[j] += sum_t x[t, j]**2`` in float64, in an order that is part of the definition.
+
+    Tokens t, t + 128, t + 256, ... are added one after the other; the 128 sums are then folded in half until one is
+    left. So every backend gives the same bits, and the error does not grow with the number of tokens.
+    """
+    lanes = torch.zeros(ACT_SQ_LANES, x.shape[1], dtype=torch.float64, device=x.device)
+    for block in x.split(ACT_SQ_LANES):
+        lanes[: len(block)] += block.double().square()
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    acc.copy_(acc.double() + lanes[0])
+
+
+@torch.no_grad()
+def form_scores(weight: Tensor, statistic: Tensor | None, criterion: str) -> Tensor:
+    """Scores of all weights.
+
+    Args:
+        weight: ``(rows, cols)``, any float dtype; upcast before the product.
+        statistic: float32 or float64, of the weight's shape or (``wanda``) broadcastable to it; ``None`` for
+            ``magnitude``.
+        criterion: One of :data:`CRITERIA`.
+
+    Returns:
+        float32 ``(rows, cols)``; the product is formed in float64 where an operand is, and then rounded. -0 is +0.
+
+    Source: arXiv 2604.09544 (signed, abs), 2402.05162 (abs_of_sum, wanda).
+    """
+    wide = torch.float64 if torch.float64 in (weight.dtype, getattr(statistic, "dtype", None)) else torch.float32
+    w = weight.to(wide)
+    s = None if statistic is None else statistic.to(wide)
+    match criterion:
+        case "signed":
+            scores = -(w * s)
+        case "signed_reverse":
+            scores = w * s
+        case "abs":
+            scores = w.abs() * s
+        case "abs_of_sum":
+            scores = (w * s).abs()
+        case "fisher":
+            scores = w * w * s
+        case "wanda":
+            scores = w.abs() * s.sqrt()
+        case "magnitude":
+            scores = w.abs()
+    return scores.to(torch.float32) + 0.0
+
+
+@torch.no_grad()
+def top_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> tuple[Tensor, Tensor]:
+    """The k best scores: int64 flat indices and float32 values, by descending score, ties by ascending index.
+
+    Raises:
+        ScoringError: A score is not a number; the message names the first one.
+    """
+    scores = form_scores(weight, statistic, criterion).flatten()
+    nan = scores.isnan()
+    if nan.any():
+        raise nan_score(int(nan.nonzero()[0]), weight, criterion)
+    k = min(k, scores.numel())
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device), scores[:0]
+    kth = scores.topk(k, sorted=False).values.min()
+    candidates = (scores >= kth).nonzero().flatten()
+    order = scores[candidates].sort(descending=True, stable=True).indices[:k]
+    return candidates[order], scores[candidates[order]]
+
+
+def nan_score(index: int, weight: Tensor, criterion: str) -> ScoringError:
+    """The error for a score that is not a number, at a flat index."""
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), weight.shape))
+    return ScoringError(
+        f"the {criterion!r} score at flat index {index}, position {position} of the {tuple(weight.shape)} weight, "
+        "is not a number; the weight or its statistic is NaN, infinite times zero, or a negative sum of squares"
+    )
+
+
+@torch.no_grad()
+def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """``elements[offsets] *= scale`` (scale 0 writes +0); returns what stood there. ``elements`` is one-dimensional."""
+    old = elements[offsets]
+    elements[offsets] = scaled(old, scale)
+    return old
+
+
+@torch.no_grad()
+def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
+    """``elements[offsets] = old``, bit by bit."""
+    elements[offsets] = old
+
+
+def scaled(old: Tensor, scale: float) -> Tensor:
+    """``old * scale`` in float32 (float64 for float64), rounded to the dtype of ``old``; all +0 where scale is 0."""
+    if scale == 0:
+        return torch.zeros_like(old)
+    wide = torch.float64 if old.dtype == torch.float64 else torch.float32
+    return (old.to(wide) * scale).to(old.dtype)
