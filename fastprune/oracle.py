@@ -36,7 +36,8 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         examples: Objects with ``input_ids`` and ``labels`` (-100 = not scored), unpadded.
 
     Returns:
-        ``{name: {"grad_sum", "grad_abs_sum", "grad_sq_sum": like the weight, "act_sq_sum": (in_features,)}}``.
+        ``{name: {"grad_sum", "grad_abs_sum", "grad_sq_sum": like the weight, "act_sq_sum": (in_features,)}}``; the last is
+        ``(in_features, 1)`` for a weight stored ``(in, out)``, so that it always broadcasts along the right axis.
     """
     model = copy.deepcopy(model).double().eval()
     matrices = eligible_matrices(model)
@@ -46,10 +47,11 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         for matrix, weight in zip(matrices, weights, strict=True)
     }
     for matrix, weight in zip(matrices, weights, strict=True):
-        result[matrix.name]["act_sq_sum"] = weight.new_zeros(weight.shape[0 if matrix.input_major else 1])
+        shape = (weight.shape[0], 1) if matrix.input_major else (weight.shape[1],)
+        result[matrix.name]["act_sq_sum"] = weight.new_zeros(shape)
 
         def add_inputs(module, args, total=result[matrix.name]["act_sq_sum"]):
-            total += args[0].detach().flatten(0, -2).square().sum(0)
+            total += args[0].detach().flatten(0, -2).square().sum(0).view_as(total)
 
         matrix.module.register_forward_pre_hook(add_inputs)
     for example in examples:
@@ -73,16 +75,13 @@ def oracle_score(weight: torch.Tensor, statistics: dict[str, torch.Tensor], crit
         criterion: A name of method's table.
     """
     w = weight.detach().double()
-    if criterion == "wanda":
-        inputs = statistics["act_sq_sum"]
-        # Stored (out, in), the input runs along the last axis; GPT-2's Conv1D stores (in, out).
-        return w.abs() * (inputs.sqrt() if w.shape[1] == len(inputs) else inputs.sqrt().unsqueeze(1))
     return {
         "signed": lambda: -w * statistics["grad_sum"],
         "signed_reverse": lambda: w * statistics["grad_sum"],
         "abs": lambda: w.abs() * statistics["grad_abs_sum"],
         "abs_of_sum": lambda: (w * statistics["grad_sum"]).abs(),
         "fisher": lambda: w.square() * statistics["grad_sq_sum"],
+        "wanda": lambda: w.abs() * statistics["act_sq_sum"].sqrt(),
         "magnitude": lambda: w.abs(),
     }[criterion]()
 

@@ -269,9 +269,19 @@ class _SharesState(nn.Module):
         return self.block(hidden, **kwargs) * len(self.memory)
 
 
+class _Clear:
+    """A hook with its own reference to the memory, so that a deep copy of the model has a memory of its own."""
+
+    def __init__(self, memory: list) -> None:
+        self.memory = memory
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.memory.clear()
+
+
 def stateful(model: nn.Module) -> nn.Module:
     memory: list = []
-    model.register_forward_pre_hook(lambda module, args: memory.clear())
+    model.register_forward_pre_hook(_Clear(memory))
     for index, block in enumerate(model.model.layers):
         model.model.layers[index] = _SharesState(block, memory)
     return model

@@ -113,6 +113,7 @@ def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor
 
     with torch.no_grad():
         hidden, arguments = view.prologue(batch)
+        view.run(0, view.n_blocks, hidden, arguments)  # as the engine does before it recomputes: nothing may be left behind
     sink = _OneGradient()
     with Capture([matrix], sink) as capture, capture.micro_batch(batch.input_ids.numel()):
         leaving = view.run(0, view.n_blocks, hidden.detach().requires_grad_(True), arguments)

@@ -89,6 +89,8 @@ def score(
         raise ArgumentError(
             f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
         )
+    if harm_loader is None:
+        raise ArgumentError("harm_loader: expected an iterable of batches, got None")
     if resume is not None:
         raise ArgumentError(f"resume: runs cannot be resumed yet; expected None, got {resume!r}")
     if isinstance(model, str | os.PathLike):
