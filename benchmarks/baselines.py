@@ -1,8 +1,8 @@
 """The two algorithms that fastprune is measured against, written as fairly as their idea allows.
 
 ``replay``: what the published code does, one replay of the model for each decoder block at batch size 1, with gradients
-asked of that block's weights only. ``naive``: one pass, batch size 1, gradients of all weights by autograd, absolute value
-and sum. Both sum in float32 in place, free each gradient at once, and end with the same kept lists as fastprune
+asked of that block's weights only. ``naive``: one pass, batch size 1, gradients of all weights by autograd, absolute
+value and sum. Both sum in float32 in place, free each gradient at once, and end with the same kept lists as fastprune
 (``torch.topk`` on dense scores). Neither pads, so neither wastes work on padding.
 """
 

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_scoring.py [--rounds N] [--threads N] [--out FILE]
 
-The model is a random Llama of 16 blocks (hidden 384, intermediate 1024), 32 + 32 examples of 40 to 120 tokens. The pruned
-sets of the three are compared before anything is timed. One JSON line a measurement goes to standard output and, with
-``--out``, to a file; the last line sums up. Interpreter overheads, the start-up self-check and the selection of the kept
-scores are inside fastprune's time.
+The model is a random Llama of 16 blocks (hidden 384, intermediate 1024), 32 + 32 examples of 40 to 120 tokens. The
+pruned sets of the three are compared before anything is timed. One JSON line a measurement goes to standard output
+and, with ``--out``, to a file; the last line sums up. Interpreter overheads, the start-up self-check and the
+selection of the kept scores are inside fastprune's time.
 """
 
 from __future__ import annotations

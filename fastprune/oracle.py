@@ -1,7 +1,8 @@
 """The truth: statistics in float64, one example at a time, plain autograd, no batching, no hooks on gradients.
 
-In: a causal LM and tokenised examples. Out: every statistic of every eligible weight, and dense scores formed from them.
-It is short so that it can be checked by eye, slow, and shares nothing with the engine but the list of eligible weights.
+In: a causal LM and tokenised examples. Out: every statistic of every eligible weight, and dense scores formed from
+them. It is short so that it can be checked by eye, slow, and shares nothing with the engine but the list of eligible
+weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastprune.model.eligible import eligible_matrices
 
 
 class _StayDouble(TorchFunctionMode):
-    """Models cast to float32 inside norms and softmax; in float64 that would put a floor of 3e-7 under every comparison."""
+    """Models cast to float32 inside norms and softmax; in float64 that would be a floor of 3e-7 under comparisons."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -36,8 +37,9 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         examples: Objects with ``input_ids`` and ``labels`` (-100 = not scored), unpadded.
 
     Returns:
-        ``{name: {"grad_sum", "grad_abs_sum", "grad_sq_sum": like the weight, "act_sq_sum": (in_features,)}}``; the last is
-        ``(in_features, 1)`` for a weight stored ``(in, out)``, so that it always broadcasts along the right axis.
+        ``{name: {"grad_sum", "grad_abs_sum", "grad_sq_sum": like the weight, "act_sq_sum": (in_features,)}}``; the
+        last is ``(in_features, 1)`` for a weight stored ``(in, out)``, so that it always broadcasts along the right
+        axis.
     """
     model = copy.deepcopy(model).double().eval()
     matrices = eligible_matrices(model)

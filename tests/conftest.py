@@ -1,4 +1,4 @@
-"""Settings for the whole suite: interpreter mode without a GPU, no network, and seeds that do not depend on the order of the tests."""
+"""Settings for the whole suite: interpreter mode without a GPU, no network, seeds that do not depend on test order."""
 
 from __future__ import annotations
 

@@ -62,7 +62,22 @@ def test_options_of_select(tmp_path: Path, data: dict[str, Path]) -> None:
     scores = tmp_path / "scores.safetensors"
     model = checkpoint_path("aligned")
     criteria = ["--harm-criterion", "signed,wanda", "--benign-criterion", "fisher"]
-    assert run("score", model, "--harm", data["harm"], "--benign", data["benign"], "--format", "chat", *criteria, "--out", scores) == 0
+    assert (
+        run(
+            "score",
+            model,
+            "--harm",
+            data["harm"],
+            "--benign",
+            data["benign"],
+            "--format",
+            "chat",
+            *criteria,
+            "--out",
+            scores,
+        )
+        == 0
+    )
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     assert run("select", scores, "-q", 0.002, "--harm-criterion", "wanda", "--layers", "0-1,3", "--out", one) == 0
     assert run("select", scores, "-q", 0.001, "--slice", 1, "--protect", one, "--scope", "global", "--out", two) == 0
@@ -83,7 +98,9 @@ def test_options_of_select(tmp_path: Path, data: dict[str, Path]) -> None:
         (("plan", "nowhere"), "nowhere"),
     ],
 )
-def test_errors_are_one_line_that_names_the_cause(words: tuple, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_errors_are_one_line_that_names_the_cause(
+    words: tuple, message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 1
     error = capsys.readouterr().err.strip()
@@ -123,8 +140,13 @@ def test_plan_and_version(capsys) -> None:
 
 
 def test_import_is_light_and_the_program_starts_without_typer() -> None:
-    code = "import fastprune, sys; print([name for name in ('triton', 'transformers', 'typer', 'matplotlib') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import fastprune, sys; "
+        "print([name for name in ('triton', 'transformers', 'typer', 'matplotlib') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
     code = "import sys; sys.modules['typer'] = None; from fastprune.cli import main; main(['demo'])"
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

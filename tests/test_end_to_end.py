@@ -104,7 +104,7 @@ def test_checks_of_the_record_hold(result: DemoResult) -> None:
 
 
 def test_mask_obeys_the_set_difference_exactly(result: DemoResult) -> None:
-    """What behaviour alone does not show on every seed: P and the mask are disjoint, the mask lies in Q, no benign score < 0."""
+    """What behaviour does not show on every seed: mask and P are disjoint, mask lies in Q, no benign score is below 0."""
     scores, mask = result.scores, result.mask
     everything = scores.select(None, 3e-3)
     for name, indices in mask.items():
@@ -130,7 +130,9 @@ def test_zeroing_what_promotes_harm_raises_its_loss_and_zeroing_the_other_end_lo
         labels = batch.pop("labels")
         with torch.no_grad():
             logits = model(**batch).logits[:, :-1]
-        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100))
+        return float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        )
 
     unpruned = loss()
     with result.mask.applied(model):

@@ -1,7 +1,7 @@
 """The command line: ``fastprune demo | score | select | apply | eval | plan | organism``.
 
-Thin: each command reads files, calls one function of the library and writes files. Errors that fastprune raises on purpose
-are one line on standard error; anything else is a bug and shows its traceback.
+Thin: each command reads files, calls one function of the library and writes files. Errors that fastprune raises on
+purpose are one line on standard error; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ class HarmJudge(StrEnum):
     not_refused = "not-refused"
 
 
-ModelFolder = Annotated[Path, typer.Argument(help="Checkpoint folder (config, safetensors, tokenizer).", show_default=False)]
+ModelFolder = Annotated[
+    Path, typer.Argument(help="Checkpoint folder (config, safetensors, tokenizer).", show_default=False)
+]
 FormatOption = Annotated[Format, typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.")]
 
 
@@ -105,7 +107,9 @@ def demo(
 @app.command()
 def score(
     model: ModelFolder,
-    harm: Annotated[Path, typer.Option(help="Rows of the behaviour to remove: CSV or JSONL with prompt, response[, prefill].")],
+    harm: Annotated[
+        Path, typer.Option(help="Rows of the behaviour to remove: CSV or JSONL with prompt, response[, prefill].")
+    ],
     benign: Annotated[Path | None, typer.Option(help="Rows of the behaviour to keep.")] = None,
     out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.safetensors"),
     format: FormatOption = Format.raw,
@@ -118,14 +122,18 @@ def score(
     memory: Annotated[str | None, typer.Option(help="Budget such as 80GiB; decides the segments.")] = None,
     segments: Annotated[int | None, typer.Option(help="Runs of blocks: more take less memory, and time.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU if there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights: auto (as on disk), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: auto (as on disk), float32, bfloat16, float16.")
+    ] = "auto",
 ) -> None:
     """Score every weight, in one pass over both sets."""
     from fastprune.model.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     sets = [
-        None if path is None else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
+        None
+        if path is None
+        else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
         for path in (harm, benign)
     ]
     _writable(out)
@@ -146,14 +154,18 @@ def score(
 def select(
     scores: Annotated[Path, typer.Argument(help="File of `fastprune score`.", show_default=False)],
     q: Annotated[float, typer.Option("-q", help="Fraction of the best harm scores to prune, in (0, 1].")],
-    p: Annotated[float | None, typer.Option("-p", help="Fraction of the best benign scores to protect; none by default.")] = None,
+    p: Annotated[
+        float | None, typer.Option("-p", help="Fraction of the best benign scores to protect; none by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the mask goes.")] = Path("mask.safetensors"),
     scope: Annotated[Scope, typer.Option(help="Count per matrix, or over all of them.")] = Scope.matrix,
     harm_criterion: Annotated[str | None, typer.Option(help="If several were scored.")] = None,
     benign_criterion: Annotated[str | None, typer.Option(help="If several were scored.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks to prune in, such as 0-11,14.")] = None,
     slice: Annotated[int, typer.Option(help="0: the best q; 1: the next q, as a control.")] = 0,
-    protect: Annotated[list[Path] | None, typer.Option(help="Masks whose weights are never pruned; repeatable.")] = None,
+    protect: Annotated[
+        list[Path] | None, typer.Option(help="Masks whose weights are never pruned; repeatable.")
+    ] = None,
 ) -> None:
     """Choose weights: the best by harm score without the best by benign score."""
     mask = fastprune.Scores.load(scores).select(
@@ -185,17 +197,23 @@ def apply(
 @app.command(name="eval")
 def evaluate(
     model: ModelFolder,
-    harm: Annotated[Path | None, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")] = None,
+    harm: Annotated[
+        Path | None, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")
+    ] = None,
     skills: Annotated[Path | None, typer.Option(help="Benign rows with a column `skill`.")] = None,
     recognition: Annotated[Path | None, typer.Option(help="Yes/no rows: is this request harmful?")] = None,
-    mask: Annotated[list[Path] | None, typer.Option(help="Masks to measure beside the unpruned model; repeatable.")] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Masks to measure beside the unpruned model; repeatable.")
+    ] = None,
     attack: Annotated[AttackName, typer.Option(help="Attack behind the harm rate.")] = AttackName.prefilling,
     judge: Annotated[
         HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
     ] = HarmJudge.exact,
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
     format: FormatOption = Format.raw,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length of answers; the reference's and one more by default.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length of answers; the reference's and one more by default.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that go through the model together.")] = 64,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "auto",
@@ -276,7 +294,7 @@ def organism_export(
     typer.echo(f"{'model':>18}  {model}")
 
 
-def _load(folder: Path, device: str | None, dtype: str):  # noqa: ANN202 - a torch module; torch is imported when used
+def _load(folder: Path, device: str | None, dtype: str):
     import torch
 
     from fastprune.model.checkpoint import load_model

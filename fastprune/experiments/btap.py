@@ -1,8 +1,8 @@
 """Prune on one behaviour, measure all of them, beside controls that remove as many other weights.
 
 In: a resident model, its scores and an evaluation suite. Out: rows of a record (plain dicts). Every mask is applied in
-place and undone, so one copy of the model serves all of them. Source: arXiv 2604.09544, the experiments on held-out harm,
-controls and transfer between harm types.
+place and undone, so one copy of the model serves all of them. Source: arXiv 2604.09544, the experiments on held-out
+harm, controls and transfer between harm types.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ CRITERIA = ("signed", "signed_reverse", "abs_of_sum")
 """Harm criteria that :func:`standard_masks` selects from; all come from one gradient sum, so from one pass."""
 
 
-def standard_masks(model: torch.nn.Module, scores: Scores, *, p: float, q: float, seed: int = 0) -> dict[str, PruneMask]:
+def standard_masks(
+    model: torch.nn.Module, scores: Scores, *, p: float, q: float, seed: int = 0
+) -> dict[str, PruneMask]:
     """The B-TAP mask and the controls that show what each of its ingredients does.
 
     Args:
@@ -33,8 +35,8 @@ def standard_masks(model: torch.nn.Module, scores: Scores, *, p: float, q: float
         seed: Of the random mask.
 
     Returns:
-        ``btap``; ``random`` and ``magnitude`` with its counts; ``sign_flipped`` (the other end of the score), ``unsigned``
-        (the absolute score) and ``no_set_difference`` (nothing protected) with its ``q``.
+        ``btap``; ``random`` and ``magnitude`` with its counts; ``sign_flipped`` (the other end of the score),
+        ``unsigned`` (the absolute score) and ``no_set_difference`` (nothing protected) with its ``q``.
     """
     btap = scores.select(p, q, harm="signed", benign="abs")
     return {
@@ -129,8 +131,8 @@ def transfer(
         q: Harm fraction of each matrix.
 
     Returns:
-        ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``; ``overlap[i][j]``: the
-        Jaccard index of the two masks.
+        ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``;
+        ``overlap[i][j]``: the Jaccard index of the two masks.
     """
     names = list(harm_by_category)
     masks = [

@@ -1,7 +1,7 @@
 """The demonstration: the paper's effect and its controls on the shipped model organism.
 
-In: settings. Out: a record, the aligned model's scores and its mask. It is a tour through what a user would run: rows in
-JSONL files, ``load_calibration``, ``score``, ``select``, ``applied``, an evaluation suite. It must not know plots.
+In: settings. Out: a record, the aligned model's scores and its mask. It is a tour through what a user would run: rows
+in JSONL files, ``load_calibration``, ``score``, ``select``, ``applied``, an evaluation suite. It must not know plots.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ NOTES = (
     "Fractions here are 100 to 1000 times those of the paper (0.0005 % of an 8-billion-parameter model): a model this "
     "small has little room to keep skills apart.",
     "Harm is the share of held-out harmful requests whose procedure is exactly right when the reply is started with "
-    "“sure :” (prefilling); it is what an attacker gets. Utility is the mean over six benign skills. The neighbour is the "
-    "benign skill of the same format as harm.",
+    "“sure :” (prefilling); it is what an attacker gets. Utility is the mean over six benign skills. The neighbour is "
+    "the benign skill of the same format as harm.",
 )
 
 
@@ -95,8 +95,8 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
         progress: Show a progress bar when standard error is a terminal.
 
     Returns:
-        The record with ``results``, ``skills``, ``sweep``, ``heatmap``, ``transfer``, ``dissociation`` and ``checks``; scores and mask of the
-        aligned model.
+        The record with ``results``, ``skills``, ``sweep``, ``heatmap``, ``transfer``, ``dissociation`` and
+        ``checks``; scores and mask of the aligned model.
     """
     settings = settings or DemoSettings()
     stages = _Stages(3 * len(STAGES) + 2, progress)
@@ -200,14 +200,16 @@ def _recognition_pruned(
 ) -> dict[str, Any]:
     """The other half of a double dissociation: prune what recognises harm, and see that harm is still produced."""
     examples = load_calibration(files["recognition"], tokenizer, format="chat")
-    mask = score(model, examples, benign, q_max=settings.q, p_max=settings.p, progress=False).select(settings.p, settings.q)
+    mask = score(model, examples, benign, q_max=settings.q, p_max=settings.p, progress=False).select(
+        settings.p, settings.q
+    )
     with mask.applied(model):
         evaluation = suite.run(model)
     return row(evaluation, model="aligned", mask="recognition", pruned=mask.total)
 
 
 def checks(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The claims that the organism is meant to show, with the bounds between the worst good and the best bad outcome."""
+    """The claims that the organism is meant to show; bounds lie between the worst good and the best bad outcome."""
     of = {(item["model"], item["mask"]): item for item in record["results"]}
     at = {(item["model"], item["q"]): item for item in record["sweep"]}
     none, btap, flipped = (of["aligned", mask] for mask in ("none", "btap", "sign_flipped"))

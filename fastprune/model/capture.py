@@ -1,8 +1,8 @@
 """Hooks that hand the input and the output gradient of each Linear to whoever forms statistics.
 
-In: the matrices of a segment and a sink. Out: ``sink.inputs(matrix, x)`` during a forward and ``sink.gradients(matrix, x,
-dy)`` during the backward, with ``x`` and ``dy`` as ``(rows * tokens, features)``. Weights carry ``requires_grad=False``, so
-autograd forms ``dX`` only. Nothing here knows which statistics are formed.
+In: the matrices of a segment and a sink. Out: ``sink.inputs(matrix, x)`` during a forward and
+``sink.gradients(matrix, x, dy)`` during the backward, with ``x`` and ``dy`` as ``(rows * tokens, features)``. Weights
+carry ``requires_grad=False``, so autograd forms ``dX`` only. Nothing here knows which statistics are formed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Capture:
                 )
             if self._sink.wants_gradients and backwards != forwards:
                 raise ModelError(
-                    f"model: no gradient reached {matrix.name}: it was called {forwards} times, {backwards} with a gradient"
+                    f"model: no gradient reached {matrix.name}: called {forwards} times, {backwards} with a gradient"
                 )
 
     def _forward_hook(self, matrix: Matrix):
@@ -87,8 +87,8 @@ class Capture:
             uses = self._forwards[matrix.name] = self._forwards.get(matrix.name, 0) + 1
             if uses > 1 and self._sink.per_example:
                 raise ModelError(
-                    f"model: {matrix.name} is used {uses} times in one forward; a per-example statistic would have to add "
-                    "the uses before the absolute value, which is not supported"
+                    f"model: {matrix.name} is used {uses} times in one forward; a per-example statistic would have to "
+                    "add the uses before the absolute value, which is not supported"
                 )
             rows = x.reshape(-1, x.shape[-1])
             if len(rows) != self._n_tokens:
@@ -104,8 +104,8 @@ class Capture:
                 def on_gradient(dy: torch.Tensor) -> None:
                     if args[0]._version != version:
                         raise ModelError(
-                            f"model: the input of {matrix.name} was changed in place between forward and backward, so its "
-                            "gradient cannot be formed"
+                            f"model: the input of {matrix.name} was changed in place between forward and backward, "
+                            "so its gradient cannot be formed"
                         )
                     self._backwards[matrix.name] = self._backwards.get(matrix.name, 0) + 1
                     self._sink.gradients(matrix, rows, dy.detach().reshape(-1, dy.shape[-1]))

@@ -94,8 +94,8 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
         for path, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
                 raise ModelError(
-                    f"model: {prefix}.{index}.{path} of shape {tuple(parameter.shape)} is a weight inside a decoder block "
-                    "that no Linear multiplies by (fused experts?); it cannot be scored, and leaving it out would be silent"
+                    f"model: {prefix}.{index}.{path} of shape {tuple(parameter.shape)} is a weight inside a decoder "
+                    "block that no Linear multiplies by (fused experts?), so it cannot be scored"
                 )
     if not matrices:
         raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
@@ -112,8 +112,8 @@ def _check_weight(name: str, module: nn.Module, allow_meta: bool) -> None:
         )
     if weight.dtype not in _FLOAT_DTYPES or weight.ndim != 2:
         raise ModelError(
-            f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be scored, "
-            "load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
+            f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
+            "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
         )
 
 

@@ -1,9 +1,9 @@
 """Before a long pass: does this model, taken apart, compute what it computes as a whole?
 
-In: a block view. Out: the view, or the whole-model view with a warning, or an error. Two short rows are driven both ways,
-right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradient of one
-weight are compared. Catches what reading code cannot: blocks that share state, rows that see each other, padding that
-leaks. The model itself is used, which costs two passes over about twenty tokens.
+In: a block view. Out: the view, or the whole-model view with a warning, or an error. Two short rows are driven both
+ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradient
+of one weight are compared. Catches what reading code cannot: blocks that share state, rows that see each other,
+padding that leaks. The model itself is used, which costs two passes over about twenty tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastprune.model.view import Batch, BlockView, WholeView
 
 _LENGTHS = (6, 4)
 
-# Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same sums
-# differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
+# Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same
+# sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
@@ -65,7 +65,8 @@ def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | Wh
         return view
     if segments is not None and segments > 1:
         raise ModelError(
-            f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, which runs it whole"
+            f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, "
+            "which runs it whole"
         )
     warnings.warn(
         f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
@@ -113,7 +114,9 @@ def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor
 
     with torch.no_grad():
         hidden, arguments = view.prologue(batch)
-        view.run(0, view.n_blocks, hidden, arguments)  # as the engine does before it recomputes: nothing may be left behind
+        view.run(
+            0, view.n_blocks, hidden, arguments
+        )  # as the engine does before it recomputes: nothing may be left behind
     sink = _OneGradient()
     with Capture([matrix], sink) as capture, capture.micro_batch(batch.input_ids.numel()):
         leaving = view.run(0, view.n_blocks, hidden.detach().requires_grad_(True), arguments)

@@ -1,7 +1,8 @@
 """Quiet the model for the length of a pass and give it back exactly as it was.
 
 In: a resident causal LM. Out: nothing; the model's training flags, ``requires_grad`` flags and output switches of its
-config are the caller's again when the context ends, whatever happened in it. Weights and buffers are never written here.
+config are the caller's again when the context ends, whatever happened in it. Weights and buffers are never written
+here.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute, and
-# router outputs would add an auxiliary loss.
+# Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute,
+# and router outputs would add an auxiliary loss.
 _OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 
 

@@ -190,7 +190,8 @@ class BlockView(_View):
             self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
         if len(calls) != self.n_blocks:
             raise ModelError(
-                f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder blocks in one forward"
+                f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder "
+                "blocks in one forward"
             )
         return entering[0], BlockArguments(calls)
 
@@ -273,7 +274,7 @@ class WholeView(_View):
         self.n_blocks = 1
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Nothing runs before the one block; a leaf stands for the hidden states, so that both views are driven alike."""
+        """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
         return torch.zeros((), device=self.device), batch
 
     def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Criteria: which statistic each importance score is formed from.
 
 In: the names a user gives. Out: validated tuples of criteria and the statistics they need. The scores themselves are
-formed on the fly by ``ops.top_scores``. Source: arXiv 2604.09544 (signed, abs), 2402.05162 (wanda and the set difference).
+formed on the fly by ``ops.top_scores``. Source: arXiv 2604.09544 (signed, abs), 2402.05162 (wanda and the set
+difference).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one pass over the model: blocks outside, examples inside.
 
-In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every matrix, as soon as it
-is final, a call with its statistics; a segment's accumulators are freed before the next segment begins. Hidden states are
-kept at segment boundaries only, so memory grows with the segment and not with the depth of the model.
+In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every matrix, as soon as
+it is final, a call with its statistics; a segment's accumulators are freed before the next segment begins. Hidden
+states are kept at segment boundaries only, so memory grows with the segment and not with the depth of the model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from fastprune.scoring.statistics import SegmentStatistics
 View = BlockView | WholeView
 OnFinal = Callable[[str, Matrix, dict[str, torch.Tensor]], None]
 
-# The loss of an fp16 model is scaled so that gradients of about 1e-6, common behind a mean over 100 tokens, stay clear of
-# fp16's subnormals (below 6e-5); 1024 leaves room up to a gradient of 64 before overflow. Exact, being a power of two.
+# The loss of an fp16 model is scaled so that gradients of about 1e-6, common behind a mean over 100 tokens, stay
+# clear of fp16's subnormals (below 6e-5); 1024 leaves room up to a gradient of 64 before overflow. Exact, being a
+# power of two.
 _FP16_LOSS_SCALE = 1024.0
 
 
@@ -158,6 +159,6 @@ def _check_losses(losses: torch.Tensor, names: Sequence[str]) -> None:
     bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
     if bad:
         raise ScoringError(
-            f"{names[bad[0]]}: its loss is {losses[bad[0]].item()}; the model gives no finite probability to its response "
-            "(look at the weights for NaN, and at the example's text)"
+            f"{names[bad[0]]}: its loss is {losses[bad[0]].item()}; the model gives its response no finite "
+            "probability (look at the weights for NaN, and at the example's text)"
         )

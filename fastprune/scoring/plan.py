@@ -1,7 +1,7 @@
 """How much a pass needs, and how many segments it has to be cut into.
 
-In: a model or its config, the size of the calibration data, a budget of memory. Out: :class:`Plan`. Estimates count what
-dominates (weights, accumulators, activations of one segment, boundaries) and leave out what is small beside it.
+In: a model or its config, the size of the calibration data, a budget of memory. Out: :class:`Plan`. Estimates count
+what dominates (weights, accumulators, activations of one segment, boundaries) and leave out what is small beside it.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def plan(
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
             fifths of what is free beside it, or no limit for a config.
-        host_memory: Further budget for the boundaries when ``memory`` is a GPU's; today everything of a pass lies on the
-            model's device, so only a value that could not even hold the boundaries is refused.
+        host_memory: Further budget for the boundaries when ``memory`` is a GPU's; today everything of a pass lies on
+            the model's device, so only a value that could not even hold the boundaries is refused.
         segments: Fix the number instead of choosing the smallest that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
 

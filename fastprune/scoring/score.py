@@ -50,15 +50,15 @@ def score(
 ) -> Scores:
     """Score every weight of the decoder blocks for harm and for benign use, in one pass over the model.
 
-    The loss of an example is the mean over its scored tokens; examples count alike. Statistics are summed in float32 and
-    formed example by example where the criterion needs it. The model's weights are only read; its flags, config and hooks
-    are the same after the call, also after an exception or Ctrl-C.
+    The loss of an example is the mean over its scored tokens; examples count alike. Statistics are summed in float32
+    and formed example by example where the criterion needs it. The model's weights are only read; its flags, config
+    and hooks are the same after the call, also after an exception or Ctrl-C.
 
     Args:
         model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is loaded into memory.
-        harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not scored) and
-            optionally ``attention_mask``, padded left or right; each row is one example. It is read once. Or a
-            CalibrationSet, or its ``loader()``.
+        harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
+            scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
+            Or a CalibrationSet, or its ``loader()``.
         benign_loader: The same for benign use; without it ``Scores.select`` takes ``p=None`` only.
         harm: Criterion of the harm score, or several, all from this one pass: signed, signed_reverse, abs, abs_of_sum,
             fisher, wanda, magnitude.
