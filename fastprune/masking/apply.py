@@ -40,7 +40,7 @@ class Undo:
         touched = {name: weight for name, weight in weights.items() if len(mask[name])}
         self._shapes = {name: tuple(weight.shape) for name, weight in touched.items()}
         self._indices = {name: mask[name].to(weight.device) for name, weight in touched.items()}
-        self._old = {name: weight.view(-1)[self._indices[name]] for name, weight in touched.items()}
+        self._old = {name: weight.take(self._indices[name]) for name, weight in touched.items()}
 
     def restore_(self, model: torch.nn.Module) -> None:
         """Put the old bits back, NaN payloads and -0 included.
@@ -148,7 +148,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
     Raises:
         MaskError: A parameter is missing or of another shape.
-        ModelError: A parameter is on the meta device, not contiguous, sharded, or not of a float type.
+        ModelError: A parameter is on the meta device, expanded, sharded, or not of a float type.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in shapes if split_name(name)[0] not in parameters]
@@ -170,10 +170,8 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
             raise ModelError(f"{name} is on the meta device (not loaded, or offloaded); load the whole model first")
         if type(weight) is not torch.Tensor or weight.dtype not in DTYPES:
             raise ModelError(f"{name} must be a plain float tensor, got {type(weight).__name__} of {weight.dtype}")
-        if not weight.is_contiguous():
-            raise ModelError(
-                f"{name} is not contiguous, so flat indices do not name its weights; call .contiguous() on it"
-            )
+        if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+            raise ModelError(f"{name} is an expanded tensor, several of its weights are one; call .contiguous() on it")
         found[name] = weight
     return found
 

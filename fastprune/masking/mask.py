@@ -48,7 +48,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
             odd = sorted(set(indices) ^ set(shapes))
             raise MaskError(f"indices and shapes must name the same matrices; odd ones: {odd[:3]}")
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
-        self._indices = {name: _checked(indices[name], name, shape) for name, shape in self.shapes.items()}
+        self._indices = _checked(indices, self.shapes)
         self.metadata: dict[str, Any] = dict(metadata or {})
         self.nominal: int = self.total if nominal is None else nominal
 
@@ -106,7 +106,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
 
         Raises:
             MaskError: A matrix is missing or of another shape, or the model is not the one of the mask.
-            ModelError: A weight is on the meta device, not contiguous, or not of a float type.
+            ModelError: A weight is on the meta device, sharded, or not of a float type.
             ArgumentError: ``scale`` is not finite.
         """
         return apply_mask_(self, model, scale=scale, strict=strict)
@@ -196,17 +196,15 @@ class PruneMask(Mapping[str, torch.Tensor]):
         )
 
 
-def _checked(indices: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if not isinstance(indices, torch.Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
-        came = (
-            f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, torch.Tensor) else type(indices).__name__
-        )
-        raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
-    indices = indices.detach().cpu().contiguous()
-    if len(indices) and (
-        int(indices[0]) < 0 or int(indices[-1]) >= math.prod(shape) or (indices[1:] <= indices[:-1]).any()
-    ):
-        raise MaskError(
-            f"{name}: indices must be ascending, unique and in [0, {math.prod(shape)}) for the shape {shape}"
-        )
-    return indices
+def _checked(indices: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    checked = {}
+    for name, shape in shapes.items():
+        given = indices[name]
+        if not isinstance(given, torch.Tensor) or given.dtype != torch.int64 or given.ndim != 1:
+            came = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
+        checked[name] = given.detach().cpu().contiguous()
+        array, numel = checked[name].numpy(), math.prod(shape)
+        if len(array) and not (0 <= array[0] and array[-1] < numel and (array[1:] > array[:-1]).all()):
+            raise MaskError(f"{name}: indices must be ascending, unique and in [0, {numel}) for the shape {shape}")
+    return checked

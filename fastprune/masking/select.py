@@ -128,16 +128,14 @@ class _Demand:
     def take(self, lists: Mapping[str, Kept], scope: str) -> np.ndarray:
         """Numbers of the asked ranks with a score above 0, in no particular order."""
         numbers = self._take_by_matrix(lists) if scope == "matrix" else self._take_global(lists)
-        if self.asked == 0:
-            where, largest = "in all", self.matrices.numel
-            if scope == "matrix":
-                where, largest = ("in every matrix", max(self.matrices.sizes))
-            raise SelectionError(
-                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; "
-                f"with scope={scope!r} here it has to be {1 / largest:.3g} or more"
-            )
         self.selected = len(numbers)
         return numbers
+
+    def _check_asked(self, where: str, numel: int) -> None:
+        if self.asked == 0:
+            raise SelectionError(
+                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; expected {1 / numel:.3g} or more"
+            )
 
     def report(self) -> dict[str, Any]:
         """Counts asked and selected, matrices where the fraction rounds to 0, matrices with too few positive scores."""
@@ -151,40 +149,42 @@ class _Demand:
                 self.zero.append(name)
                 continue
             kept, start, stop = lists[name], self.slice * k, (self.slice + 1) * k
-            if stop > len(kept) and kept.floor > 0:
-                raise self._not_kept(name, stop, len(kept), (self.slice + 1) * self.fraction)
-            end = min(stop, len(kept))
-            if end and not kept.values[end - 1] > 0:
+            indices, values = kept.arrays
+            if stop > len(indices) and kept.floor > 0:
+                raise self._not_kept(name, stop, len(indices), (self.slice + 1) * self.fraction)
+            end = min(stop, len(indices))
+            if end and values[end - 1] <= 0:
                 end = kept.above(0.0, equal=False)
             if end - start < k:
                 self.short[name] = k - max(0, end - start)
-            parts.append(kept.indices[start:end].numpy() + offset)
+            parts.append(indices[start:end] + offset)
             self.asked += k
+        self._check_asked("in every matrix", max(self.matrices.sizes))
         return np.concatenate(parts)
 
     def _take_global(self, lists: Mapping[str, Kept]) -> np.ndarray:
         self.asked = k = int(self.fraction * self.matrices.numel)
+        self._check_asked("in all", self.matrices.numel)
         start, stop = self.slice * k, (self.slice + 1) * k
         kept = [lists[name] for name in self.matrices.names]
         threshold = _bound_below(kept, stop)
         lengths = [min(some.above(threshold, equal=True), some.above(0.0, equal=False)) for some in kept]
-        values = np.concatenate([some.values[:n].numpy() for some, n in zip(kept, lengths, strict=True)])
+        values = np.concatenate([some.arrays[1][:n] for some, n in zip(kept, lengths, strict=True)])
         numbers = np.concatenate(
-            [some.indices[:n].numpy() + o for some, n, o in zip(kept, lengths, self.matrices.offsets, strict=False)]
+            [some.arrays[0][:n] + offset for some, n, offset in zip(kept, lengths, self.matrices.offsets, strict=False)]
         )
-        # lists follow each other in model order and hold equal scores by index: a stable sort ranks ties as they should
-        # be
-        order = np.argsort(-values, kind="stable")[:stop]
-        self._prove_exact(kept, values[order], numbers[order], stop)
-        return numbers[order[start:]]
+        chosen = _highest(values, stop)
+        self._prove_exact(kept, values[chosen], numbers[chosen], stop)
+        return numbers[chosen & ~_highest(values, start)]
 
     def _prove_exact(self, kept: list[Kept], values: np.ndarray, numbers: np.ndarray, stop: int) -> None:
         """No weight that was not kept may come before the last one taken; the floors of the lists show that."""
-        full = len(values) == stop and stop > 0
+        full = len(values) == stop
         last, owner = 0.0, 0
         if full:
-            last = float(values[-1])
-            owner = int(np.searchsorted(self.matrices.offsets, numbers[-1], side="right")) - 1
+            last = float(values.min())
+            number = numbers[values == last][-1]
+            owner = int(np.searchsorted(self.matrices.offsets, number, side="right")) - 1
         open_lists = [
             (name, some)
             for position, (name, some) in enumerate(zip(self.matrices.names, kept, strict=True))
@@ -211,9 +211,22 @@ def _bound_below(kept: list[Kept], rank: int) -> float:
     first of a list for itself alone. So the highest ``len(kept) + rank / stride`` samples suffice.
     """
     stride = max(1, rank // 1024)
-    samples = np.concatenate([some.values.numpy()[::stride] for some in kept])
+    samples = np.concatenate([some.arrays[1][::stride] for some in kept])
     place = len(samples) - len(kept) - math.ceil(rank / stride)
     return float(np.partition(samples, place)[place]) if place >= 0 else -math.inf
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which values are the ``count`` highest, ties by position; ``(len(values),)`` bool. Faster than a sort."""
+    if count >= len(values):
+        return np.ones(len(values), dtype=bool)
+    if count == 0:
+        return np.zeros(len(values), dtype=bool)
+    last = np.partition(values, len(values) - count)[len(values) - count]
+    highest = values > last
+    # lists follow each other in model order and hold equal scores by index, so position is the rank among equals
+    highest[np.flatnonzero(values == last)[: count - np.count_nonzero(highest)]] = True
+    return highest
 
 
 def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:

@@ -9,8 +9,11 @@ It must not know gradients, files or how a selection is made.
 from __future__ import annotations
 
 import math
+import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,16 +44,23 @@ class Kept:
     floor: float
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.arrays[0])
 
     @property
     def complete(self) -> bool:
         """Whether every weight of the matrix is in the list."""
         return len(self) == self.numel
 
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and values as NumPy arrays on the same memory: indexing them costs a tenth of what a tensor's does."""
+        return self.indices.numpy(), self.values.numpy()
+
     def above(self, threshold: float, *, equal: bool) -> int:
         """Number of kept scores above the threshold, or (``equal``) not below it."""
-        return int(torch.searchsorted(-self.values, -threshold, right=equal))
+        # by bisection, and not on a negated copy: a sweep over p and q calls this hundreds of times a point
+        find = bisect_right if equal else bisect_left
+        return find(self.arrays[1], -threshold, key=operator.neg)
 
     def prefix(self, length: int) -> Kept:
         """The first ``length`` entries as a list of their own."""
@@ -155,8 +165,10 @@ class Keeper:
         return {name: self._kept[name] for name in self._sizes}
 
     def _check_new(self, name: str, numel: int) -> None:
-        if self._sizes.get(name) != numel:
-            raise ArgumentError(f"{name} must be a matrix of {self._sizes.get(name)} weights, got {numel}")
+        if name not in self._sizes:
+            raise ArgumentError(f"{name} is none of the {len(self._sizes)} matrices of this keeper")
+        if self._sizes[name] != numel:
+            raise ArgumentError(f"{name} must have {self._sizes[name]} weights, got {numel}")
         if name in self._kept:
             raise ArgumentError(f"{name} was added before")
 
