@@ -1,0 +1,97 @@
+"""One forward pass of a causal LM on padded ids, the same for every architecture.
+
+In: a model and padded ``input_ids`` with their attention mask, on either side. Out: float logits and, if asked, the
+cache. Positions are made from the mask, because some models (GPT-2) count padding as text unless they are told
+otherwise.
+It must not know tokenizers, rows or what the logits are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fastprune.errors import ArgumentError, ModelError, ScoringError
+from fastprune.model.state import quiet
+
+
+class Forward:
+    """A model's forward with only the keywords that it declares; make one with :func:`inference`.
+
+    Attributes:
+        device: Where ids have to be.
+        vocab_size: Rows of the input embedding.
+        max_tokens: Longest sequence that the model has positions for, or ``None`` where its config states none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        embedding = model.get_input_embeddings().weight
+        if embedding.device.type == "meta":
+            raise ModelError("model: expected weights in memory, got a model on the meta device")
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.device = embedding.device
+        self.vocab_size = embedding.shape[0]
+        self.max_tokens = limit if isinstance(limit, int) and limit > 0 else None
+        self._model = model
+        # compiled and adapter-wrapped models forward *args, **kwargs; what they wrap says what it takes
+        inner = getattr(model, "_orig_mod", model)
+        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        self._takes = inspect.signature(inner.forward).parameters
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, past: Any = None, use_cache: bool, last: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Run the model.
+
+        Args:
+            input_ids: ``(rows, new_tokens)`` int64 on ``device``.
+            attention_mask: ``(rows, past_tokens + new_tokens)`` int64.
+            past: The cache of the tokens before, or ``None``.
+            use_cache: Whether to ask for a cache; a model without one gives ``None`` all the same.
+            last: Only the logits of the last token are wanted.
+
+        Returns:
+            Logits ``(rows, new_tokens, vocabulary)``, or ``(rows, 1, vocabulary)`` with ``last``, and the cache.
+        """
+        keywords: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        if past is not None:
+            keywords["past_key_values"] = past
+        if "position_ids" in self._takes:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            keywords["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if last and "logits_to_keep" in self._takes:
+            keywords["logits_to_keep"] = 1
+        output = self._model(**keywords)
+        return output.logits[:, -1:] if last else output.logits, getattr(output, "past_key_values", None)
+
+    def check(self, sequences: Sequence[Sequence[int]], budgets: Sequence[int], names: Sequence[str]) -> None:
+        """Raise ArgumentError for ids without an embedding or sequences that, with their budget, are too long."""
+        for sequence, new, name in zip(sequences, budgets, names, strict=True):
+            if max(sequence) >= self.vocab_size:
+                raise ArgumentError(
+                    f"tokenizer: {name} has token id {max(sequence)}, the model has {self.vocab_size}; "
+                    "is it the tokenizer of another model?"
+                )
+            if self.max_tokens is not None and len(sequence) + new > self.max_tokens:
+                raise ArgumentError(
+                    f"{name}: {len(sequence)} tokens and {new} new ones are more than the {self.max_tokens} "
+                    "that the model has positions for; nothing is cut"
+                )
+
+
+@contextlib.contextmanager
+def inference(model: Any) -> Iterator[Forward]:
+    """Evaluation mode without gradients; every flag of model and config is restored on exit, also after an error."""
+    # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
+    with quiet(model), torch.no_grad():
+        yield Forward(model)
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise ScoringError if a value is NaN: an argmax over NaN is a token like any other, and it would be judged."""
+    if bool(values.isnan().any()):
+        raise ScoringError(f"{what}: the model's logits are NaN; a broken model's numbers would look like safe ones")

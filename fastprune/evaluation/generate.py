@@ -1,0 +1,197 @@
+"""Greedy batched generation: the model's own continuation of each context.
+
+In: prompts or rows, tokenised as for calibration, padded on the left. Out: the continuations' text, in the order of the
+input. Same input, same text. Another batch composition moves logits by rounding only (about 1e-6 in float32), so a
+greedy choice can differ only where the two best tokens are that close.
+It must not know what the text is for: judging it is the judges' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastprune.calibration import Row, encode_context, read_rows
+from fastprune.calibration.encoding import end_of_turn
+from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.evaluation.forward import check_finite, inference
+
+PAD = 0  # padding is masked, so any id will do, and 0 is one that every embedding has
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    rows_or_prompts: str | Path | Iterable[str | Row | Mapping[str, Any]],
+    *,
+    prefill: str | Sequence[str] | None = None,
+    format: str = "raw",
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[str]:
+    """Continue each prompt greedily.
+
+    Args:
+        model: A causal LM; its weights, flags, config and generation config are as before afterwards, whatever happens.
+        tokenizer: Its tokenizer; a pad token is not needed.
+        rows_or_prompts: Prompts, rows, or the path of a CSV or JSONL file. A single string is a path, never a prompt.
+        prefill: Start of every reply, or one per row. ``None`` takes each row's own ``prefill`` column.
+        format: ``"raw"`` or ``"chat"``, as in :func:`fastprune.load_calibration`.
+        max_new_tokens: Limit of each continuation, in tokens.
+        batch_size: Rows that go through the model together.
+        progress: Show a bar, on a terminal.
+
+    Returns:
+        The continuations, without prompt, prefill and special tokens.
+
+    Raises:
+        CalibrationError: No rows, a missing column, or a context without a token (the message names the row).
+        ArgumentError: An argument is out of range, or the tokens do not fit the model.
+        ScoringError: The model's logits are NaN.
+    """
+    rows = _rows(rows_or_prompts)
+    if prefill is not None:
+        prefills = [prefill] * len(rows) if isinstance(prefill, str) else list(prefill)
+        if len(prefills) != len(rows):
+            raise ArgumentError(f"prefill: expected one string or {len(rows)}, got {len(prefills)}")
+        rows = [replace(row, prefill=text) for row, text in zip(rows, prefills, strict=True)]
+    check_positive(max_new_tokens, "max_new_tokens")
+    contexts = encode_contexts(tokenizer, rows, format=format)
+    stop = stop_ids(model, tokenizer, format=format)
+    budgets = [max_new_tokens] * len(rows)
+    ids = continue_greedily(model, contexts, budgets, stop, batch_size=batch_size, progress=progress)
+    return decode(tokenizer, ids)
+
+
+def encode_contexts(tokenizer: Any, rows: Sequence[Row], *, format: str, name: str = "rows") -> list[list[int]]:
+    """Ids of ``prompt | prefill`` of every row; CalibrationError names the row that gives none."""
+    contexts = []
+    for index, row in enumerate(rows):
+        context = encode_context(tokenizer, row.prompt, row.prefill, format=format)
+        if not context:
+            raise CalibrationError(
+                f"{describe_row(name, index, row)}: prompt gives no token, so nothing can be continued"
+            )
+        contexts.append(context)
+    return contexts
+
+
+def continue_greedily(
+    model: Any,
+    contexts: Sequence[list[int]],
+    budgets: Sequence[int],
+    stop: Iterable[int],
+    *,
+    names: Sequence[str] | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Continue token ids, each context until a stop token or its own budget.
+
+    Contexts are grouped by budget and length, so that short answers never wait for long ones; ties of the argmax go
+    to the lower id, as in ``model.generate(do_sample=False)``, to which the ids are equal.
+
+    Args:
+        model: A causal LM.
+        contexts: Token ids, none empty.
+        budgets: Most new tokens of each.
+        stop: Ids that end a continuation.
+        names: What messages call each context; by default its number.
+        batch_size: Rows that go through the model together.
+        progress: Show a bar, on a terminal.
+
+    Returns:
+        New ids of each context, without the stop token.
+    """
+    check_positive(batch_size, "batch_size")
+    order = sorted(range(len(contexts)), key=lambda i: (budgets[i], len(contexts[i]), contexts[i]))
+    n_batches = -(-len(order) // batch_size)
+    batches = [order[len(order) * b // n_batches : len(order) * (b + 1) // n_batches] for b in range(n_batches)]
+    continuations: list[list[int]] = [[] for _ in contexts]
+    with inference(model) as forward:
+        forward.check(contexts, budgets, names or [f"row {index}" for index in range(len(contexts))])
+        stop_tensor = torch.tensor(sorted(stop), dtype=torch.int64, device=forward.device)
+        for batch in tqdm(batches, desc="generate", unit="batch", disable=None if progress else True):
+            limits = torch.tensor([budgets[i] for i in batch], device=forward.device)
+            new_ids = _continue_batch(forward, [contexts[i] for i in batch], limits, stop_tensor)
+            for index, ids in zip(batch, new_ids, strict=True):
+                continuations[index] = ids
+    return continuations
+
+
+def _continue_batch(
+    forward: Any, contexts: list[list[int]], limits: torch.Tensor, stop: torch.Tensor
+) -> list[list[int]]:
+    input_ids, attention_mask = _pad_left(contexts, forward.device)
+    finished = torch.zeros(len(contexts), dtype=torch.bool, device=forward.device)
+    lengths = limits.clone()
+    columns, past = [], None
+    for step in range(int(limits.max())):
+        logits, past = forward(input_ids, attention_mask, past=past, use_cache=True, last=True)
+        values, tokens = logits[:, -1].max(dim=-1)
+        check_finite(values, "generation")
+        columns.append(tokens)
+        stopped = torch.isin(tokens, stop) & ~finished
+        lengths[stopped] = step
+        finished |= stopped | (step + 1 >= limits)
+        if bool(finished.all()):
+            break
+        # a model that keeps no cache gets the whole sequence again
+        input_ids = tokens[:, None] if past is not None else torch.cat([input_ids, tokens[:, None]], dim=1)
+        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+    new = torch.stack(columns, dim=1).tolist()
+    return [ids[:length] for ids, length in zip(new, lengths.tolist(), strict=True)]
+
+
+def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, contexts))
+    ids = torch.tensor([[PAD] * (width - len(c)) + c for c in contexts], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], dtype=torch.int64)
+    return ids.to(device), mask.to(device)
+
+
+def stop_ids(model: Any, tokenizer: Any, *, format: str) -> set[int]:
+    """Ids that end a reply: each end-of-text of model and tokenizer and, in ``chat``,, the template's end of turn."""
+    generation = getattr(model, "generation_config", None)
+    stop: set[int] = set()
+    for source in (tokenizer, generation, model.config.get_text_config()):
+        value = getattr(source, "eos_token_id", None)
+        stop.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    if format == "chat":
+        # a template may close a turn with ordinary text, say a line break, which does not end a reply
+        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        stop.update(special.intersection(end_of_turn(tokenizer)))
+    return stop
+
+
+def decode(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[str]:
+    """Text of each sequence of ids, special tokens left out and spaces as they are."""
+    return [
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in sequences
+    ]
+
+
+def _rows(source: Any) -> list[Row]:
+    if isinstance(source, (str, Path)):
+        return read_rows(source)
+    items = list(source)
+    if items and all(isinstance(item, str) for item in items):
+        return [Row(prompt=item, response="") for item in items]
+    return read_rows(items)
+
+
+def describe_row(name: str, index: int, row: Row) -> str:
+    """How messages call a row; its text is never quoted."""
+    return f"{name}, row {index}" + (f" (id {row.id!r})" if row.id is not None else "")
+
+
+def check_positive(value: Any, name: str) -> None:
+    """Raise ArgumentError unless the value is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} must be a positive integer, got {value!r}")

@@ -1,0 +1,141 @@
+"""How probable a model finds given text: log-probabilities and perplexity.
+
+In: examples with labels (-100 = not scored), or text. Out: natural logarithms summed in float64. Nothing is
+generated, so these are the most sensitive measures of what a change did to a model.
+It must not know judges or attacks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastprune.calibration import Example, MicroBatch, Row, micro_batches, read_rows
+from fastprune.calibration.encoding import encode_row
+from fastprune.calibration.examples import UNSCORED
+from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.evaluation.forward import check_finite, inference
+from fastprune.evaluation.generate import check_positive
+
+# Logits are raised to float32 for this many tokens at a time: 0.5 GB with a vocabulary of 128 k.
+_CHUNK = 1024
+
+
+def log_probabilities(model: Any, batches: Sequence[MicroBatch], *, progress: bool = False) -> torch.Tensor:
+    """Log-probability of the labelled tokens of each example, given all tokens before them.
+
+    Args:
+        model: A causal LM; as before afterwards.
+        batches: Micro-batches that hold each of their examples once.
+        progress: Show a bar, on a terminal.
+
+    Returns:
+        ``(n_examples,)`` float64 on the CPU, sums over each example's labels, by ``example_indices``. Padding and the
+        other rows of a batch move them by float rounding only.
+
+    Raises:
+        ArgumentError: A token has no embedding, or an example is longer than the model has positions for.
+        ScoringError: The model's logits are NaN.
+    """
+    sums = torch.zeros(sum(len(batch.example_indices) for batch in batches), dtype=torch.float64)
+    with inference(model) as forward:
+        for batch in tqdm(batches, desc="log-probabilities", unit="batch", disable=None if progress else True):
+            sequences = [ids[:n] for ids, n in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
+            forward.check(sequences, [0] * len(sequences), [f"example {index}" for index in batch.example_indices])
+            input_ids, mask = batch.input_ids.to(forward.device), batch.attention_mask.to(forward.device)
+            logits, _ = forward(input_ids, mask, use_cache=False, last=False)
+            labels = batch.labels[:, 1:].to(logits.device)
+            rows, places = (labels != UNSCORED).nonzero(as_tuple=True)
+            examples = torch.tensor(batch.example_indices)
+            for row, place in zip(rows.split(_CHUNK), places.split(_CHUNK), strict=True):
+                loss = torch.nn.functional.cross_entropy(
+                    logits[row, place].float(), labels[row, place], reduction="none"
+                )
+                check_finite(loss, "log-probabilities")
+                # on the CPU, one after the other: the same sum from run to run on every device
+                sums.index_add_(0, examples[row.cpu()], -loss.double().cpu())
+    return sums
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity over all scored tokens.
+
+    Attributes:
+        value: exp(nll).
+        nll: Mean negative log-likelihood of a token, in nats.
+        n_tokens: Scored tokens; each has the same weight, so long texts count more than short ones.
+        n_examples: Texts, windows or rows.
+    """
+
+    value: float
+    nll: float
+    n_tokens: int
+    n_examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The four fields."""
+        return asdict(self)
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    texts_or_rows: str | Path | Iterable[str | Row | Mapping[str, Any]],
+    *,
+    format: str = "raw",
+    window: int | None = None,
+    batch_tokens: int = 2048,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity of plain texts, or of the responses of rows.
+
+    Args:
+        model: A causal LM; as before afterwards.
+        tokenizer: Its tokenizer. Plain texts get the special tokens that it adds by itself; of each text (or window)
+            the first token is context only.
+        texts_or_rows: Texts; or rows, whose responses are scored given prompt and prefill; or the path of a file of
+            rows.
+        format: ``"raw"`` or ``"chat"``, for rows.
+        window: Plain texts longer than this many tokens are scored in windows that know nothing of each other, which
+            raises the figure: compare only figures of the same window. ``None``: each text as a whole.
+        batch_tokens: Budget of a micro-batch, in padded tokens; it does not change the result beyond float rounding.
+        progress: Show a bar, on a terminal.
+
+    Raises:
+        CalibrationError: No texts, one that gives no token to score, or rows without a needed column.
+        ArgumentError: An argument is out of range, or a text is longer than the model has positions for.
+        ScoringError: The model's logits are NaN.
+    """
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
+        raise ArgumentError(f"window must be an integer of at least 2 tokens, got {window!r}")
+    check_positive(batch_tokens, "batch_tokens")
+    items = texts_or_rows if isinstance(texts_or_rows, (str, Path)) else list(texts_or_rows)
+    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+        examples = [example for index, text in enumerate(items) for example in _windows(tokenizer, index, text, window)]
+    elif window is not None:
+        raise ArgumentError("window is for plain texts; rows are scored whole")
+    else:
+        examples = [
+            encode_row(tokenizer, row, format, where=f"row {index}") for index, row in enumerate(read_rows(items))
+        ]
+    sums = log_probabilities(model, micro_batches(examples, batch_tokens), progress=progress)
+    n_tokens = sum(example.scored for example in examples)
+    nll = -math.fsum(sums.tolist()) / n_tokens
+    return Perplexity(float(torch.tensor(nll, dtype=torch.float64).exp()), nll, n_tokens, len(examples))
+
+
+def _windows(tokenizer: Any, index: int, text: str, window: int | None) -> list[Example]:
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if len(ids) < 2:
+        raise CalibrationError(f"text {index}: {len(ids)} tokens; at least 2 are needed, as the first is never scored")
+    size = window or len(ids)
+    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+    # a last window of one token would have nothing to score
+    return [Example(tuple(piece), (UNSCORED, *piece[1:])) for piece in pieces if len(piece) > 1]
