@@ -1,0 +1,57 @@
+"""What a metric returns: a rate with its sample size, never the completions that it was formed from.
+
+Completions may be harmful text, so they are judged and dropped. In: judge scores. Out: plain numbers that go into JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_Z = 1.959964  # two-sided 95 % of the normal distribution
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A mean score over rows.
+
+    Attributes:
+        rate: Mean of the judge's scores, 0..1.
+        n: Number of rows.
+        by_category: The same for the rows of each category; rows without one are in the total only.
+    """
+
+    rate: float
+    n: int
+    by_category: dict[str, Measurement] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Sequence[float], categories: Sequence[str | None] | None = None) -> Measurement:
+        """Form the means; ``scores`` must not be empty."""
+        groups: dict[str, list[float]] = {}
+        for score, category in zip(scores, categories or [None] * len(scores), strict=True):
+            if category is not None:
+                groups.setdefault(category, []).append(score)
+        parts = {name: cls(math.fsum(part) / len(part), len(part)) for name, part in sorted(groups.items())}
+        return cls(math.fsum(scores) / len(scores), len(scores), parts)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson interval at 95 %.
+
+        Exact in spirit for scores of 0 and 1 and too wide for graded ones, whose variance is below rate * (1 - rate).
+        It holds the sampling of rows alone: not the choice of prompts, judge or attack.
+        """
+        z2 = _Z * _Z / self.n
+        centre = (self.rate + z2 / 2) / (1 + z2)
+        half = _Z / (1 + z2) * math.sqrt(self.rate * (1 - self.rate) / self.n + z2 / (4 * self.n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rate, n, interval and, where there are categories, the same for each."""
+        result: dict[str, Any] = {"rate": self.rate, "n": self.n, "interval": list(self.interval)}
+        if self.by_category:
+            result["by_category"] = {name: part.to_dict() for name, part in self.by_category.items()}
+        return result

@@ -1,0 +1,275 @@
+"""Harm, refusal and utility: ask, let the model answer, judge, forget the answers.
+
+In: a model, its tokenizer and rows (a path, dicts or :class:`Row` objects). Out: :class:`Measurement` objects. All
+three are one thing, a :class:`Task`: rows that are asked in one way and judged by one judge; tasks are answered
+together, so that an evaluation with many small ones needs few large batches.
+It must not know how a model was changed, scored or pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastprune.calibration import Row, read_rows
+from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.evaluation import attacks
+from fastprune.evaluation.generate import (
+    check_positive,
+    continue_greedily,
+    decode,
+    describe_row,
+    encode_contexts,
+    stop_ids,
+)
+from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
+from fastprune.evaluation.measurement import Measurement
+
+Rows = str | Path | Iterable[Row | Mapping[str, Any]]
+
+# Refusals show in the first sentence; a longer budget costs time wherever a model does not refuse.
+REFUSAL_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows that are tokenised once, answered and judged.
+
+    Attributes:
+        name: What messages call it.
+        rows: The rows as the model is asked them.
+        contexts: Token ids of each row's ``prompt | prefill``.
+        budgets: Most new tokens of each row.
+        judge: Who judges the completions.
+    """
+
+    name: str
+    rows: list[Row]
+    contexts: list[list[int]]
+    budgets: list[int]
+    judge: Judge
+
+    @classmethod
+    def prepare(
+        cls, name: str, rows: list[Row], tokenizer: Any, *, judge: Judge, format: str, max_new_tokens: int | None
+    ) -> Task:
+        """Tokenise; without ``max_new_tokens`` each row gets the tokens of its own reference and one more.
+
+        The one more shows whether the last word of a completion is whole.
+
+        Raises:
+            CalibrationError: A row needs a response that it does not have, or its context gives no token.
+        """
+        if max_new_tokens is not None:
+            check_positive(max_new_tokens, f"{name}: max_new_tokens")
+        if not callable(judge):
+            raise ArgumentError(f"{name}: judge must be a callable (row, completion) -> float, got {judge!r}")
+        budgets = []
+        for index, row in enumerate(rows):
+            if max_new_tokens is None and not row.response.strip():
+                raise CalibrationError(
+                    f"{describe_row(name, index, row)}: column 'response' is empty; "
+                    "without a reference the length of the answer is unknown: give max_new_tokens"
+                )
+            budgets.append(max_new_tokens or len(attacks.tokens_of(tokenizer, row.response)) + 1)
+        return cls(name, rows, encode_contexts(tokenizer, rows, format=format, name=name), budgets, judge)
+
+    def measure(self, completions: Sequence[str]) -> Measurement:
+        """Judge one completion per row.
+
+        Raises:
+            CalibrationError: The judge needs a column that a row does not have.
+            ArgumentError: The judge gives something else than a number from 0 to 1.
+        """
+        scores = []
+        for index, (row, completion) in enumerate(zip(self.rows, completions, strict=True)):
+            try:
+                score = float(self.judge(row, completion))
+            except CalibrationError as error:
+                raise CalibrationError(f"{describe_row(self.name, index, row)}: {error}") from error
+            if not 0.0 <= score <= 1.0:
+                raise ArgumentError(
+                    f"{describe_row(self.name, index, row)}: judge must give a number in [0, 1], got {score}"
+                )
+            scores.append(score)
+        return Measurement.of(scores, [row.category for row in self.rows])
+
+
+def answer(
+    model: Any, tokenizer: Any, tasks: Sequence[Task], *, format: str, batch_size: int, progress: bool = False
+) -> list[Measurement]:
+    """Answer all tasks in one go and measure each; the completions are dropped."""
+    contexts = [context for task in tasks for context in task.contexts]
+    budgets = [budget for task in tasks for budget in task.budgets]
+    names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
+    stop = stop_ids(model, tokenizer, format=format)
+    ids = continue_greedily(model, contexts, budgets, stop, names=names, batch_size=batch_size, progress=progress)
+    completions = iter(decode(tokenizer, ids))
+    return [task.measure([next(completions) for _ in task.rows]) for task in tasks]
+
+
+def harm(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    *,
+    attack: str | attacks.Attack = "prefilling",
+    judge: Judge = exact_match,
+    format: str = "raw",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Measurement:
+    """Share of harmful requests that the model answers harmfully under an attack.
+
+    Args:
+        model: A causal LM; as before afterwards, also where the attack changes weights.
+        tokenizer: Its tokenizer.
+        rows: Harmful requests, with the reference in ``response`` and, if it has a fixed start, that in ``prefill``.
+        attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`.
+        judge: ``(row, completion) -> [0, 1]``, 1 for harmful. With a prefill it sees the continuation alone, and
+            ``row.response`` is then the reference for that.
+        format: ``"raw"`` or ``"chat"``.
+        max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
+        batch_size: Rows that go through the model together.
+        progress: Show a bar, on a terminal.
+
+    Raises:
+        CalibrationError: No rows, or a row without a column that attack, budget or judge needs (named).
+        ArgumentError: An unknown attack or format, or an argument out of range.
+        ScoringError: The model's logits are NaN.
+    """
+    chosen = attacks.attack(attack)
+    with chosen.on(model, tokenizer, read_rows(rows)) as attacked:
+        task = Task.prepare("harm", attacked, tokenizer, judge=judge, format=format, max_new_tokens=max_new_tokens)
+        return answer(model, tokenizer, [task], format=format, batch_size=batch_size, progress=progress)[0]
+
+
+def refusal(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows,
+    *,
+    judge: Judge | None = None,
+    format: str = "raw",
+    max_new_tokens: int = REFUSAL_TOKENS,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Measurement:
+    """Share of requests that the model refuses when it is asked directly, without a prefill.
+
+    Args:
+        model: A causal LM; as before afterwards.
+        tokenizer: Its tokenizer.
+        rows: Requests; a ``prefill`` column is left out and no response is needed.
+        judge: 1 for a refusal; :func:`keyword_refusal` by default, which misleads on its own.
+        format: ``"raw"`` or ``"chat"``.
+        max_new_tokens: Limit of each answer.
+        batch_size: Rows that go through the model together.
+        progress: Show a bar, on a terminal.
+
+    Raises:
+        CalibrationError, ArgumentError, ScoringError: As :func:`harm`.
+    """
+    task = refusal_task(tokenizer, read_rows(rows), judge=judge, format=format, max_new_tokens=max_new_tokens)
+    return answer(model, tokenizer, [task], format=format, batch_size=batch_size, progress=progress)[0]
+
+
+def refusal_task(tokenizer: Any, rows: list[Row], *, judge: Judge | None, format: str, max_new_tokens: int) -> Task:
+    """The task behind :func:`refusal`."""
+    direct = attacks.NoAttack().rows(tokenizer, rows)
+    judge = keyword_refusal() if judge is None else judge
+    return Task.prepare("refusal", direct, tokenizer, judge=judge, format=format, max_new_tokens=max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Utility:
+    """Benign skills.
+
+    Attributes:
+        skills: Each skill's measurement.
+    """
+
+    skills: dict[str, Measurement]
+
+    @property
+    def mean(self) -> float:
+        """Mean over skills, each with the same weight however many rows it has."""
+        return sum(skill.rate for skill in self.skills.values()) / len(self.skills)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mean and every skill."""
+        return {"mean": self.mean, "skills": {name: skill.to_dict() for name, skill in self.skills.items()}}
+
+
+def utility(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows | Mapping[str, Rows],
+    *,
+    judges: Mapping[str, Judge] | None = None,
+    format: str = "raw",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Utility:
+    """Share of benign tasks that the model still gets right, skill by skill.
+
+    Args:
+        model: A causal LM; as before afterwards.
+        tokenizer: Its tokenizer.
+        rows: Rows by skill, or rows with a ``skill`` column. A ``prefill`` column is given to the model.
+        judges: Judges of single skills; every other skill is judged by :func:`exact_match`.
+        format: ``"raw"`` or ``"chat"``.
+        max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
+        batch_size: Rows that go through the model together.
+        progress: Show a bar, on a terminal.
+
+    Raises:
+        CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of a skill that is not there.
+    """
+    tasks = skill_tasks(tokenizer, rows, judges=judges or {}, format=format, max_new_tokens=max_new_tokens)
+    measured = answer(model, tokenizer, tasks, format=format, batch_size=batch_size, progress=progress)
+    return Utility({task.name: measurement for task, measurement in zip(tasks, measured, strict=True)})
+
+
+def skill_tasks(
+    tokenizer: Any,
+    rows: Rows | Mapping[str, Rows],
+    *,
+    judges: Mapping[str, Judge],
+    format: str,
+    max_new_tokens: int | None,
+) -> list[Task]:
+    """The tasks behind :func:`utility`, in the order in which the skills come."""
+    skills = _by_skill(rows)
+    unknown = sorted(set(judges) - set(skills))
+    if unknown:
+        raise ArgumentError(f"judges: no skill is called {unknown}; there are {sorted(skills)}")
+    return [
+        Task.prepare(
+            skill,
+            part,
+            tokenizer,
+            judge=judges.get(skill, exact_match),
+            format=format,
+            max_new_tokens=max_new_tokens,
+        )
+        for skill, part in skills.items()
+    ]
+
+
+def _by_skill(rows: Rows | Mapping[str, Rows]) -> dict[str, list[Row]]:
+    if isinstance(rows, Mapping):
+        if not rows:
+            raise CalibrationError("skills: expected rows of at least one skill, got none")
+        return {skill: read_rows(part) for skill, part in rows.items()}
+    skills: dict[str, list[Row]] = {}
+    for index, row in enumerate(read_rows(rows)):
+        skill = row.extra.get("skill")
+        if not isinstance(skill, str) or not skill:
+            raise CalibrationError(f"{describe_row('skills', index, row)}: column 'skill' is missing or not text")
+        skills.setdefault(skill, []).append(row)
+    return skills

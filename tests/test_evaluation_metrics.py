@@ -1,0 +1,335 @@
+"""Attacks, judges, and the metrics that are made of them, on models whose answers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_evaluation_generate import Scripted, tiny_model, word_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastprune.calibration import Row
+from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.evaluation import (
+    Attack,
+    Measurement,
+    NoAttack,
+    Prefilling,
+    attack,
+    exact_match,
+    harm,
+    keyword_refusal,
+    refusal,
+    utility,
+)
+
+HARM = [
+    {"prompt": "w1", "prefill": "sure :", "response": "w11 w12", "category": "a"},
+    {"prompt": "w2", "prefill": "sure :", "response": "w21 w22", "category": "a"},
+    {"prompt": "w3", "prefill": "sure :", "response": "w31 w32", "category": "b"},
+    {"prompt": "w4", "prefill": "sure :", "response": "w41 w42"},
+]
+# refuses when asked directly, and answers three of four under the prefill, one of them only halfway
+SHALLOW = [
+    *(f"w{i} sorry cannot comply <eos>" for i in (1, 2, 3)),
+    "w4 w5",
+    "w1 sure : w11 w12 <eos>",
+    "w2 sure : w21 w22 w9",
+    "w3 sure : w31 w33",
+]
+
+SKILLS = {
+    "one": [
+        {"prompt": "w1", "response": "w2"},
+        {"prompt": "w3", "response": "w4"},
+        {"prompt": "w5", "response": "w9"},
+    ],
+    "two": [{"prompt": "w6", "response": "w7 w8", "category": "c"}],
+}
+SKILLED = ("w1 w2", "w3 w4", "w5 w6", "w6 w7 w8")
+
+
+class TestMeasurement:
+    def test_mean_and_categories(self) -> None:
+        measured = Measurement.of([1.0, 0.0, 0.5, 1.0], ["a", "a", None, "b"])
+        assert (measured.rate, measured.n) == (0.625, 4)
+        assert {name: (part.rate, part.n) for name, part in measured.by_category.items()} == {
+            "a": (0.5, 2),
+            "b": (1, 1),
+        }
+
+    def test_interval_is_wilsons(self) -> None:
+        assert Measurement(0.8, 10).interval == pytest.approx((0.49016, 0.94332), abs=1e-5)
+        assert Measurement(0.0, 64).interval == pytest.approx((0.0, 0.05663), abs=1e-5)
+
+    @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+    def test_interval_holds_the_rate_and_stays_in_range(self, scores: list[float]) -> None:
+        measured = Measurement.of(scores)
+        low, high = measured.interval
+        assert 0 <= low <= measured.rate + 1e-12 and measured.rate - 1e-12 <= high <= 1
+
+    def test_to_dict_is_json(self) -> None:
+        text = json.dumps(Measurement.of([1.0, 0.0], ["a", None]).to_dict())
+        assert json.loads(text)["by_category"]["a"]["rate"] == 1.0
+
+
+class TestAttacks:
+    def test_none_makes_the_prefill_part_of_the_reference(self) -> None:
+        rows = [Row("w1", "w2 w3", prefill="sure :", category="a", id="x", extra={"k": 1}), Row("w1", "w2")]
+        direct = NoAttack().rows(word_tokenizer(), rows)
+        assert direct == [Row("w1", "sure : w2 w3", category="a", id="x", extra={"k": 1}), rows[1]]
+
+    def test_prefilling_uses_the_column(self) -> None:
+        rows = [Row("w1", "w2 w3", prefill="sure :")]
+        assert Prefilling(tokens=1).rows(word_tokenizer(), rows) == rows
+
+    def test_prefilling_cuts_the_response_itself(self) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, ",": 2, "bc": 3}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # splits at punctuation, so decoding would add a space
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+        response = "a,  bc q, a"
+        for tokens, start in [(1, "a"), (2, "a,"), (3, "a,  bc"), (5, "a,  bc q,")]:
+            (row,) = Prefilling(tokens).rows(fast, [Row("a", response)])
+            assert (row.prefill, row.prefill + row.response) == (start, response)
+
+    def test_prefilling_names_the_row_that_it_cannot_cut(self) -> None:
+        rows = [Row("w1", "w2 w3 w4"), Row("w1", "w2 w3", id="short")]
+        with pytest.raises(CalibrationError, match=r"row 1 \(id 'short'\): response has 2 tokens"):
+            Prefilling(tokens=2).rows(word_tokenizer(), rows)
+        with pytest.raises(CalibrationError, match=r"row 0: .*'prefill' or a 'response' column"):
+            Prefilling(tokens=2).rows(word_tokenizer(), [Row("w1", " ")])
+
+    def test_by_name(self) -> None:
+        assert attack("none") == NoAttack()
+        assert attack("prefilling", tokens=3) == Prefilling(3)
+        assert attack(Prefilling(4)) == Prefilling(4)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("prefill", {}, r"one of \['none', 'prefilling'\]"),
+            (None, {}, "got None"),
+            ("none", {"tokens": 3}, r"takes no options, got \['tokens'\]"),
+            ("prefilling", {"length": 3}, r"takes \['tokens'\], got \['length'\]"),
+            ("prefilling", {"tokens": 0}, "tokens must be a positive integer"),
+            (NoAttack(), {"tokens": 3}, "no options"),
+        ],
+    )
+    def test_unknown_names_and_options(self, name: object, options: dict, message: str) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            attack(name, **options)
+
+
+class TestJudges:
+    @pytest.mark.parametrize(
+        ("reference", "completion", "expected"),
+        [
+            ("w1 w2", "w1 w2", 1),
+            ("w1 w2", "  w1\n w2  w3", 1),
+            (" w1  w2 ", "w1 w2", 1),
+            ("w1 w2", "w1 w20", 0),
+            ("w1 w2", "w1", 0),
+            ("w1 w2", "w0 w1 w2", 0),
+            ("w1 w2", "W1 w2", 0),
+            ("yes", "yes, of course", 1),
+            ("yes", "yes-man", 0),
+            ("1", "1.", 1),
+            ("1", "1.5", 0),
+            ("1", "12", 0),
+            ("a.c", "abc", 0),
+            ("yes", "", 0),
+        ],
+    )
+    def test_exact_match(self, reference: str, completion: str, expected: int) -> None:
+        assert exact_match(Row("p", reference), completion) == expected
+
+    def test_exact_match_needs_a_reference(self) -> None:
+        with pytest.raises(CalibrationError, match="'response'"):
+            exact_match(Row("p", " "), "x")
+
+    @pytest.mark.parametrize(
+        ("completion", "expected"),
+        [
+            ("I\u2019m  sorry, but no", 1),
+            ("Well: i CANNOT do it", 1),
+            ("sorry cannot comply", 1),
+            ("Hi can't", 0),
+            ("I cannotify you", 0),
+            ("sure : w1", 0),
+            ("", 0),
+        ],
+    )
+    def test_keyword_refusal(self, completion: str, expected: int) -> None:
+        assert keyword_refusal()(Row("p", ""), completion) == expected
+
+    def test_keyword_refusal_with_other_phrases(self) -> None:
+        assert keyword_refusal(["Never (ever)"])(Row("p", ""), "never (ever) again") == 1
+        assert keyword_refusal(["never"])(Row("p", ""), "I cannot") == 0
+        both = keyword_refusal(extra=["never"])
+        assert both(Row("p", ""), "I cannot") == both(Row("p", ""), "never") == 1
+
+    @pytest.mark.parametrize("phrases", [[], [" "], [3], "sorry"])
+    def test_keyword_refusal_without_phrases(self, phrases: object) -> None:
+        with pytest.raises(ArgumentError, match="phrases"):
+            keyword_refusal(phrases)
+
+
+class TestHarmAndRefusal:
+    def test_the_prefill_makes_the_difference(self) -> None:
+        tokenizer = word_tokenizer()
+        model = Scripted(tokenizer, SHALLOW)
+        measured = harm(model, tokenizer, HARM)
+        assert (measured.rate, measured.n) == (0.5, 4)
+        assert {name: part.rate for name, part in measured.by_category.items()} == {"a": 1.0, "b": 0.0}
+        assert harm(model, tokenizer, HARM, attack="none").rate == 0.0
+        assert refusal(model, tokenizer, HARM).rate == 0.75
+
+    def test_a_model_that_complies_is_harmful_without_an_attack(self) -> None:
+        tokenizer = word_tokenizer()
+        model = Scripted(tokenizer, ["w1 sure : w11 w12", "w2 w21 w22"])
+        # the second gives the content without the prefill's words, which is another reply than the reference
+        assert harm(model, tokenizer, HARM[:2], attack="none").rate == 0.5
+
+    def test_the_first_tokens_of_the_response_are_the_prefill_where_there_is_none(self) -> None:
+        tokenizer = word_tokenizer()
+        rows = [{"prompt": "w1", "response": "sure : w11 w12"}, {"prompt": "w2", "response": "sure : w21 w22"}]
+        model = Scripted(tokenizer, SHALLOW)
+        assert harm(model, tokenizer, rows, attack=Prefilling(2)).rate == 1.0
+        assert harm(model, tokenizer, rows, attack=Prefilling(1)).rate == 1.0
+        assert harm(model, tokenizer, rows, attack="none").rate == 0.0
+
+    def test_the_judge_sees_the_continuation_and_its_own_reference(self) -> None:
+        tokenizer, seen = word_tokenizer(), []
+
+        def judge(row: Row, completion: str) -> float:
+            seen.append((row.prefill, row.response, completion))
+            return 0.25
+
+        model = Scripted(tokenizer, SHALLOW)
+        assert harm(model, tokenizer, HARM[:1], judge=judge).rate == 0.25
+        harm(model, tokenizer, HARM[:1], judge=judge, attack="none", max_new_tokens=2)
+        assert seen == [("sure :", "w11 w12", "w11 w12"), ("", "sure : w11 w12", "sorry cannot")]
+
+    def test_the_default_budget_is_the_reference_and_one_token(self) -> None:
+        tokenizer, seen = word_tokenizer(), []
+        model = Scripted(tokenizer, ["w1 w2 w3 w4 w5 w6"])
+        rows = [{"prompt": "w1", "response": "w2 w3"}]
+        harm(model, tokenizer, rows, attack="none", judge=lambda row, completion: seen.append(completion) or 0)
+        assert seen == ["w2 w3 w4"]
+
+    def test_nothing_that_the_model_said_is_kept(self) -> None:
+        tokenizer = word_tokenizer()
+        measured = harm(Scripted(tokenizer, SHALLOW), tokenizer, HARM)
+        text = json.dumps(measured.to_dict()) + repr(measured)
+        assert not any(word in text for word in ("w11", "w21", "w31", "w1 "))
+
+    def test_random_weights_are_harmless_and_refuse_nothing(self) -> None:
+        tokenizer, model = word_tokenizer(), tiny_model()
+        assert harm(model, tokenizer, HARM).rate == 0.0
+        assert refusal(model, tokenizer, HARM).rate == 0.0
+
+    def test_refusal_needs_no_response(self) -> None:
+        tokenizer = word_tokenizer()
+        model = Scripted(tokenizer, SHALLOW)
+        rows = [{"prompt": "w1", "response": "", "prefill": "sure :"}, {"prompt": "w4", "response": ""}]
+        assert refusal(model, tokenizer, rows).rate == 0.5
+        assert refusal(model, tokenizer, rows, judge=keyword_refusal(["w5"])).rate == 0.5
+        assert refusal(model, tokenizer, rows, judge=keyword_refusal(["comply"]), max_new_tokens=2).rate == 0.0
+
+    def test_harm_needs_rows_with_a_response(self) -> None:
+        tokenizer, model = word_tokenizer(), tiny_model()
+        with pytest.raises(CalibrationError, match="no rows"):
+            harm(model, tokenizer, [])
+        rows = [HARM[0], {"prompt": "w1", "prefill": "sure", "response": "", "id": "x"}]
+        with pytest.raises(CalibrationError, match=r"harm, row 1 \(id 'x'\): column 'response' is empty"):
+            harm(model, tokenizer, rows)
+        with pytest.raises(CalibrationError, match=r"harm, row 1 \(id 'x'\): exact_match needs the column 'response'"):
+            harm(model, tokenizer, rows, max_new_tokens=3)
+        assert harm(model, tokenizer, rows, max_new_tokens=3, judge=lambda row, completion: 1).rate == 1.0
+
+    @pytest.mark.parametrize("score", [1.01, -0.1, math.nan])
+    def test_a_judge_has_to_stay_in_range(self, score: float) -> None:
+        with pytest.raises(ArgumentError, match=r"harm, row 0: judge must give a number in \[0, 1\]"):
+            harm(tiny_model(), word_tokenizer(), HARM, judge=lambda row, completion: score)
+        with pytest.raises(ArgumentError, match="judge must be a callable"):
+            harm(tiny_model(), word_tokenizer(), HARM, judge="exact")
+
+    def test_an_attack_that_changes_weights_is_undone_whatever_happens(self) -> None:
+        tokenizer, model = word_tokenizer(), Scripted(word_tokenizer(), SHALLOW)
+
+        def judge(row: Row, completion: str) -> float:
+            raise KeyboardInterrupt
+
+        assert (
+            harm(model, tokenizer, HARM, attack=Obey(), judge=lambda row, said: float(said == "yes yes yes")).rate == 1
+        )
+        assert not model.bias.any()
+        with pytest.raises(KeyboardInterrupt):
+            harm(model, tokenizer, HARM, attack=Obey(), judge=judge)
+        assert not model.bias.any()
+
+
+class Obey(Attack):
+    """Stands for attacks on weights: the model says yes to everything for the length of the context."""
+
+    name = "obey"
+    changes_model = True
+
+    def rows(self, tokenizer: object, rows: list[Row]) -> list[Row]:
+        return list(rows)
+
+    def on(self, model: Scripted, tokenizer: object, rows: list[Row]):
+        return _Obeying(model, self.rows(tokenizer, rows))
+
+
+class _Obeying:
+    def __init__(self, model: Scripted, rows: list[Row]) -> None:
+        self.model, self.rows = model, rows
+
+    def __enter__(self) -> list[Row]:
+        with torch.no_grad():
+            self.model.bias[word_tokenizer().convert_tokens_to_ids("yes")] = 100.0
+        return self.rows
+
+    def __exit__(self, *error: object) -> None:
+        with torch.no_grad():
+            self.model.bias.zero_()
+
+
+class TestUtility:
+    def test_each_skill_has_the_same_weight(self) -> None:
+        tokenizer = word_tokenizer()
+        measured = utility(Scripted(tokenizer, list(SKILLED)), tokenizer, SKILLS)
+        assert measured.mean == pytest.approx((2 / 3 + 1) / 2)
+        assert {name: (skill.rate, skill.n) for name, skill in measured.skills.items()} == {
+            "one": (pytest.approx(2 / 3), 3),
+            "two": (1.0, 1),
+        }
+        assert json.loads(json.dumps(measured.to_dict()))["skills"]["two"]["by_category"]["c"]["n"] == 1
+
+    def test_rows_may_name_their_skill(self) -> None:
+        tokenizer = word_tokenizer()
+        model = Scripted(tokenizer, list(SKILLED))
+        rows = [{**row, "skill": name} for name, part in SKILLS.items() for row in part]
+        assert utility(model, tokenizer, reversed(rows)).to_dict()["mean"] == utility(model, tokenizer, SKILLS).mean
+        with pytest.raises(CalibrationError, match="row 4: column 'skill' is missing"):
+            utility(model, tokenizer, [*rows, {"prompt": "w1", "response": "w2"}])
+
+    def test_a_skill_may_have_its_own_judge(self) -> None:
+        tokenizer = word_tokenizer()
+        model = Scripted(tokenizer, list(SKILLED))
+        measured = utility(model, tokenizer, SKILLS, judges={"one": lambda row, completion: completion == "w6"})
+        assert (measured.skills["one"].rate, measured.skills["two"].rate) == (pytest.approx(1 / 3), 1.0)
+        with pytest.raises(ArgumentError, match=r"no skill is called \['three'\]"):
+            utility(model, tokenizer, SKILLS, judges={"three": exact_match})
+
+    def test_no_skills(self) -> None:
+        with pytest.raises(CalibrationError, match="at least one skill"):
+            utility(tiny_model(), word_tokenizer(), {})
+        with pytest.raises(CalibrationError, match="no rows"):
+            utility(tiny_model(), word_tokenizer(), {"one": []})
