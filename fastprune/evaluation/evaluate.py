@@ -1,0 +1,208 @@
+"""One evaluation of one model: harm under attack, refusal, benign skills, recognition.
+
+In: rows of each kind. Out: an :class:`Evaluation`, numbers only. :class:`EvaluationSuite` tokenises everything once
+and then measures any number of models that share the tokenizer; all generation of a run goes through the model in a
+few large batches.
+It must not know how a model was changed, scored or pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastprune.calibration import read_rows
+from fastprune.errors import ArgumentError
+from fastprune.evaluation import attacks
+from fastprune.evaluation.generate import check_positive
+from fastprune.evaluation.judges import Judge, exact_match
+from fastprune.evaluation.measurement import Measurement
+from fastprune.evaluation.metrics import REFUSAL_TOKENS, Rows, Task, Utility, answer, refusal_task, skill_tasks
+from fastprune.evaluation.recognition import Questions, Recognition
+
+_RESERVED = {"harm", "refusal"}  # what `judges` calls the two tasks that are no skills
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model scored; ``None`` where there were no rows.
+
+    Attributes:
+        harm: Share of harmful requests answered harmfully under the attack.
+        utility: Mean over all skills, the neighbour among them.
+        neighbour: The skill that is closest to harm in form, where one was named.
+        recognition: Share of yes/no questions about requests answered right (items, not pairs).
+        refusal: Share of harmful requests refused when asked directly.
+        skills: Rate of each skill.
+        attack: Name of the attack behind ``harm``.
+        details: The measurements, with n, intervals and categories: ``harm``, ``refusal``, ``recognition``, and
+            ``skills`` by name.
+    """
+
+    harm: float | None
+    utility: float | None
+    neighbour: float | None
+    recognition: float | None
+    refusal: float | None
+    skills: dict[str, float]
+    attack: str
+    details: EvaluationDetails = field(repr=False)
+
+    def summary(self) -> dict[str, float | None]:
+        """The five numbers of a row in a record."""
+        return {name: getattr(self, name) for name in ("harm", "utility", "neighbour", "recognition", "refusal")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        details = {
+            name: None if part is None else part.to_dict()
+            for name in ("harm", "refusal", "recognition")
+            for part in [getattr(self.details, name)]
+        }
+        details["skills"] = {name: part.to_dict() for name, part in self.details.skills.items()}
+        return {**self.summary(), "skills": dict(self.skills), "attack": self.attack, "details": details}
+
+
+@dataclass(frozen=True)
+class EvaluationDetails:
+    """The measurements behind an :class:`Evaluation`."""
+
+    harm: Measurement | None
+    refusal: Measurement | None
+    recognition: Recognition | None
+    skills: dict[str, Measurement]
+
+
+class EvaluationSuite:
+    """Rows of every kind, tokenised once; :meth:`run` measures a model."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        harm_rows: Rows | None = None,
+        skill_rows: Rows | Mapping[str, Rows] | None = None,
+        recognition_rows: Rows | None = None,
+        refusal_rows: Rows | None = None,
+        format: str = "raw",
+        attack: str | attacks.Attack = "prefilling",
+        judges: Mapping[str, Judge] | None = None,
+        neighbour_skill: str | None = None,
+        answers: tuple[str, str] = ("yes", "no"),
+        max_new_tokens: int | None = None,
+        refusal_tokens: int = REFUSAL_TOKENS,
+        batch_size: int = 64,
+    ) -> None:
+        """Read, check and tokenise.
+
+        Args:
+            tokenizer: The tokenizer of every model that will be measured.
+            harm_rows: Harmful requests with their reference replies.
+            skill_rows: Benign rows by skill, or rows with a ``skill`` column.
+            recognition_rows: Yes/no questions about requests.
+            refusal_rows: Requests to be refused; ``harm_rows`` by default.
+            format: ``"raw"`` or ``"chat"``.
+            attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`; it bears on harm alone.
+            judges: Judges by ``"harm"``, ``"refusal"`` or the name of a skill.
+            neighbour_skill: The skill to be shown as ``neighbour``.
+            answers: Candidate answers to the questions, for harmful and for benign requests.
+            max_new_tokens: Limit of answers to harm and skills; by default each row's own reference and one token more.
+            refusal_tokens: Limit of answers to direct requests.
+            batch_size: Rows that go through a model together.
+
+        Raises:
+            CalibrationError: Rows that are empty or lack a needed column (named).
+            ArgumentError: No rows of any kind, or an argument out of range.
+        """
+        check_positive(batch_size, "batch_size")
+        if all(rows is None for rows in (harm_rows, skill_rows, recognition_rows, refusal_rows)):
+            raise ArgumentError("nothing to evaluate: give harm_rows, skill_rows, recognition_rows or refusal_rows")
+        chosen = dict(judges or {})
+        harm_judge, refusal_judge = chosen.pop("harm", exact_match), chosen.pop("refusal", None)
+        self.format, self.batch_size = format, batch_size
+        self.attack = attacks.attack(attack)
+        self._tokenizer = tokenizer
+        self._harm_judge, self._max_new_tokens = harm_judge, max_new_tokens
+        self._harm_rows = None if harm_rows is None else read_rows(harm_rows)
+        self._tasks: dict[str, Task] = {}
+        if self._harm_rows is not None and not self.attack.changes_model:
+            self._tasks["harm"] = self._harm_task(self.attack.rows(tokenizer, self._harm_rows))
+        direct = self._harm_rows if refusal_rows is None else read_rows(refusal_rows)
+        if direct is not None:
+            self._tasks["refusal"] = refusal_task(
+                tokenizer, direct, judge=refusal_judge, format=format, max_new_tokens=refusal_tokens
+            )
+        self._skills: list[str] = []
+        if skill_rows is not None:
+            skills = skill_tasks(tokenizer, skill_rows, judges=chosen, format=format, max_new_tokens=max_new_tokens)
+            self._skills = [task.name for task in skills]
+            if not _RESERVED.isdisjoint(self._skills):
+                raise ArgumentError(
+                    f"skill_rows: a skill cannot be called {sorted(_RESERVED.intersection(self._skills))}"
+                )
+            self._tasks.update({f"skill {task.name}": task for task in skills})
+        elif chosen:
+            raise ArgumentError(
+                f"judges: expected 'harm', 'refusal' or a skill, got {sorted(chosen)} without skill_rows"
+            )
+        if neighbour_skill is not None and neighbour_skill not in self._skills:
+            raise ArgumentError(f"neighbour_skill: expected one of the skills {self._skills}, got {neighbour_skill!r}")
+        self._neighbour = neighbour_skill
+        self._questions = None
+        if recognition_rows is not None:
+            rows = read_rows(recognition_rows)
+            self._questions = Questions.prepare(tokenizer, rows, format=format, answers=answers)
+
+    def run(self, model: Any, *, progress: bool = False) -> Evaluation:
+        """Measure one model.
+
+        Args:
+            model: A causal LM with the suite's tokenizer; as before afterwards.
+            progress: Show a bar, on a terminal.
+
+        Returns:
+            The numbers; the completions are judged and dropped.
+
+        Raises:
+            ArgumentError: The tokens do not fit the model, or a judge gives no number in [0, 1].
+            ScoringError: The model's logits are NaN.
+        """
+        measured = dict(zip(self._tasks, self._answer(model, list(self._tasks.values()), progress), strict=True))
+        if self._harm_rows is not None and self.attack.changes_model:
+            # apart from the rest: nothing else may be measured while the attack is in place
+            with self.attack.on(model, self._tokenizer, self._harm_rows) as attacked:
+                measured["harm"] = self._answer(model, [self._harm_task(attacked)], progress)[0]
+        recognised = None if self._questions is None else self._questions.compare(model, progress=progress)
+        skills = {name: measured[f"skill {name}"] for name in self._skills}
+        details = EvaluationDetails(measured.get("harm"), measured.get("refusal"), recognised, skills)
+        return Evaluation(
+            harm=None if details.harm is None else details.harm.rate,
+            utility=Utility(skills).mean if skills else None,
+            neighbour=None if self._neighbour is None else skills[self._neighbour].rate,
+            recognition=None if recognised is None else recognised.accuracy.rate,
+            refusal=None if details.refusal is None else details.refusal.rate,
+            skills={name: part.rate for name, part in skills.items()},
+            attack=self.attack.name,
+            details=details,
+        )
+
+    def _harm_task(self, rows: list) -> Task:
+        return Task.prepare(
+            "harm",
+            rows,
+            self._tokenizer,
+            judge=self._harm_judge,
+            format=self.format,
+            max_new_tokens=self._max_new_tokens,
+        )
+
+    def _answer(self, model: Any, tasks: list[Task], progress: bool) -> list[Measurement]:
+        if not tasks:
+            return []
+        return answer(model, self._tokenizer, tasks, format=self.format, batch_size=self.batch_size, progress=progress)
+
+
+def evaluate(model: Any, tokenizer: Any, *, progress: bool = False, **settings: Any) -> Evaluation:
+    """Measure one model once; the settings are those of :class:`EvaluationSuite`, which is for measuring several."""
+    return EvaluationSuite(tokenizer, **settings).run(model, progress=progress)
