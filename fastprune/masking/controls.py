@@ -125,16 +125,18 @@ def _like_in_magnitude(
     while len(places):
         low, high = (places - window).clamp(min=0), (places + window).clamp(max=len(free))
         offered = low + (torch.rand(len(places), generator=generator, dtype=torch.float64) * (high - low)).long()
-        if 2 * window >= len(free) and window > n:  # as wide as it gets, and only crumbs are left: any free one will do
+        placed = torch.zeros(len(places), dtype=torch.bool)
+        placed[_first_positions(offered)] = True
+        placed &= ~taken[offered]
+        taken[offered[placed]] = True
+        crowded = 4 * int(placed.sum()) < len(places)
+        places = places[~placed]
+        if crowded and window < len(free):
+            window *= 2
+        elif crowded:  # next to nothing is free any more, so any of it will do
             left = torch.nonzero(~taken).flatten()
             taken[left[torch.randperm(len(left), generator=generator)[: len(places)]]] = True
             break
-        winners = torch.zeros(len(places), dtype=torch.bool)
-        winners[_first_positions(offered)] = True
-        winners &= ~taken[offered]
-        taken[offered[winners]] = True
-        places = places[~winners]
-        window *= 2
     return free[taken]
 
 

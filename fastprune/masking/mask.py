@@ -205,6 +205,6 @@ def _checked(indices: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
             raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
         checked[name] = given.detach().cpu().contiguous()
         array, numel = checked[name].numpy(), math.prod(shape)
-        if len(array) and not (0 <= array[0] and array[-1] < numel and (array[1:] > array[:-1]).all()):
+        if len(array) and (array[0] < 0 or array[-1] >= numel or (array[1:] <= array[:-1]).any()):
             raise MaskError(f"{name}: indices must be ascending, unique and in [0, {numel}) for the shape {shape}")
     return checked
