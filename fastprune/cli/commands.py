@@ -94,6 +94,7 @@ def demo(
     from fastprune.experiments import DemoSettings, run_demo
     from fastprune.reporting import print_results, write_report
 
+    _quiet_loading()
     settings = DemoSettings(p=p, q=q, seed=seed, checkpoints=checkpoints)
     out.mkdir(parents=True, exist_ok=True)
     result = run_demo(out / "data", settings)
@@ -299,6 +300,7 @@ def _load(folder: Path, device: str | None, dtype: str):
 
     from fastprune.model.checkpoint import load_model
 
+    _quiet_loading()
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
@@ -307,6 +309,13 @@ def _load(folder: Path, device: str | None, dtype: str):
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"device: {device!r} cannot hold the model: {error}") from error
+
+
+def _quiet_loading() -> None:
+    """Silence transformers' own bar for loading weights, which it draws even where there is no terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _writable(path: Path) -> None:

@@ -19,11 +19,11 @@ import transformers
 from tqdm import tqdm
 
 import fastprune
-from fastprune.calibration import CalibrationSet, load_calibration
+from fastprune.calibration import CalibrationSet, load_calibration, read_rows
 from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import CRITERIA, heat_map, measure_controls, row, standard_masks, sweep, transfer
 from fastprune.masking import PruneMask
-from fastprune.organism import NEIGHBOUR, STAGES, checkpoint_path, export_data, load_organism, organism_judges
+from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
 from fastprune.scoring import Scores, score
 
 NOTES = (
@@ -35,6 +35,8 @@ NOTES = (
     "“sure :” (prefilling); it is what an attacker gets. Utility is the mean over six benign skills. The neighbour is "
     "the benign skill of the same format as harm.",
 )
+
+N_RECOGNITION = 256  # yes/no calibration rows of the double dissociation
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
         record["transfer"] = transfer(model, _by_category(harm), benign, suite, p=settings.p, q=settings.q)
         stages.end("transfer_s")
         stages.begin("pruning recognition instead")
-        record["dissociation"] = [_recognition_pruned(model, tokenizer, files, benign, suite, settings)]
+        record["dissociation"] = [_recognition_pruned(model, tokenizer, benign, suite, settings)]
         stages.end("recognition_s")
     finally:
         stages.close()
@@ -148,10 +150,10 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
             "seed": settings.seed,
             "n_harm": len(harm),
             "n_benign": len(benign),
-            "n_eval": {name: n for name, n in suite.sizes.items()},
+            "n_eval": {name: len(read_rows(path)) for name, path in files.items() if name.startswith("eval_")},
             "attack": "prefilling",
             "sweep_q": list(settings.sweep_q),
-            "checkpoints": str(settings.checkpoints or checkpoint_path("aligned").parent.name),
+            "checkpoints": "shipped" if settings.checkpoints is None else settings.checkpoints.name,
         },
         "timings": {**stages.seconds, "total_s": round(sum(stages.seconds.values()), 3)},
     }
@@ -160,6 +162,7 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
 
 def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
     """The organism's evaluation from its exported files: harm under prefilling, refusal, six skills, recognition."""
+    language = Language()
     return EvaluationSuite(
         tokenizer,
         harm_rows=files["eval_harm"],
@@ -167,7 +170,7 @@ def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
         recognition_rows=files["eval_recognition"],
         format="chat",
         attack="prefilling",
-        judges=organism_judges(),
+        judges={"gram": lambda row, completion: float(language.is_grammatical(row.prompt, completion))},
         neighbour_skill=NEIGHBOUR,
         batch_size=256,
     )
@@ -193,13 +196,13 @@ def _by_category(harm: CalibrationSet) -> dict[str, CalibrationSet]:
 def _recognition_pruned(
     model: torch.nn.Module,
     tokenizer: Any,
-    files: Mapping[str, Path],
     benign: CalibrationSet,
     suite: EvaluationSuite,
     settings: DemoSettings,
 ) -> dict[str, Any]:
     """The other half of a double dissociation: prune what recognises harm, and see that harm is still produced."""
-    examples = load_calibration(files["recognition"], tokenizer, format="chat")
+    rows = Language().rows("judge", N_RECOGNITION, seed=settings.seed)
+    examples = load_calibration(rows, tokenizer, format="chat")
     mask = score(model, examples, benign, q_max=settings.q, p_max=settings.p, progress=False).select(
         settings.p, settings.q
     )
