@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -14,8 +16,14 @@
 namespace fastprune::cuda {
 
 struct Workspace {
-  void* address;  // aligned to 256 bytes
+  void* address;  // a multiple of 16
   size_t bytes;
+
+  void require(size_t needed) const {
+    if (bytes >= needed && reinterpret_cast<uintptr_t>(address) % 16 == 0) return;
+    throw std::invalid_argument("workspace: expected " + std::to_string(needed) + " bytes at a multiple of 16, got " +
+                                std::to_string(bytes));
+  }
 };
 
 struct Selection {

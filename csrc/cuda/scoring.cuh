@@ -97,14 +97,14 @@ __device__ __forceinline__ void load_statistic(const Matrix& matrix, uint32_t st
       const uint32_t row = static_cast<uint32_t>(offset) / matrix.columns;
       offset += row * (matrix.row_stride - int64_t{matrix.columns});
     }
-    spread(*reinterpret_cast<const float4*>(from + offset), s + v * kVector);
+    spread(__ldg(reinterpret_cast<const float4*>(from + offset)), s + v * kVector);
   }
 }
 
 __device__ __forceinline__ void load_weight(const float* from, uint32_t start, float (&w)[kPerThread]) {
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    spread(*reinterpret_cast<const float4*>(from + index_of(start, v * kVector)), w + v * kVector);
+    spread(__ldg(reinterpret_cast<const float4*>(from + index_of(start, v * kVector))), w + v * kVector);
   }
 }
 
@@ -112,7 +112,7 @@ template <float (*widen)(uint32_t)>
 __device__ __forceinline__ void load_weight(const uint16_t* from, uint32_t start, float (&w)[kPerThread]) {
   uint2 raw[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) raw[v] = *reinterpret_cast<const uint2*>(from + index_of(start, v * kVector));
+  for (int v = 0; v < kVectors; ++v) raw[v] = __ldg(reinterpret_cast<const uint2*>(from + index_of(start, v * kVector)));
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     spread({widen(raw[v].x & 0xffffu), widen(raw[v].x >> 16), widen(raw[v].y & 0xffffu), widen(raw[v].y >> 16)},

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "operations.h"
@@ -21,11 +22,6 @@ int bits_of(uint64_t highest) {
   while (bits < 64 && highest >> bits) ++bits;
   return bits;
 }
-
-// The sorts work between two pairs of buffers; whichever holds the result is in `Current()`.
-struct Entries {
-  cub::DoubleBuffer<uint64_t> positions, ranks;
-};
 
 cudaError_t sort_pairs(void* temporary, size_t& bytes, cub::DoubleBuffer<uint64_t>& keys,
                        cub::DoubleBuffer<uint64_t>& values, uint64_t count, int bits, cudaStream_t stream) {
@@ -81,7 +77,7 @@ class Run {
   size_t lay_out(void* base) {
     size_t used = 0;
     const auto part = [&](auto*& pointer, uint64_t count) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + used);
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(reinterpret_cast<uintptr_t>(base) + used);
       used = (used + count * sizeof(*pointer) + 255) / 256 * 256;
     };
     part(matrices, matrices_.size());
@@ -103,8 +99,6 @@ class Run {
   std::optional<std::pair<int64_t, int64_t>> select(int64_t* out_source, int64_t* out_index, float* out_score,
                                                     cudaStream_t stream) {
     stream_ = stream;
-    upload(matrices, matrices_);
-    upload(groups, groups_);
     states_.assign(groups_.size(), State{});
     for (size_t g = 0; g < groups_.size(); ++g) {
       State& state = states_[g];
@@ -112,7 +106,8 @@ class Run {
       state.collects = 1;
       if (groups_[g].mode == Mode::everything) state.cut_rank = ~0u, state.cut_position = kNone;
     }
-    upload(states, states_);
+    spans_.assign(groups_.size(), Span{0});
+    upload_descriptors();
     const unsigned n_groups = static_cast<unsigned>(groups_.size());
     start("sample_kernel", sample_kernel, blocks_for(uint64_t{n_groups} * kSampled, kThreads), matrices, groups, samples);
     launch("sample_cut_kernel", sample_cut_kernel, n_groups, kSearchThreads, stream_, groups, samples, states);
@@ -144,21 +139,34 @@ class Run {
       group.capacity = group.weights;
     } else {
       group.mode = Mode::sampled;
-      // Four standard deviations above the mean, and a little more where the mean is small. What is then collected is
-      // about weights * (place + 1) / kSampled; three times that is room for scores that come in clusters.
+      // Four standard deviations above the mean, and a little more where the mean is small. About `expected` weights then
+      // reach the cut; the spread of that number is relative to the root of the place, and larger if scores cluster.
       const double weights = static_cast<double>(group.weights);
       const double mean = static_cast<double>(group.k) * kSampled / weights;
-      const double place = std::min(kSampled - 1.0, mean + 4 * std::sqrt(mean) + 8);
-      group.sample_rank = static_cast<uint32_t>(place);
+      group.sample_rank = static_cast<uint32_t>(std::min(kSampled - 1.0, mean + 4 * std::sqrt(mean) + 8));
       const double expected = (group.sample_rank + 1.0) * weights / kSampled;
-      group.capacity = std::min(group.weights, static_cast<uint64_t>(3 * expected) + 1024);
+      const double room = expected * (1.5 + 6 / std::sqrt(group.sample_rank + 1.0)) + 1024;
+      group.capacity = std::min(group.weights, static_cast<uint64_t>(room));
     }
   }
 
-  template <class Item>
-  void upload(Item* to, const std::vector<Item>& from) {
-    check(cudaMemcpyAsync(to, from.data(), from.size() * sizeof(Item), cudaMemcpyHostToDevice, stream_),
-          "top_scores: copy of descriptors to the device");
+  // matrices, groups, states and spans, which are neighbours in the workspace, in one copy.
+  void upload_descriptors() {
+    const uintptr_t base = reinterpret_cast<uintptr_t>(matrices);
+    std::vector<char> bytes(reinterpret_cast<uintptr_t>(samples) - base);
+    const auto place = [&](const auto* at, const auto& items) {
+      if (!items.empty()) std::memcpy(&bytes[reinterpret_cast<uintptr_t>(at) - base], items.data(), items.size() * sizeof(*at));
+    };
+    place(matrices, matrices_);
+    place(groups, groups_);
+    place(states, states_);
+    place(spans, spans_);
+    upload(matrices, bytes.data(), bytes.size());
+  }
+
+  // From pageable memory, which CUDA has read by the time the call returns.
+  void upload(void* to, const void* from, size_t bytes) {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "top_scores: copy of descriptors to the device");
   }
 
   template <class... Parameters, class... Arguments>
@@ -209,26 +217,26 @@ class Run {
 
   void write(int64_t* out_source, int64_t* out_index, float* out_score) {
     const int n_groups = static_cast<int>(groups_.size());
-    std::vector<Span> begins;
     uint64_t total = 0;
     for (size_t g = 0; g < groups_.size(); ++g) {
       if (states_[g].found < groups_[g].k || states_[g].found > groups_[g].capacity) {
         throw std::runtime_error("top_scores: the weights or statistics changed during the selection");
       }
-      begins.push_back({total});
+      spans_[g].begin = total;
       total += states_[g].found;
     }
-    upload(spans, begins);
-    Entries entries{{positions, other_positions}, {ranks, other_ranks}};
+    cub::DoubleBuffer<uint64_t> by_position(positions, other_positions), by_rank(ranks, other_ranks);
     if (n_groups > 1) {
+      upload(spans, spans_.data(), n_groups * sizeof(Span));
       start("compact_kernel", compact_kernel, blocks_for(total, kThreads), groups, n_groups, spans, total, positions, ranks,
             other_positions, other_ranks);
-      entries = {{other_positions, positions}, {other_ranks, ranks}};
+      by_position.selector = by_rank.selector = 1;
     }
-    sort(entries.positions, entries.ranks, total, bits_of(most_weights_));
-    sort(entries.ranks, entries.positions, total, 32 + bits_of(n_groups));  // stable: equal scores stay by position
+    sort(by_position, by_rank, total, bits_of(most_weights_ - 1));
+    // This one is stable, so that equal scores stay in the order of their positions.
+    sort(by_rank, by_position, total, 32 + (n_groups > 1 ? bits_of(n_groups - 1) : 0));
     start("write_kernel", write_kernel, blocks_for(outputs_, kThreads), matrices, groups, n_groups, spans, outputs_,
-          entries.positions.Current(), entries.ranks.Current(), out_source, out_index, out_score);
+          by_position.Current(), by_rank.Current(), out_source, out_index, out_score);
   }
 
   void sort(cub::DoubleBuffer<uint64_t>& keys, cub::DoubleBuffer<uint64_t>& values, uint64_t count, int bits) {
@@ -238,19 +246,20 @@ class Run {
   std::vector<Matrix> matrices_;
   std::vector<Group> groups_;
   std::vector<State> states_;
+  std::vector<Span> spans_;
   uint64_t slots_ = 0, outputs_ = 0, most_weights_ = 0;
   unsigned tiles_ = 0;
   cudaStream_t stream_ = nullptr;
 
-  // Parts of the workspace.
-  Matrix* matrices;
-  Group* groups;
-  State* states;
-  Span* spans;
-  uint32_t* samples;
-  Count* histograms;
-  uint64_t *positions, *ranks, *other_positions, *other_ranks;
-  char* temporary;
+  // Parts of the workspace, in this order.
+  Matrix* matrices = nullptr;
+  Group* groups = nullptr;
+  State* states = nullptr;
+  Span* spans = nullptr;
+  uint32_t* samples = nullptr;
+  Count* histograms = nullptr;
+  uint64_t *positions = nullptr, *ranks = nullptr, *other_positions = nullptr, *other_ranks = nullptr;
+  char* temporary = nullptr;
   size_t temporary_bytes = 0;
 };
 
@@ -267,11 +276,7 @@ std::optional<std::pair<int64_t, int64_t>> top_scores(const Selection& selection
   check(cudaSetDevice(device), "top_scores: cudaSetDevice");
   if (selection.sources.size() != selection.sizes.size()) throw std::invalid_argument("sizes: expected one per source");
   Run run(selection);
-  const size_t needed = run.lay_out(workspace.address);
-  if (workspace.bytes < needed) {
-    throw std::invalid_argument("workspace: expected " + std::to_string(needed) + " bytes, got " +
-                                std::to_string(workspace.bytes));
-  }
+  workspace.require(run.lay_out(workspace.address));
   return run.select(out_source, out_index, out_score, static_cast<cudaStream_t>(stream));
 }
 

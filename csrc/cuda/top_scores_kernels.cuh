@@ -106,14 +106,21 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const Matrix* matrice
   State* state = states + matrix.group;
   if (!state->collects) return;
   const uint32_t cut_rank = state->cut_rank;
-  const uint64_t cut_position = state->cut_position;
-  const uint64_t first_slot = groups[matrix.group].first_slot, capacity = groups[matrix.group].capacity;
+  const float cut_score = score_of(cut_rank);
   visit_tile(matrix, blockIdx.x - matrix.first_tile,
              [&](uint32_t start, const float(&scores)[kPerThread], uint32_t valid) {
-               uint32_t hits = 0;
+               // One comparison passes over almost all warps; it lets NaN through, and everything if the cut is NaN.
+               uint32_t candidates = 0, hits = 0;
+#pragma unroll
+               for (int i = 0; i < kPerThread; ++i) candidates |= uint32_t{!(scores[i] < cut_score)} << i;
+               candidates &= valid;
+               if (!__any_sync(kWarp, candidates != 0)) return;
+               // What only the few need is read here and not kept in registers.
+               const uint64_t cut_position = state->cut_position;
+               const Group& group = groups[matrix.group];
 #pragma unroll
                for (int i = 0; i < kPerThread; ++i) {
-                 if (!(valid >> i & 1)) continue;
+                 if (!(candidates >> i & 1)) continue;
                  const uint64_t position = matrix.position + index_of(start, i);
                  if (is_nan(scores[i])) {
                    atomicMin(&state->first_nan, Count{position});
@@ -121,14 +128,13 @@ __global__ void __launch_bounds__(kThreads) collect_kernel(const Matrix* matrice
                    hits |= 1u << i;
                  }
                }
-               if (!__any_sync(kWarp, hits != 0)) return;
                uint64_t slot = take_slots(state, __popc(hits));
 #pragma unroll
                for (int i = 0; i < kPerThread; ++i) {
                  if (!(hits >> i & 1)) continue;
-                 if (slot < capacity) {
-                   positions[first_slot + slot] = matrix.position + index_of(start, i);
-                   ranks[first_slot + slot] = uint64_t(matrix.group) << 32 | rank_of(scores[i]);
+                 if (slot < group.capacity) {
+                   positions[group.first_slot + slot] = matrix.position + index_of(start, i);
+                   ranks[group.first_slot + slot] = uint64_t(matrix.group) << 32 | rank_of(scores[i]);
                  }
                  ++slot;
                }
@@ -141,7 +147,7 @@ __host__ __device__ inline bool misled(const Group& group, const State& state) {
 
 // Groups whose sample misled are searched for their exact cut; the others have what they need.
 __global__ void start_search_kernel(const Group* groups, int n_groups, State* states) {
-  const uint32_t g = blockIdx.x * kThreads + threadIdx.x;
+  const int g = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (g >= n_groups) return;
   State& state = states[g];
   state.collects = state.searches = misled(groups[g], state);

@@ -1,0 +1,222 @@
+"""What the CUDA operations are given and what has to come out, for the CPU emulation and for a device alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastprune import cuda, reference
+from fastprune.errors import ScoringError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Case = tuple[Tensor, Tensor | None, str, int]
+
+SAMPLED, RUN = 1 << 15, 16  # as in csrc/cuda/selection.cuh
+
+
+def _random(shape: tuple[int, ...], criterion: str = "signed", k: int = 40, dtype: torch.dtype = torch.float32) -> Case:
+    weight, statistic = torch.randn(shape).to(dtype), torch.randn(shape)
+    if criterion in ("abs", "fisher"):
+        statistic = statistic.abs()
+    if criterion == "wanda":
+        statistic = torch.rand(shape[-1])
+    return weight, None if criterion == "magnitude" else statistic, criterion, k
+
+
+def sampled_positions(n: int) -> Tensor:
+    """The positions that are sampled out of n weights, as in csrc/cuda/selection.cuh."""
+    stretch, positions = n // (SAMPLED // RUN), []
+    for run in range(SAMPLED // RUN):
+        bits = (run + 1) * 0x9E3779B97F4A7C15 % 2**64
+        bits ^= bits >> 31
+        start = run * stretch + ((bits & 0xFFFFFFFF) * (stretch - RUN + 1) >> 32)
+        positions.extend(range(start, start + RUN))
+    return torch.tensor(positions)
+
+
+def _too_few_reach_the_sampled_cut() -> Case:
+    weight = torch.rand(260, 257)
+    weight.view(-1)[sampled_positions(weight.numel())] += 2
+    return weight, torch.ones(260, 257), "signed_reverse", 1000
+
+
+def _misaligned() -> Case:
+    return torch.randn(66_801).bfloat16()[1:].view(100, 668), torch.randn(100, 668), "signed", 33
+
+
+def _strided_statistic() -> Case:
+    return torch.randn(130, 516), torch.randn(516, 130).T, "abs_of_sum", 99
+
+
+def _wanda_of_rows() -> Case:
+    return torch.randn(130, 516).half(), torch.rand(130, 1), "wanda", 99
+
+
+def _wide_statistic() -> Case:
+    weight, statistic, criterion, k = _random((130, 516), dtype=torch.bfloat16)
+    return weight, statistic.double() * (1 + 1e-9), criterion, k
+
+
+def _few_values(k: int) -> Case:
+    return torch.randint(-2, 3, (258, 260)).bfloat16(), torch.ones(258, 260), "signed_reverse", k
+
+
+def _zeros_of_both_signs() -> Case:
+    weight = torch.where(torch.rand(258, 260) < 0.5, -1.0, 1.0)
+    statistic = torch.zeros(258, 260)
+    statistic[7, 3] = 5.0
+    return weight, statistic, "signed", 2000
+
+
+def _extreme_values() -> Case:
+    weight = torch.full((258, 260), 1e-42)
+    flat, odd = weight.view(-1), torch.tensor([float("inf"), -float("inf"), 3e38, 1e-45, -1e-45])
+    flat[torch.randperm(flat.numel())[:500]] = odd.repeat(100)
+    return weight, torch.ones(258, 260), "signed", 700
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    **{
+        f"{shape}": lambda shape=shape: _random(shape, k=4) for shape in [(1, 1), (3, 5), (17, 129), (1000,), (5, 4, 9)]
+    },
+    **{f"{dtype}": lambda dtype=dtype: _random((257, 260), "signed", 66, dtype) for dtype in DTYPES},
+    **{criterion: lambda criterion=criterion: _random((257, 260), criterion, 70) for criterion in reference.CRITERIA},
+    **{f"k={k}": lambda k=k: _random((257, 260), "abs", k) for k in (0, 1, 8000, 20_000, 66_820, 70_000)},
+    "columns not a multiple of four": lambda: _random((301, 311), "wanda", 70),
+    "one row": lambda: _random((1, 40_001), k=11),
+    "one column": lambda: _random((40_001, 1), k=11),
+    "full steps only": lambda: _random((64, 1024), "abs", 300, torch.bfloat16),
+    "no weights": lambda: _random((0, 7)),
+    "misaligned": _misaligned,
+    "strided statistic": _strided_statistic,
+    "wanda of rows": _wanda_of_rows,
+    "float64 statistic": _wide_statistic,
+    "all equal": lambda: (torch.ones(258, 260), torch.ones(258, 260), "abs", 50),
+    "many ties, k above them": lambda: _few_values(16_000),
+    "many ties, k in them": lambda: _few_values(300),
+    "zeros of both signs": _zeros_of_both_signs,
+    "all negative": lambda: (torch.rand(258, 260), torch.ones(258, 260), "signed", 50),
+    "extreme values": _extreme_values,
+    "too few reach the sampled cut": _too_few_reach_the_sampled_cut,
+}
+
+
+def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Indices and values are equal as bits."""
+    indices, values = (tensor.cpu() for tensor in got)
+    assert indices.dtype == torch.int64 and values.dtype == torch.float32
+    assert indices.tolist() == expected[0].tolist()
+    assert values.view(torch.int32).tolist() == expected[1].view(torch.int32).tolist()
+
+
+def _to(device: str, tensor: Tensor | None) -> Tensor | None:
+    """On the device; a view keeps its strides and its alignment."""
+    if tensor is None or device == "cpu":
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype, device=device).set_(tensor.untyped_storage().to(device))
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def check_case(device: str, name: str) -> None:
+    weight, statistic, criterion, k = CASES[name]()
+    got = cuda.top_scores(_to(device, weight), _to(device, statistic), criterion, k)
+    assert_same(got, reference.top_scores(weight, statistic, criterion, k))
+
+
+def check_nan(device: str, index: int, k: int, dtype: torch.dtype) -> None:
+    weight, statistic, criterion, _ = _random((257, 260), "signed", 0, dtype)
+    weight.view(-1)[index] = float("nan")
+    weight.view(-1)[index + 1 :: 1001] = -float("nan")
+    with pytest.raises(ScoringError) as expected:
+        reference.top_scores(weight, statistic, criterion, k)
+    with pytest.raises(ScoringError) as raised:
+        cuda.top_scores(_to(device, weight), _to(device, statistic), criterion, k)
+    assert str(raised.value) == str(expected.value)
+
+
+def _matrices() -> tuple[list[Tensor], list[Tensor]]:
+    """Matrices of many sizes and dtypes; one is empty, one has ties only, one the scores of another."""
+    shapes = [(3, 5), (260, 258), (0, 4), (129, 517), (258, 260), (258, 260), (1, 1)]
+    weights = [torch.randn(shape).to(DTYPES[i % 4]) for i, shape in enumerate(shapes)]
+    statistics = [torch.randn(shape) for shape in shapes]
+    weights[4], statistics[4] = torch.ones(258, 260), torch.ones(258, 260)
+    weights[5], statistics[5] = weights[1].float().view(258, 260), statistics[1].view(258, 260)
+    return weights, statistics
+
+
+def check_each(device: str) -> None:
+    weights, statistics = _matrices()
+    ks = [4, 70, 3, 0, 50, 66, 9]
+    got = cuda.top_scores_of_each(
+        [_to(device, w) for w in weights], [_to(device, s) for s in statistics], "abs_of_sum", ks
+    )
+    assert len(got) == len(ks)
+    for i, result in enumerate(got):
+        assert_same(result, reference.top_scores(weights[i], statistics[i], "abs_of_sum", ks[i]))
+
+
+def check_all(device: str, k: int) -> None:
+    weights, statistics = _matrices()
+    on_device = [_to(device, w) for w in weights], [_to(device, s) for s in statistics]
+    places, indices, values = cuda.top_scores_of_all(*on_device, "abs_of_sum", k)
+    parts = [reference.form_scores(w, s, "abs_of_sum").flatten() for w, s in zip(weights, statistics, strict=True)]
+    scores = torch.cat(parts)
+    order = scores.sort(descending=True, stable=True).indices[:k]
+    begins = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+    place_of = torch.repeat_interleave(torch.arange(len(parts)), begins.diff())
+    assert places.tolist() == place_of[order].tolist()
+    assert_same((indices, values), (order - begins[place_of[order]], scores[order]))
+
+
+def check_nan_of_several(device: str) -> None:
+    weights, statistics = _matrices()
+    weights[3].view(-1)[5000] = float("nan")
+    weights[5].view(-1)[7] = float("nan")
+    on_device = [_to(device, w) for w in weights], [_to(device, s) for s in statistics]
+    with pytest.raises(ScoringError, match=r"matrix 3 of 7.*flat index 5000, position \(9, 347\)"):
+        cuda.top_scores_of_each(*on_device, "signed", [1] * 7)
+    with pytest.raises(ScoringError, match=r"matrix 3 of 7.*flat index 5000, position \(9, 347\)"):
+        cuda.top_scores_of_all(*on_device, "signed", 100)
+
+
+def check_difference(device: str, a_size: int, b_size: int, highest: int) -> None:
+    a, b = (torch.randperm(highest)[:size].sort().values for size in (a_size, b_size))
+    got = cuda.difference(_to(device, a), _to(device, b))
+    assert got.dtype == torch.int64
+    assert got.tolist() == sorted(set(a.tolist()) - set(b.tolist()))
+
+
+def every_value(dtype: torch.dtype) -> Tensor:
+    """All values of a 16 bit type; of the wider ones, random bits."""
+    if dtype.itemsize == 2:
+        return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    return torch.randint(-(1 << 62), 1 << 62, (20_000,)).view(dtype)
+
+
+def bits(values: Tensor) -> list[int]:
+    return values.cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]).tolist()
+
+
+def check_sparse(device: str, scale: float) -> None:
+    """Several matrices at once: old values, scaled values, untouched values and restored values, as bits."""
+    before = [every_value(dtype) for dtype in DTYPES]
+    before.append(before[0][:0])
+    offsets = [torch.randperm(len(values))[: len(values) * 3 // 4] for values in before]
+    weights = [_to(device, values.clone()) for values in before]
+    on_device = [_to(device, where) for where in offsets]
+    versions = [weight._version for weight in weights]
+    old = cuda.apply_sparse_each_(weights, on_device, scale)
+    for values, where, weight, kept in zip(before, offsets, weights, old, strict=True):
+        assert bits(kept) == bits(values[where])
+        number = where[~values[where].isnan()]
+        expected = values.clone()
+        expected[number] = reference.scaled(values[number], scale)
+        if scale == 0:
+            expected[where] = 0
+        assert bits(weight) == bits(expected)
+    assert all(weight._version > version for weight, version in zip(weights, versions, strict=True))
+    cuda.restore_sparse_each_(weights, on_device, old)
+    assert [bits(weight) for weight in weights] == [bits(values) for values in before]

@@ -1,0 +1,167 @@
+"""The CUDA sources, compiled for the CPU against a stand-in for CUDA's headers, give what the reference gives.
+
+This tests the kernels, the host code around them and the binding, not CUB, the compiler or a device: those are tested
+by ``test_cuda_build.py`` and, on a machine with a GPU, ``test_cuda_ops_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import cuda_cases
+import pybind11
+import pytest
+import torch
+
+from fastprune import cuda
+from fastprune.errors import ArgumentError
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+STAND_IN = Path(__file__).parent / "cuda_emulation"
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
+)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    folder = tmp_path_factory.mktemp("cuda_emulated")
+    includes = ["-I", str(STAND_IN), "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
+    # Contraction would let the CPU do what the GPU is forbidden to, and fortification takes a change of fibers for an
+    # error. The binding is not optimised: it is most of the time.
+    flags = [
+        "-std=c++17",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+    ]
+    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "cuda_bindings.cpp"]
+    compilers = []
+    for source in sources:
+        optimise = "-O1" if source.suffix == ".cu" else "-O0"
+        command = [
+            "g++",
+            *flags,
+            *includes,
+            optimise,
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+            "-o",
+            f"{folder / source.stem}.o",
+        ]
+        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for source, compiler in zip(sources, compilers, strict=True):
+        _, messages = compiler.communicate()
+        assert compiler.returncode == 0, f"{source.name}: {messages}"
+    library = folder / "_cuda.so"
+    subprocess.run(["g++", "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _emulation(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors stand for device tensors; fresh memory holds junk."""
+
+    @contextmanager
+    def device_of(tensors):
+        yield emulated, 0, 0
+
+    def junk(count, like):
+        return torch.full((count,), 0xA5, dtype=torch.uint8)
+
+    monkeypatch.setattr(cuda, "_device_of", device_of)
+    monkeypatch.setattr(cuda, "_bytes", junk)
+
+
+@pytest.mark.parametrize("name", cuda_cases.CASES)
+def test_top_scores(name: str) -> None:
+    cuda_cases.check_case("cpu", name)
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_the_order_of_blocks_and_threads_leaves_no_trace(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMULATED_ORDER", order)
+    for name in ("torch.bfloat16", "many ties, k in them", "too few reach the sampled cut"):
+        cuda_cases.check_case("cpu", name)
+    cuda_cases.check_nan("cpu", 4097, 3, torch.float32)
+    cuda_cases.check_each("cpu")
+    cuda_cases.check_all("cpu", 70)
+
+
+@pytest.mark.parametrize(("index", "k"), [(0, 3), (4097, 0), (66_819, 70_000)])
+def test_first_nan_is_named(index: int, k: int) -> None:
+    cuda_cases.check_nan("cpu", index, k, torch.bfloat16)
+
+
+def test_top_scores_of_each() -> None:
+    cuda_cases.check_each("cpu")
+
+
+@pytest.mark.parametrize("k", [0, 1, 70, 80_000])
+def test_top_scores_of_all(k: int) -> None:
+    cuda_cases.check_all("cpu", k)
+
+
+def test_first_nan_of_several_is_named() -> None:
+    cuda_cases.check_nan_of_several("cpu")
+
+
+@pytest.mark.parametrize(("a_size", "b_size"), [(0, 5), (5, 0), (1, 1), (300, 700), (5000, 4000)])
+def test_difference(a_size: int, b_size: int) -> None:
+    cuda_cases.check_difference("cpu", a_size, b_size, 6000)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1.0, 0.5, -1.7, 3e-5, 70_000.0, 1e-45])
+def test_sparse_writes(scale: float) -> None:
+    cuda_cases.check_sparse("cpu", scale)
+
+
+def test_a_workspace_that_is_too_small_is_refused(emulated: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"workspace: expected \d+ bytes at a multiple of 16, got 8"):
+        emulated.difference(0, 10, 0, 0, 0, 16, 8, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "ks", "message"),
+    [
+        ([1 << 32], [1], [1], "2\\^32 weights or more"),
+        ([4], [2], [1], "group_sizes: "),
+        ([4, 4], [1], [1], "group_sizes: "),
+        ([4], [1], [5], "ks: expected 0 to the number"),
+        ([4], [1], [1, 1], "ks: expected one per group"),
+    ],
+)
+def test_sizes_that_cannot_be_served_are_refused(emulated: ModuleType, sizes, groups, ks, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        emulated.top_scores_workspace(sizes, groups, ks, 0)
+
+
+def test_workspace_of_a_large_model_is_a_small_part_of_it(emulated: ModuleType) -> None:
+    sizes = [4096 * 14336] * 96
+    bytes_of_weights = 2 * sum(sizes)
+    each = emulated.top_scores_workspace(sizes, [1] * 96, [n // 1000 for n in sizes], 0)
+    assert each < bytes_of_weights / 12
+    assert emulated.top_scores_workspace(sizes, [96], [sum(sizes) // 1000], 0) < bytes_of_weights / 12
+
+
+def test_tensors_that_are_not_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises((ArgumentError, ImportError)):
+        cuda.top_scores(torch.ones(2, 2), None, "magnitude", 1)
