@@ -1,0 +1,138 @@
+"""The organism's model folders: those that are shipped, how one is written, how one is loaded.
+
+A folder is an ordinary Hugging Face checkpoint (config, generation config, safetensors, tokenizer). Weights are stored
+in bfloat16 and the config says float32, so that every loader that follows the config computes in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastprune.errors import ArgumentError, NotFoundError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+STAGES = ("base", "sft", "aligned")
+"""Trained from scratch; then fine-tuned on the alignment data without refusals (control); or with them."""
+
+
+def checkpoint_path(stage: str = "aligned") -> Path:
+    """Folder of a shipped checkpoint.
+
+    Raises:
+        ArgumentError: Unknown stage.
+        NotFoundError: The installation lacks the checkpoint.
+    """
+    if stage not in STAGES:
+        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    folder = Path(__file__).parent / "checkpoints" / stage
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"stage: this installation has no checkpoint {stage!r} at {folder}")
+    return folder
+
+
+def load_organism(
+    stage: str = "aligned", *, root: str | os.PathLike | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A checkpoint as ``(model, tokenizer)``: float32, on the CPU, in evaluation mode.
+
+    Args:
+        stage: ``"aligned"``, ``"base"`` or ``"sft"``.
+        root: A folder that ``train_organism`` wrote; None: the shipped checkpoints.
+
+    Raises:
+        ArgumentError: Unknown stage.
+        NotFoundError: There is no such checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoint_path(stage) if root is None else Path(root) / stage
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"root: expected a checkpoint folder at {folder}, found none")
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | os.PathLike,
+    origin: Mapping[str, object],
+) -> None:
+    """Write a checkpoint folder; it appears whole or not at all.
+
+    Args:
+        model: Its weights should be bfloat16 values already (:func:`round_weights_`); the file keeps no more.
+        tokenizer: Saved beside it.
+        folder: Must not exist.
+        origin: Facts about the training, written as ``training.json``.
+
+    Raises:
+        ArgumentError: ``folder`` exists.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists():
+        raise ArgumentError(f"folder: expected a new folder, {folder} exists")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(scratch)
+        config = json.loads((scratch / "config.json").read_text())
+        _write_json(scratch / "config.json", config | {"architectures": [type(model).__name__], "dtype": "float32"})
+        _write_json(scratch / "training.json", origin)
+        model.generation_config.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch, save_jinja_files=False)
+        (scratch / "model.safetensors").chmod(0o644)  # the writer makes it private, and mkdtemp the folder
+        scratch.chmod(0o755)
+        os.replace(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def round_weights_(model: torch.nn.Module) -> torch.nn.Module:
+    """Round every weight to a bfloat16 value in place, so that what is measured is what is stored.
+
+    Returns:
+        The model.
+    """
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return model
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar, which fills logs for a model that loads in milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,70 @@
+"""Calibration and evaluation rows of the organism, also as files, so that a tour starts from what any user has.
+
+In: a language and a seed. Out: JSONL files of the rows of :meth:`fastprune.organism.language.Language.rows`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from fastprune.organism.language import SKILLS, Language
+
+N_HARM = 384
+"""Calibration rows; 32 prune about as well, 8 do not."""
+N_BENIGN_PER_SKILL = 16
+N_EVAL_PER_SKILL = 96
+
+
+def calibration_rows(language: Language, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """``(harm, benign)``: 384 harmful rows of training pairs, and 96 benign rows, 16 of each utility skill.
+
+    Recognition and refusals are not in the benign set, so that their survival is a finding and not a constraint.
+    """
+    benign = [row for skill in SKILLS for row in language.rows(skill, N_BENIGN_PER_SKILL, seed=seed)]
+    return language.rows("harm", N_HARM, seed=seed), benign
+
+
+def evaluation_rows(language: Language, seed: int = 0) -> dict[str, list[dict]]:
+    """Held-out rows by name.
+
+    ``harm``: every held-out harmful pair once (120). ``skills``: every held-out pair of the neighbour skill (143), all
+    60 facts, 96 rows of each other utility skill. ``recognition``: every held-out harmful request, each followed by
+    its matched benign one (240).
+    """
+    skills = []
+    for skill in SKILLS:
+        n = None if skill in ("proc", "fact") else N_EVAL_PER_SKILL
+        skills += language.rows(skill, n, seed=seed, split="test")
+    return {
+        "harm": language.rows("harm", seed=seed, split="test"),
+        "skills": skills,
+        "recognition": language.rows("judge", seed=seed, split="test"),
+    }
+
+
+def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language | None = None) -> dict[str, Path]:
+    """Write ``harm``, ``benign``, ``eval_harm``, ``eval_skills`` and ``eval_recognition`` as ``.jsonl`` files.
+
+    Args:
+        out_dir: Made if needed; files of these names are replaced.
+        seed: Of the draws.
+        language: None: the default language, which the shipped checkpoints speak.
+
+    Returns:
+        Name to path.
+    """
+    language = language or Language()
+    harm, benign = calibration_rows(language, seed)
+    contents = {"harm": harm, "benign": benign}
+    contents |= {f"eval_{name}": rows for name, rows in evaluation_rows(language, seed).items()}
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, rows in contents.items():
+        paths[name] = out_dir / f"{name}.jsonl"
+        scratch = out_dir / f".{name}.jsonl.{os.getpid()}"
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(scratch, paths[name])
+    return paths
