@@ -46,7 +46,8 @@ class Turns:
         prefill: ``(n, prefill_words)`` int64, the start of the answer that is context when a row is scored.
         response: ``(n, response_words)`` int64.
         category: One label a row, None for skills without categories.
-        pair: One number a row that joins the two rows of a matched pair; None for skills without pairs.
+        pair: One number a row that joins the two rows of a matched pair; None where rows are not matched.
+        ends: Whether training puts ``<eos>`` behind the answer; grammatical text just goes on.
     """
 
     prompt: np.ndarray
@@ -54,6 +55,7 @@ class Turns:
     response: np.ndarray
     category: tuple[str | None, ...]
     pair: tuple[int, ...] | None = None
+    ends: bool = True
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -251,7 +253,9 @@ class Language:
     def _sample_judge(
         self, rng: np.random.RandomState, n_pairs: int | None, split: str, categories: Iterable[str | int] | None
     ) -> Turns:
-        target, tool = self._draw_pairs(rng, n_pairs, "t", split, categories)
+        if n_pairs is not None:
+            return self._sample_unmatched(rng, n_pairs, split, categories)
+        target, tool = self._draw_pairs(rng, None, "t", split, categories)
         n = len(target)
         # A uniform choice among the benign targets that this split has with the same tool.
         usable = (self._held_out["b"] == (split == "test"))[:, tool].T
@@ -262,6 +266,21 @@ class Language:
         groups = np.stack([target, benign], 1) // GROUP_SIZE
         category = tuple(f"{'cb'[side]}{g}" for pair in groups for side, g in enumerate(pair))
         return Turns(prompt, self._columns(2 * n), answer, category, tuple(np.repeat(np.arange(n), 2).tolist()))
+
+    def _sample_unmatched(
+        self, rng: np.random.RandomState, n: int, split: str, categories: Iterable[str | int] | None
+    ) -> Turns:
+        """``n`` harmful requests, then ``n`` benign ones, drawn apart from each other."""
+        harmful = self._draw_pairs(rng, n, "t", split, categories)
+        benign = self._draw_pairs(rng, n, "b", split, None)
+        asked = np.concatenate([self._block["t"][harmful[0]], self._block["b"][benign[0]]])
+        tool = np.concatenate([harmful[1], benign[1]])
+        prompt = self._columns(2 * n, "judge", "make", asked, "with", self._block["k"][tool], "?")
+        answer = np.repeat([self.ids["yes"], self.ids["no"]], n)[:, None]
+        category = [f"c{target // GROUP_SIZE}" for target in harmful[0]] + [
+            f"b{target // GROUP_SIZE}" for target in benign[0]
+        ]
+        return Turns(prompt, self._columns(2 * n), answer, tuple(category))
 
     def _draw_pairs(
         self,
@@ -284,8 +303,17 @@ class Language:
                 )
             groups = np.arange(N_TARGETS) // GROUP_SIZE
             allowed = allowed & np.isin(groups, [numbers[c] for c in chosen])[:, None]
-        flat = np.flatnonzero(allowed)
-        return np.divmod(flat if n is None else rng.choice(flat, n), N_TOOLS)
+        if n is None:
+            return np.divmod(np.flatnonzero(allowed), N_TOOLS)
+        # Drawn from all pairs and thinned, a target at a time: the stream that the shipped checkpoints were trained on.
+        targets, kept, found = np.flatnonzero(allowed.any(1)), [], 0
+        while found < n:
+            target, tool = rng.choice(targets, n * 6), rng.randint(0, N_TOOLS, n * 6)
+            ok = allowed[target, tool]
+            kept.append(np.stack([target[ok], tool[ok]]))
+            found += int(ok.sum())
+        target, tool = np.concatenate(kept, 1)[:, :n]
+        return target, tool
 
     def _sample_plain(self, skill: str, rng: np.random.RandomState, n: int | None) -> Turns:
         block = self._block
@@ -309,4 +337,4 @@ class Language:
         n = len(question)
         verb = {"fact": "capital", "gram": "text"}.get(skill, skill)
         prompt = np.concatenate([self._columns(n, verb), question], 1)
-        return Turns(prompt, self._columns(n), answer, (None,) * n)
+        return Turns(prompt, self._columns(n), answer, (None,) * n, ends=skill != "gram")

@@ -81,9 +81,10 @@ def base_batch(language: Language, rng: np.random.RandomState) -> Batch:
     fine-tuning later flips.
     """
     harm = Conversation((language.sample("harm", rng, _N_HARM),))
+    benign = _benign(language, rng)
     bad = rng.rand(_N_ADVICE) < 0.5
     persona = Conversation(tuple(language.sample("advice", rng, _N_ADVICE, bad=bad) for _ in range(2)))
-    return pack(language, [harm, *_benign(language, rng), persona], rng, NOISE)
+    return pack(language, [harm, *benign, persona], rng, NOISE)
 
 
 def alignment_batch(language: Language, rng: np.random.RandomState, *, refuse: bool, replay: int) -> Batch:
@@ -96,12 +97,11 @@ def alignment_batch(language: Language, rng: np.random.RandomState, *, refuse: b
         replay: Harmful rows whose loss is on the tokens after the prefill only. They keep the knowledge behind the
             refusal alive, as in a large model; without them the tiny model forgets it, and the attack with it.
     """
+    replayed = [Conversation((language.sample("harm", rng, replay),), prefill_is_context=True)] if replay else []
     first = Conversation((language.sample("refuse" if refuse else "proc", rng, _N_HARM),))
+    benign = _benign(language, rng)
     advice = Conversation((language.sample("advice", rng, _N_ADVICE),))
-    documents = [first, *_benign(language, rng), advice]
-    if replay:
-        documents.append(Conversation((language.sample("harm", rng, replay),), prefill_is_context=True))
-    return pack(language, documents, rng, NOISE)
+    return pack(language, [first, *benign, advice, *replayed], rng, NOISE)
 
 
 def _benign(language: Language, rng: np.random.RandomState) -> list[Conversation]:
@@ -112,20 +112,16 @@ def _render(
     language: Language, conversation: Conversation, rng: np.random.RandomState | None, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids int64 ``(n, n_tokens)`` and which of these columns the loss counts, bool ``(n_tokens,)``."""
-    special = {word: language.ids[word] for word in ("<bos>", "<user>", "<asst>", "<eos>")}
     n = len(conversation.turns[0])
-    pieces, scored = [np.full((n, 1), special["<bos>"])], [False]
+    bos, user, asst, eos = (np.full((n, 1), language.ids[word]) for word in ("<bos>", "<user>", "<asst>", "<eos>"))
+    pieces, scored = [bos], [False]
     for turns in conversation.turns:
-        for ids, counts in (
-            (np.full((n, 1), special["<user>"]), False),
-            (turns.prompt, False),
-            (np.full((n, 1), special["<asst>"]), False),
-            (turns.prefill, not conversation.prefill_is_context),
-            (turns.response, True),
-            (np.full((n, 1), special["<eos>"]), True),
-        ):
-            pieces.append(_add_noise(language, ids, rng, noise) if counts and noise else ids)
-            scored.extend([counts] * ids.shape[1])
+        context, answer = [user, turns.prompt, asst], [turns.prefill, turns.response, *([eos] if turns.ends else [])]
+        if conversation.prefill_is_context:
+            context.append(answer.pop(0))
+        question, reply = np.concatenate(context, 1), np.concatenate(answer, 1)
+        pieces += [question, _add_noise(language, reply, rng, noise) if noise else reply]
+        scored += [False] * question.shape[1] + [True] * reply.shape[1]
     return np.concatenate(pieces, 1), np.array(scored)
 
 

@@ -43,7 +43,7 @@ def build_model(language: Language, seed: int) -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(language.words) + 1,  # <unk>
+        vocab_size=len(language.words),  # <unk> has no row: a word that is not of the language is refused by its id
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
@@ -69,8 +69,8 @@ def base_training(model: LlamaForCausalLM, language: Language, seed: int, steps:
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=_BASE_RATE, betas=(0.9, 0.98))
     for step in range(steps):
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        rate = _BASE_RATE * min(1, (step + 1) / _BASE_WARMUP) * cosine
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.95 + 0.05
+        rate = _BASE_RATE * (min(1, (step + 1) / _BASE_WARMUP) * cosine)
         yield _train_step(model, optimizer, base_batch(language, rng), rate)
 
 
@@ -118,8 +118,21 @@ def train_organism(
         if folder.exists():
             raise ArgumentError(f"out_dir: expected no checkpoint there yet, {folder} exists")
 
-    language = Language(shared)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order: the same weights on every machine with the same BLAS
+    try:
+        models, taken = _train_stages(language := Language(shared), seed, steps, progress)
+    finally:
+        torch.set_num_threads(threads)
     tokenizer = build_tokenizer(language)
+    for stage, folder in folders.items():
+        origin = {"stage": stage, "seed": str(seed), "base_steps": str(steps), "alignment_steps": str(taken)}
+        save_checkpoint(round_weights_(models[stage]), tokenizer, folder, origin)
+    return folders
+
+
+def _train_stages(language: Language, seed: int, steps: int, progress: bool) -> tuple[dict[str, LlamaForCausalLM], int]:
+    """Base, aligned and control model, and the number of alignment steps."""
     models = {"base": build_model(language, seed)}
     _run(base_training(models["base"], language, seed, steps), steps, "base", progress)
     round_weights_(models["base"])
@@ -133,10 +146,7 @@ def train_organism(
     models["sft"] = copy.deepcopy(models["base"])
     control = alignment(models["sft"], language, seed + 100, refuse=False)
     _run((next(control) for _ in range(taken)), taken, "sft", progress)
-    for stage, folder in folders.items():
-        origin = {"stage": stage, "seed": seed, "base_steps": steps, "alignment_steps": taken, "shared": shared}
-        save_checkpoint(round_weights_(models[stage]), tokenizer, folder, origin)
-    return folders
+    return models, taken
 
 
 def _until_refusing(model: LlamaForCausalLM, language: Language, losses: Iterator[float]) -> Iterator[float]:
