@@ -145,7 +145,7 @@ def test_rows_in_memory_that_are_refused(rows, message):
 def test_a_dataset_says_what_it_lacks_before_it_is_read():
     import datasets
 
-    with pytest.raises(CalibrationError, match=r"missing response; found \['prompt'\]"):
+    with pytest.raises(CalibrationError, match=r"^rows: missing response; found \['prompt'\]"):
         read_rows(datasets.Dataset.from_list([{"prompt": "a"}]))
     with pytest.raises(CalibrationError, match="of several splits pass one"):
         read_rows(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}))

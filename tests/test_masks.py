@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -103,6 +103,7 @@ def test_indices_are_checked(indices, message):
         PruneMask({"w": torch.tensor([0])}, {"w": (2, 2), "v": (1, 1)})
 
 
+@settings(max_examples=50)
 @given(drawn=masks(3))
 def test_algebra_is_that_of_sets(drawn):
     a, b, c = drawn
@@ -180,6 +181,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@settings(max_examples=20)
 @given(drawn=masks())
 def test_applied_changes_the_masked_weights_alone_and_gives_the_same_bits_back(dtype, drawn):
     mask, model = drawn[0], Toy(dtype)
@@ -330,6 +332,11 @@ def test_models_that_cannot_be_written_are_refused():
     odd.b.weight = nn.Parameter(torch.zeros(1, 6).expand(7, 6))
     with pytest.raises(ModelError, match=r"b.weight is an expanded tensor"):
         mask.apply_(odd)
+
+
+def test_a_folder_is_no_module():
+    with pytest.raises(ArgumentError, match=r"must be a torch\.nn\.Module, got str; patch_checkpoint takes folders"):
+        mask_of(a=[10]).apply_("some/folder")
 
 
 def test_a_weight_that_is_a_transposed_view_is_indexed_in_row_major_order():

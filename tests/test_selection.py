@@ -91,7 +91,7 @@ def cases(draw):
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(case=cases())
 def test_selection_is_the_set_difference_of_the_dense_tops(case):
     harm, benign, p, q, scope = case["harm"], case["benign"], case["p"], case["q"], case["scope"]
@@ -117,7 +117,7 @@ def test_selection_is_the_set_difference_of_the_dense_tops(case):
     assert list(mask) == list(harm) and mask.shapes == scores.shapes
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases())
 def test_the_setting_that_an_error_names_is_enough(case):
     """Score again with what the message says, and the same call goes through."""

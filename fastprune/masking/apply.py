@@ -149,7 +149,12 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     Raises:
         MaskError: A parameter is missing or of another shape.
         ModelError: A parameter is on the meta device, expanded, sharded, or not of a float type.
+        ArgumentError: It is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in shapes if split_name(name)[0] not in parameters]
     if missing:
