@@ -1,0 +1,13 @@
+"""A record of a run, written for people: JSON, PNG plots, one self-contained HTML page, Markdown, a terminal table.
+
+In: the JSON dict that an experiment returns. Out: files and text. Must not know models, scores or masks; everything it
+says is computed from the record alone, so that a page can be made again from ``record.json`` on any machine.
+Neither matplotlib nor rich is imported before something is drawn or printed.
+"""
+
+from fastprune.reporting.compare import compare
+from fastprune.reporting.record import load_record, validate
+from fastprune.reporting.report import write_report
+from fastprune.reporting.terminal import print_results
+
+__all__ = ["compare", "load_record", "print_results", "validate", "write_report"]

@@ -1,0 +1,237 @@
+"""The two plots of rates: harm and utility against q, and the controls side by side.
+
+In: a checked record. Out: a :class:`Plot`, or ``None`` when the record has nothing for it. Matplotlib's axes are
+filled here; files, fonts and colours are the business of ``figures`` and ``palette``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastprune.errors import require
+from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
+from fastprune.reporting.findings import comparison, controls_finding, subject, sweep_finding
+from fastprune.reporting.palette import LIGHT, model_colours
+from fastprune.reporting.record import missing
+from fastprune.reporting.wording import (
+    DASH,
+    MASKS,
+    METRICS,
+    MODELS,
+    attack_phrase,
+    count,
+    find,
+    mask_label,
+    measured,
+    model_label,
+    ordered,
+    rate_cell,
+    result_rows,
+    share,
+    short,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = {"base": "o", "sft": "s", "aligned": "^"}
+NAN = float("nan")
+
+
+def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
+    """Harm, utility and number of pruned weights against q, one line per model."""
+    rows = sorted((row for row in record.get("sweep") or () if row["q"] > 0), key=lambda row: row["q"])
+    keys = [key for key in ("harm", "utility", "pruned") if any(not missing(row.get(key)) for row in rows)]
+    if not keys:
+        return None
+    models = ordered((row["model"] for row in rows), MODELS)
+    colours = model_colours(models)
+    settings = record.get("settings") or {}
+    used = settings.get("q") if any(row["q"] == settings.get("q") for row in rows) else None
+    scope = "all matrices" if settings.get("scope") == "global" else "each matrix"
+    at_zero = {row["model"]: row for row in record.get("sweep") or () if row["q"] == 0}
+    unpruned = {name: find(record.get("results"), name, "none") or at_zero.get(name) or {} for name in models}
+
+    def panel(axes: Axes, key: str) -> None:
+        ends: dict[str, float] = {}
+        for name in models:
+            line = [row for row in rows if row["model"] == name]
+            # No place on a log axis for a count of 0.
+            gone = [missing(row.get(key)) or (key == "pruned" and row[key] == 0) for row in line]
+            values = [NAN if skip else row[key] for row, skip in zip(line, gone, strict=True)]
+            if all(math.isnan(value) for value in values):
+                continue
+            ends[name] = next(value for value in reversed(values) if not math.isnan(value))
+            axes.plot(
+                [row["q"] for row in line], values, color=colours[name], linewidth=2, markersize=5,
+                marker=MARKERS.get(name, "D"), markeredgecolor=LIGHT["surface"], markeredgewidth=0.6,
+                clip_on=False, zorder=3,
+            )  # fmt: skip
+            level = unpruned[name].get(key)
+            if key != "pruned" and not missing(level):
+                axes.axhline(level, color=colours[name], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        if key == "pruned":
+            axes.set_yscale("log")
+            _plain_log(axes.yaxis, [row[key] for row in rows if not missing(row.get(key)) and row[key] > 0])
+            heights = [math.log10(value) for value in ends.values()]
+        else:
+            axes.set_ylim(0, 1.0)
+            axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
+            heights = list(ends.values())
+        if used is not None:
+            axes.axvline(used, color=LIGHT["axis"], linewidth=1, zorder=0)
+        axes.grid(axis="y")
+        low, high = (math.log10(y) for y in axes.get_ylim()) if key == "pruned" else axes.get_ylim()
+        places = spread(heights, 0.075 * (high - low), low, high)
+        for (name, _), place in zip(ends.items(), places, strict=True):
+            label = short(model_label(name), 14)
+            axes.annotate(
+                label, (1, (place - low) / (high - low)), xytext=(9, 0), xycoords="axes fraction",
+                textcoords="offset points", color=colours[name], fontweight="bold", va="center",
+            )  # fmt: skip
+
+    titles = {
+        "harm": (f"Harm rate{attack_phrase(record)}, %", "should fall · dashed: not pruned"),
+        "utility": ("Utility, %", "should stay · dashed: not pruned"),
+        "pruned": ("Weights removed", "count (log scale)"),
+    }
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        ratios = [0.8 if key == "pruned" else 1 for key in keys]
+        shape = {"nrows": len(keys)} if narrow else {"ncols": len(keys), "width_ratios": ratios}
+        grid = figure.subplots(**shape, squeeze=False).ravel()
+        for axes, key in zip(grid, keys, strict=True):
+            axes.set_xscale("log")
+            panel(axes, key)
+            _ticks_at(axes, [row["q"] for row in rows], 5 if narrow else 3 if key == "pruned" else 4)
+            axes.set_xlabel(f"q, share of {scope} (log scale)")
+            panel_title(axes, *titles[key])
+
+    line = "" if used is None else f" The upright line marks q = {share(used)}, which the rest of this report uses."
+    return Plot(
+        name="sweep",
+        title="How much harm and utility are left as more weights are removed",
+        caption=f"q is the share of {scope} that the harm score nominates; candidates that benign skills need are "
+        f"spared, so fewer are removed.{line}",
+        reading="Follow a line to the right: pruning works where harm has fallen and utility has not.",
+        finding=sweep_finding(record),
+        draw=draw,
+        size=lambda narrow: (NARROW, 2.8 * len(keys)) if narrow else (0.4 + 3.2 * len(keys), 3.5),
+        table=_sweep_table(rows),
+    )
+
+
+def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    rates = measured(rows)
+    models = ordered((row["model"] for row in rows), MODELS)
+    body = [
+        [
+            model_label(row["model"]),
+            share(row["q"]),
+            count(row.get("pruned")),
+            *(rate_cell(row.get(name)) for name in rates),
+        ]
+        for row in sorted(rows, key=lambda row: models.index(row["model"]))
+    ]
+    return Table(["model", "q", "removed", *(f"{METRICS[name]}, %" for name in rates)], body)
+
+
+def _ticks_at(axes: Axes, values: Sequence[float], at_most: int) -> None:
+    """Ticks at the measured points themselves, left out where two labels would touch."""
+    ticker = require("matplotlib.ticker", "report")
+    points = sorted(set(values))
+    width = math.log10(points[-1] / points[0]) or 1.0
+    kept: list[float] = []
+    for point in reversed(points):
+        if not kept or math.log10(kept[-1] / point) >= width / at_most:
+            kept.append(point)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xticks(kept, [share(point) for point in kept])
+    margin = 10 ** (0.06 * width)
+    axes.set_xlim(points[0] / margin, points[-1] * margin)
+
+
+def _plain_log(axis: Any, values: Sequence[int]) -> None:
+    """A log axis whose ticks read 200, 500, 1,000 instead of powers of ten."""
+    ticker = require("matplotlib.ticker", "report")
+    low, high = (min(values), max(values)) if values else (1, 10)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [m * 10**d for d in decades for m in ((1, 2, 5) if len(decades) <= 4 else (1,))]
+    first = max((m for m in marks if m <= low), default=low)
+    last = min((m for m in marks if m >= high and m > first), default=max(high, 2 * low))
+    axis.set_minor_locator(ticker.NullLocator())
+    ticks = [m for m in marks if first <= m <= last]
+    axis.set_ticks(ticks, [f"{m:,.0f}" for m in ticks])
+    axis.axes.set_ylim(first, last)
+
+
+def _label_at(value: float | None, level: float | None) -> float:
+    """Where a bar's number starts: at its end, or beyond the reference line that would run through it."""
+    if missing(value):
+        return 0.0
+    return level if not missing(level) and 0 < level - value < 0.17 else value
+
+
+def controls_plot(record: Mapping[str, Any]) -> Plot | None:
+    """All measured rates for each way of choosing weights, on one model."""
+    model = subject(record)
+    rows = [row for row in result_rows(record) if row["model"] == model]
+    rows = [find(rows, model, mask) for mask in ordered((row["mask"] for row in rows), MASKS)]
+    metrics = measured(rows)
+    if len(rows) < 2 or not metrics:
+        return None
+    reference = find(rows, model, "none") or {}
+    found = comparison(record)
+    main = None if found is None else found.after["mask"]
+
+    def panel(axes: Axes, metric: str, labelled: bool) -> None:
+        strong, tint = ("harm", "harm-tint") if metric == "harm" else ("kept", "kept-tint")
+        level = reference.get(metric)
+        for place, row in enumerate(rows):
+            value, chosen = row.get(metric), row["mask"] == main
+            if not missing(value):
+                axes.barh(place, value, height=0.68, color=LIGHT[strong if chosen else tint])
+            words = DASH if missing(value) else f"{100 * value:.0f}"
+            axes.annotate(
+                words, (_label_at(value, level), place), xytext=(4, 0),
+                textcoords="offset points", va="center", color=LIGHT["ink"], fontweight="bold" if chosen else "normal",
+            )  # fmt: skip
+        if not missing(level):
+            axes.axvline(level, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.set_yticks(range(len(rows)), [short(mask_label(row["mask"])) for row in rows] if labelled else [])
+        for text, row in zip(axes.get_yticklabels(), rows, strict=False):
+            text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] == main else "normal")
+        axes.set_xlim(0, 1.18)
+        axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(axis="x")
+        panel_title(axes, f"{METRICS[metric].capitalize()}, %", "should fall" if metric == "harm" else "should stay")
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        n = len(metrics)
+        grid = figure.subplots(n if narrow else 1, 1 if narrow else n, squeeze=False).ravel()
+        for position, (axes, metric) in enumerate(zip(grid, metrics, strict=True)):
+            panel(axes, metric, narrow or position == 0)
+
+    def size(narrow: bool) -> tuple[float, float]:
+        one = 0.27 * len(rows) + 0.85
+        return (NARROW, one * len(metrics)) if narrow else (WIDE if len(metrics) > 2 else 6.0, one)
+
+    counts = [row["pruned"] for row in rows if row["mask"] != "none" and not missing(row.get("pruned"))]
+    same = f" Every mask removes {count(counts[0])} weights." if len(counts) > 1 and len(set(counts)) == 1 else ""
+    label = short(model_label(model))
+    method = "; B-TAP is the method, the others are controls" if main == "btap" else ""
+    return Plot(
+        name="controls",
+        title=f"What each choice of weights does to {f'the {label} model' if model in MODELS else label}",
+        caption=f"Dashed: the level without pruning.{same}",
+        reading=f"A good choice has a short bar for harm and long bars for everything else{method}.",
+        finding=controls_finding(record),
+        draw=draw,
+        size=size,
+    )

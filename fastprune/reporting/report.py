@@ -1,0 +1,56 @@
+"""From a record to a folder of files.
+
+In: a record and a folder. Out: ``record.json``, one PNG per plot, ``report.html``, ``report.md``. The record is written
+first, because it is what cannot be made again; everything else is made in memory before the first of it is written,
+so that a folder never holds half a report.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastprune.errors import ArgumentError
+from fastprune.reporting.heatmaps import heatmap_plot, transfer_plot
+from fastprune.reporting.markdown import markdown
+from fastprune.reporting.page import page
+from fastprune.reporting.plots import controls_plot, sweep_plot
+from fastprune.reporting.record import checked, dump, write_atomically
+
+
+def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
+    """Write a record and everything that is made from it.
+
+    Args:
+        record: The dict of a run; every section is optional. ``None`` and NaN are shown as "–".
+        out_dir: The folder, made if need be. Files of the same names are replaced, each in one step.
+
+    Returns:
+        The path of each file: ``record``, ``html``, ``markdown``, and for each plot that the record has data for
+        ``sweep``, ``controls``, ``heatmap``, ``transfer`` (PNG).
+
+    Raises:
+        ArtifactError: The record is not valid; the message names the key. Nothing is written.
+        ArgumentError: ``out_dir`` is a file.
+        MissingExtra: matplotlib is not installed (``record.json`` is written all the same).
+    """
+    record = checked(record)
+    folder = Path(out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"out_dir: expected a folder, got the file {str(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {"record": folder / "record.json"}
+    write_atomically(paths["record"], dump(record).encode("utf-8"))
+
+    candidates = (make(record) for make in (sweep_plot, controls_plot, heatmap_plot, transfer_plot))
+    plots = [plot for plot in candidates if plot is not None]
+    pictures = {plot.name: f"{plot.name}.png" for plot in plots}
+    contents = {name: (folder / file, plot.png()) for (name, file), plot in zip(pictures.items(), plots, strict=True)}
+    contents["markdown"] = (folder / "report.md", markdown(record, plots, pictures).encode("utf-8"))
+    contents["html"] = (folder / "report.html", page(record, plots).encode("utf-8"))
+    for name, (path, content) in contents.items():
+        write_atomically(path, content)
+        paths[name] = path
+    return paths

@@ -1,0 +1,216 @@
+"""The words and number formats that page, plots, Markdown and terminal share, so that all of them say the same.
+
+In: names and values of a record. Out: text without markup (each renderer escapes for itself). Must not know matplotlib,
+HTML or rich.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastprune.reporting.record import RATES, missing
+
+DASH = "–"
+NBSP = "\u00a0"  # between a number and its unit
+
+MODELS = {"base": "base", "sft": "SFT", "aligned": "aligned"}
+MASKS = {
+    "none": "not pruned",
+    "btap": "B-TAP",
+    "random": "random",
+    "magnitude": "largest magnitude",
+    "sign_flipped": "sign flipped",
+    "unsigned": "unsigned",
+    "no_set_difference": "no set difference",
+    "recognition": "recognition pruned",
+}
+METRICS = {name: name for name in RATES}
+
+MODEL_MEANING = {
+    "base": "trained on text alone; never taught to refuse",
+    "sft": "control: trained on like the aligned model, but without refusals",
+    "aligned": "trained to refuse harmful requests",
+}
+MASK_MEANING = {
+    "none": "the model as it is",
+    "btap": "the method: the weights that promote harmful answers most, except those that benign skills need",
+    "random": "control: weights drawn at random",
+    "magnitude": "control: the weights of largest absolute value",
+    "sign_flipped": "control: the other end of the harm score, weights that work against harmful answers",
+    "unsigned": "control: the harm score without its sign",
+    "no_set_difference": "control: the weights that benign skills need are not spared",
+    "recognition": "control: the same method, aimed at recognising harm instead of producing it",
+}
+METRIC_MEANING = {
+    "harm": "share of held-out harmful requests that get the harmful answer{attack}; it should fall",
+    "utility": "mean score over the benign skills; it should stay",
+    "neighbour": "the benign skill most like the harmful one (same form, harmless content), which breaks first; "
+    "it should stay",
+    "recognition": "share of requests rightly told to be harmful or harmless; it should stay",
+    "refusal": "share of harmful requests that are refused when nothing is prefilled; it should stay",
+}
+
+
+def clean(text: object) -> str:
+    """Any value as one line of printable text."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def short(text: object, limit: int = 24) -> str:
+    """A name cut to ``limit`` characters, for places without room."""
+    line = clean(text)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def model_label(name: str) -> str:
+    """What a model is called in text."""
+    return MODELS.get(name, clean(name))
+
+
+def mask_label(name: str) -> str:
+    """What a choice of weights is called in text."""
+    return MASKS.get(name, clean(name.replace("_", " ")))
+
+
+def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The distinct names: known ones in their usual order, then the others as they come."""
+    seen = list(dict.fromkeys(names))
+    first = [name for name in known if name in seen]
+    return first + [name for name in seen if name not in first]
+
+
+def percent(value: float | None) -> str:
+    """A rate in running text; 100 % and 0 % are said only of exactly 1 and 0."""
+    if missing(value):
+        return DASH
+    digits = 0 if value in (0, 1) or 0.995 > value >= 0.005 else 1
+    text = f"{100 * value:.{digits}f}"
+    if value not in (0, 1) and text in ("0.0", "100.0"):
+        return f"< 0.1{NBSP}%" if value < 0.5 else f"> 99.9{NBSP}%"
+    return f"{text}{NBSP}%"
+
+
+def rate_cell(value: float | None) -> str:
+    """A rate in a table whose head says per cent: always one decimal."""
+    return DASH if missing(value) else f"{100 * value:.1f}"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thousands set apart."""
+    return DASH if missing(value) else f"{value:,}"
+
+
+def number(value: float | None) -> str:
+    """Any other number: four significant digits, no exponent where it can be helped."""
+    if missing(value):
+        return DASH
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def share(part: float | None, whole: float | None = 1) -> str:
+    """A share of many weights in per cent, never with an exponent (0.0005 %)."""
+    if missing(part) or missing(whole) or not whole:
+        return DASH
+    text = _significant(100 * part / whole)
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + f"{NBSP}%"
+
+
+def per_mille(part: float, whole: float) -> str:
+    """A share of one matrix in thousandths, without the sign."""
+    return _significant(1000 * part / whole)
+
+
+def _significant(value: float) -> str:
+    """One decimal from 1 on, two significant digits below."""
+    if value == 0:
+        return "0"
+    return f"{value:.{1 if value >= 1 else min(12, 1 - math.floor(math.log10(value)))}f}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration, at the precision that a reader wants."""
+    if missing(value):
+        return DASH
+    if value >= 120:
+        minutes, rest = divmod(round(value), 60)
+        return f"{minutes}{NBSP}min {rest:02d}{NBSP}s"
+    return f"{value:.0f}{NBSP}s" if value >= 10 else f"{value:.2g}{NBSP}s"
+
+
+def attack_phrase(record: Mapping[str, Any]) -> str:
+    """`` under prefilling``, from the settings; empty where no attack is named."""
+    attack = (record.get("settings") or {}).get("attack")
+    if not isinstance(attack, str) or attack.strip().lower() in ("", "none"):
+        return ""
+    return f" under {'prefilling' if attack.lower() in ('prefill', 'prefilling') else clean(attack)}"
+
+
+def result_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All rows of rates: ``results``, and ``dissociation`` (something else pruned in the place of harm)."""
+    return [*(record.get("results") or ()), *(record.get("dissociation") or ())]
+
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Rows by model (aligned, SFT, base, others), and within a model by mask in the usual order."""
+    groups = []
+    # The model that the findings are about comes first, its controls after it.
+    for model in ordered((row["model"] for row in rows), reversed(MODELS)):
+        mine = [row for row in rows if row["model"] == model]
+        masks = ordered((row["mask"] for row in mine), MASKS)
+        groups.append((model, [row for mask in masks for row in mine if row["mask"] == mask]))
+    return groups
+
+
+def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The rates that at least one row has."""
+    rows = list(rows)
+    return [name for name in RATES if any(not missing(row.get(name)) for row in rows)]
+
+
+def bound(text: str | None) -> str:
+    """The bound of a check, with the signs that people write."""
+    return clean(text or DASH).replace(">=", "≥").replace("<=", "≤")
+
+
+def find(rows: Sequence[Mapping[str, Any]] | None, model: str, mask: str) -> Mapping[str, Any] | None:
+    """The first row of that model and mask."""
+    return next((row for row in rows or () if row["model"] == model and row["mask"] == mask), None)
+
+
+def extra_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns beyond the schema (a perplexity, say), in the order in which they come."""
+    known = {"model", "mask", "pruned", *RATES}
+    return list(dict.fromkeys(key for row in rows for key in row if key not in known))
+
+
+def cell(value: Any) -> str:
+    """A value of no known kind: number, truth value, text, or a short list of them."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, (int, float)):
+        return number(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{clean(key)}: {cell(item)}" for key, item in value.items()) or DASH
+    if isinstance(value, (list, tuple)):
+        return ", ".join(cell(item) for item in value) or DASH
+    return clean(value) or DASH
+
+
+def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the names in this record mean: (heading, [(word, meaning)]), only words that occur."""
+    results = result_rows(record)
+    rows = [*results, *(record.get("sweep") or ())]
+    attack = attack_phrase(record)
+    metrics = measured(rows)
+    masks = ordered((row["mask"] for row in results), MASKS)
+    models = ordered((row["model"] for row in rows), MODELS)
+    groups = [
+        ("What is measured", [(METRICS[m], METRIC_MEANING[m].format(attack=attack)) for m in metrics]),
+        ("What is removed", [(MASKS[m], MASK_MEANING[m]) for m in masks if m in MASKS]),
+        ("The models", [(MODELS[m], MODEL_MEANING[m]) for m in models if m in MODELS]),
+    ]
+    return [group for group in groups if group[1]]
