@@ -83,6 +83,8 @@ class TestAttacks:
         rows = [Row("w1", "w2 w3", prefill="sure :", category="a", id="x", extra={"k": 1}), Row("w1", "w2")]
         direct = NoAttack().rows(word_tokenizer(), rows)
         assert direct == [Row("w1", "sure : w2 w3", category="a", id="x", extra={"k": 1}), rows[1]]
+        # half a reference would be worse than none
+        assert NoAttack().rows(word_tokenizer(), [Row("w1", "", prefill="sure :")]) == [Row("w1", "")]
 
     def test_prefilling_uses_the_column(self) -> None:
         rows = [Row("w1", "w2 w3", prefill="sure :")]

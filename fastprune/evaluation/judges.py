@@ -59,8 +59,10 @@ def exact_match(row: Row, completion: str) -> float:
 
 def begins_with(text: str, start: str) -> bool:
     """Whether the text begins with these words, white space normalised, and not in the middle of a word or number."""
-    words = r"\s+".join(re.escape(word) for word in start.split())
-    return re.match(rf"\s*{words}[^\w\s]*(?:\s|$)", text) is not None
+    # plain string work: one compiled pattern per reference took a third of an evaluation's time
+    said, wanted = " ".join(text.split()), " ".join(start.split())
+    glued = said[len(wanted) :].partition(" ")[0]
+    return said.startswith(wanted) and not any(character.isalnum() or character == "_" for character in glued)
 
 
 def keyword_refusal(phrases: Iterable[str] = REFUSAL_PHRASES, *, extra: Iterable[str] = ()) -> Judge:
