@@ -1,0 +1,163 @@
+"""Pages of odd records: hostile names, absent sections, awkward data; and that all of it can be read."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reporting_record import HOSTILE, Page, make_record, only, rates
+
+from fastprune.reporting import load_record, write_report
+from fastprune.reporting.figures import Plot, spread
+from fastprune.reporting.palette import DARK, LIGHT, STEPS, shade
+
+ATTRIBUTES = {
+    "aria-hidden", "aria-label", "charset", "class", "clip-path", "colspan", "content", "d", "height", "id", "lang",
+    "name", "role", "scope", "style", "tabindex", "transform", "type", "viewbox", "width", "x", "xlink:href", "y",
+}  # fmt: skip
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    record = {
+        "title": HOSTILE,
+        "created": HOSTILE,
+        "notes": [HOSTILE],
+        "model": {"name": HOSTILE, HOSTILE: HOSTILE},
+        "settings": {"attack": HOSTILE, HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]},
+        "environment": {"fastprune": HOSTILE},
+        "timings": {HOSTILE: 1.0},
+        HOSTILE: HOSTILE,
+        "results": [
+            {"model": HOSTILE, "mask": mask, "pruned": 1, "harm": 0.5, HOSTILE: HOSTILE} for mask in ("none", HOSTILE)
+        ],
+        "skills": [{"model": HOSTILE, "mask": HOSTILE, "skill": HOSTILE, "score": 1.0}],
+        "sweep": [{"model": HOSTILE, "q": 0.001, "harm": 0.5, "pruned": 0}],
+        "heatmap": {"model": HOSTILE, "layers": [0], "matrices": [HOSTILE], "counts": [[1]]},
+        "transfer": {"categories": [HOSTILE], "harm": [[0.5]]},
+        "checks": [{"claim": HOSTILE, "bound": HOSTILE, "holds": False}],
+    }
+    files = write_report(record, tmp_path)
+    text = files["html"].read_text(encoding="utf-8")
+    page = Page(text)
+    assert "<script" not in text
+    assert "\x1b" not in text
+    shown = "<script>alert('x')</script> \"> & $\\frac | [bold red] [31m # head"
+    assert page.words.count(shown) >= 10
+    assert all(set(attributes) <= ATTRIBUTES for _, attributes in page.tags)
+    notes = files["markdown"].read_text(encoding="utf-8")
+    assert "<script" not in notes
+    assert "\x1b" not in notes
+    for line in notes.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (5, 6)
+    assert load_record(files["record"])["title"] == HOSTILE
+
+
+SECTIONS = {
+    "results": ("Results", None),
+    "checks": ("Checks", None),
+    "skills": ("Benign skills one by one", None),
+    "notes": ("Keep in mind", None),
+    "settings": ("How this was made", None),
+    "timings": ("How this was made", None),
+    "sweep": ("How much harm and utility are left as more weights are removed", "sweep"),
+    "heatmap": ("Where the removed weights are", "heatmap"),
+    "transfer": ("Pruned on one category of harm, tested on all", "transfer"),
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_each_section_stands_alone(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plot, "png", lambda self: b"")  # drawn in the tests above; here the words count
+    monkeypatch.setattr(Plot, "svg", lambda self, narrow: "<svg></svg>")
+    data = make_record()[section]
+    if section == "results":
+        data = data[:1]
+    files = write_report(only(**{section: data}), tmp_path)
+    heading, plot = SECTIONS[section]
+    assert list(files) == ["record", *([plot] if plot else []), "markdown", "html"]
+    words = Page(files["html"].read_text(encoding="utf-8")).words
+    assert heading in words
+    others = {other for other, _ in SECTIONS.values()} - {heading}
+    assert not others & set(words)
+    assert not re.search(r"\b(nan|None)\b", " ".join(words))
+
+
+def test_empty_record_is_a_page_too(tmp_path: Path) -> None:
+    files = write_report({}, tmp_path)
+    assert "fastprune report" in Page(files["html"].read_text(encoding="utf-8")).words
+
+
+def test_evaluation_of_some_model_shows_its_own_columns(tmp_path: Path) -> None:
+    rows = [{"model": "my-model", "mask": "none", "harm": 0.37, "utility": None, "perplexity": 7.3214}]
+    files = write_report(only(results=rows), tmp_path)
+    found = Page(files["html"].read_text(encoding="utf-8")).rows
+    assert found == [
+        ["weights", "removed", "harm, %", "perplexity"],
+        ["my-model"],
+        ["not pruned", "–", "37.0", "7.321"],
+    ]
+    assert "| my-model | not pruned | – | 37.0 | 7.321 |" in files["markdown"].read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("error")
+def test_awkward_data_can_be_drawn(tmp_path: Path) -> None:
+    """Nothing pruned, nothing measured, one point, many layers, unlike names: no warning of matplotlib's either."""
+    nothing = float("nan")
+    record = only(
+        sweep=[
+            {"model": "base", "q": 0.0, "harm": 1.0},
+            {"model": "base", "q": 1e-6, "harm": nothing, "pruned": 0},
+            {"model": "other", "q": 0.3, "harm": 0.5, "utility": None, "pruned": 0},
+        ],
+        heatmap={
+            "layers": list(range(33)),
+            "matrices": ["a", "a_b"],
+            "counts": [[0, None]] * 33,
+            "sizes": [[0, 9]] * 33,
+        },
+        transfer={"categories": ["only one"], "harm": [[None]], "unpruned": [None], "overlap": [[None]]},
+        results=[rates("none", utility=nothing), rates("btap", utility=0.5)],
+    )
+    assert {"sweep", "heatmap", "transfer", "controls"} <= write_report(record, tmp_path).keys()
+
+
+def _contrast(one: str, two: str) -> float:
+    """WCAG 2 contrast ratio of two ``#rrggbb`` colours."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(two)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_can_be_read_on_its_ground(palette: dict[str, str]) -> None:
+    for name in ("ink", "muted", "base", "sft", "aligned", "other-1", "other-2", "other-3", "harm", "kept"):
+        assert _contrast(palette[name], palette["surface"]) >= 4.5, name
+    for ramp in ("weights", "rate"):
+        for step in range(STEPS):
+            colour, ink = shade(ramp, step + 0.5, STEPS)
+            assert colour == LIGHT[f"{ramp}-{step}"]
+            name = next(name for name, value in LIGHT.items() if value == ink)
+            assert _contrast(palette[f"{ramp}-{step}"], palette[name]) >= 4.5, (ramp, step)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.01, 0.15))
+def test_labels_never_touch_and_keep_their_order(values: list[float], gap: float) -> None:
+    places = spread(values, gap, 0.0, 1.0)
+    ordered = sorted(places)
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(ordered))
+    assert ordered[0] >= -1e-9
+    assert ordered[-1] <= 1 + 1e-9
+    by_value = [place for _, place in sorted(zip(values, places, strict=True))]
+    assert by_value == ordered
+    if all(b - a >= gap for a, b in itertools.pairwise(sorted(values))):
+        assert places == pytest.approx(values, abs=1e-9)

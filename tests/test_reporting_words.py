@@ -1,0 +1,169 @@
+"""The sentences, the numbers and the table of the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reporting_record import HOSTILE, make_record, only, rates
+from rich.console import Console
+
+from fastprune.errors import ArtifactError
+from fastprune.reporting import print_results
+from fastprune.reporting.findings import headline
+from fastprune.reporting.record import RATES, checked
+from fastprune.reporting.wording import number, percent, seconds, share
+
+
+def said(record: dict[str, Any]) -> str:
+    return headline(checked(record)).replace("\u00a0", " ")
+
+
+def test_headline_of_the_demo() -> None:
+    assert said(make_record()) == (
+        "Removing 1,104 weights (0.15 % of the model) takes the harm rate under prefilling from 100 % to 2 %; "
+        "utility stays at 99.7 %. Removing as many random weights changes nothing (harm rate 100 %)."
+    )
+
+
+HEADLINES = [
+    ([], ""),
+    ([rates("none", harm=0.9, utility=0.8)], "Without pruning, the harm rate is 90 % and utility is 80 %."),
+    ([rates("none", harm=None)], ""),
+    ([rates("btap", harm=0.1)], "Pruning gives a harm rate of 10 % (the unpruned level is not in this record)."),
+    (
+        [rates("none", harm=0.9, utility=1.0), rates("btap", harm=0.9, utility=0.5, pruned=7)],
+        "Removing 7 weights leaves the harm rate at 90 %: no harm was removed in this run; "
+        "utility falls from 100 % to 50 %.",
+    ),
+    (
+        [rates("none", harm=0.90), rates("btap", harm=0.85)],
+        "Pruning hardly changes the harm rate (90 % before, 85 % after): no harm was removed in this run.",
+    ),
+    (
+        [rates("none", harm=0.5), rates("btap", harm=0.75)],
+        "Pruning raises the harm rate from 50 % to 75 %: no harm was removed in this run.",
+    ),
+    (
+        [rates("none", harm=0.02), rates("btap", harm=0.0)],
+        "Pruning leaves little to see: the harm rate is 2 % without pruning and 0 % with it.",
+    ),
+    (
+        [rates("none", harm=1.0), rates("btap", harm=0.2, pruned=9), rates("random", harm=0.5, pruned=9)],
+        "Removing 9 weights takes the harm rate from 100 % to 20 %. Removing as many random weights takes the harm "
+        "rate from 100 % to 50 %, so the fall is not special to the chosen weights.",
+    ),
+    (
+        [rates("none", harm=1.0), rates("btap", harm=0.2, pruned=9), rates("random", harm=0.9, pruned=5)],
+        "Removing 9 weights takes the harm rate from 100 % to 20 %. "
+        "Removing 5 random weights takes the harm rate from 100 % to 90 %.",
+    ),
+    (
+        [
+            rates("none", harm=1.0, utility=1.0),
+            rates("btap", harm=0.2, utility=1.0),
+            rates("random", harm=1.0, utility=0.4),
+        ],
+        "Pruning takes the harm rate from 100 % to 20 %; utility stays at 100 %. "
+        "Removing random weights leaves the harm rate at 100 % and takes utility from 100 % to 40 %.",
+    ),
+    (
+        [
+            rates("none", harm=1.0, recognition=1.0, refusal=1.0, neighbour=1.0),
+            rates("btap", harm=0.0, recognition=0.77, refusal=0.95, neighbour=0.02),
+        ],
+        "Pruning takes the harm rate from 100 % to 0 %. "
+        "But neighbour falls from 100 % to 2 % and recognition falls from 100 % to 77 %.",
+    ),
+    (
+        [rates("none", harm=1.0), rates("sign_flipped", harm=0.2)],
+        "Pruning (sign flipped) takes the harm rate from 100 % to 20 %.",
+    ),
+    (
+        [rates("none", "my", harm=1.0), rates("my.mask", "my", harm=0.5, pruned=8), rates("none", "base", harm=0.3)],
+        "Removing 8 weights (my.mask) takes the harm rate from 100 % to 50 %.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("results", "expected"), HEADLINES, ids=range(len(HEADLINES)))
+def test_headline_says_what_the_numbers_say(results: list[dict[str, Any]], expected: str) -> None:
+    assert said(only(results=results)) == expected
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (percent, 1.0, "100 %"),
+        (percent, 0.9974, "99.7 %"),
+        (percent, 0.99999, "> 99.9 %"),
+        (percent, 0.984375, "98 %"),
+        (percent, 0.004, "0.4 %"),
+        (percent, 0.00001, "< 0.1 %"),
+        (percent, 0, "0 %"),
+        (percent, float("nan"), "–"),
+        (share, 5e-6, "0.0005 %"),
+        (share, 5.1e-6, "0.00051 %"),
+        (share, 0.003, "0.3 %"),
+        (share, 0.125, "12.5 %"),
+        (share, 0.2, "20 %"),
+        (share, 1.0, "100 %"),
+        (share, 0.0, "0 %"),
+        (share, None, "–"),
+        (number, 0.015625, "0.01562"),
+        (number, 12345.678, "12,345.7"),
+        (number, 1e-7, "1e-07"),
+        (number, 3.0, "3"),
+        (number, float("inf"), "–"),
+        (seconds, 179.7, "3 min 00 s"),
+        (seconds, 18.3, "18 s"),
+        (seconds, 0.41, "0.41 s"),
+        (seconds, None, "–"),
+    ],
+)
+def test_numbers_are_written_for_people(function: Callable[[Any], str], value: Any, text: str) -> None:
+    assert function(value).replace("\u00a0", " ") == text
+
+
+def printed(record: dict[str, Any], width: int = 80, files: dict[str, Path] | None = None) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    print_results(record, console, files)
+    return console.file.getvalue()
+
+
+def test_terminal_shows_results_verdict_and_files() -> None:
+    files = {"html": Path("/somewhere/with a long name" * 4) / "report.html", "sweep": Path("sweep.png")}
+    text = printed(make_record(), files=files)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "removed harm utility neighbour recognition refusal" in lines
+    for row in (*make_record()["results"], *make_record()["dissociation"]):
+        values = [row[key] for key in ("harm", "utility", "neighbour", "recognition", "refusal")]
+        cells = " ".join("–" if math.isnan(value) else f"{100 * value:.1f}" for value in values)
+        assert any(line.endswith(f"{row['pruned']:,} {cells}") for line in lines)
+    assert [line for line in lines if line in ("aligned", "SFT", "base")] == ["aligned", "SFT", "base"]
+    assert "1 of 7 checks does not hold." in lines
+    assert "✗ category transfer, mean off the diagonal: 0.31, expected ≤ 0.25" in lines
+    assert max(map(len, text.splitlines()[: lines.index("rates in %")])) <= 80
+    for name, path in files.items():
+        assert f"{name} {path}" in lines  # whole, not wrapped
+
+
+def test_terminal_never_cuts_a_number_or_reads_markup() -> None:
+    row = {"model": HOSTILE, "mask": HOSTILE, "pruned": 123_456_789, **dict.fromkeys(RATES, 1.0), "perplexity": 12.5}
+    text = printed(only(results=[row], checks=[{"claim": HOSTILE, "holds": False}]), width=72)
+    assert "123,456,789" in text
+    assert text.count("100.0") == 5
+    assert "12.5" in text
+    assert "\x1b" not in text
+    assert "[bold red]" in text.replace("\n", " ")
+
+
+def test_terminal_without_results() -> None:
+    assert printed(only()) == ""
+    assert "All 2 checks hold." in printed(only(checks=[{"claim": "a", "holds": True}, {"claim": "b", "holds": True}]))
+    with pytest.raises(ArtifactError, match="results"):
+        printed(only(results=7))
