@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of less than nine minutes, without a network.
+#
+#   benchmarks/gpu_check.sh [--dry-run] OUTDIR
+#
+# Builds the extensions, runs the tests that need a device, looks for memory errors and races in the CUDA operations, and
+# runs the benchmarks. OUTDIR gets steps.jsonl (a line for each step: status, exit code, seconds), log.txt (all output)
+# and results.jsonl (a line for each measurement). A step that fails is recorded and the next ones go on; the exit code is
+# then 1. --dry-run goes through the same steps without a device: extensions are compiled but not installed, the emulated
+# kernels stand for the device's, benchmarks run on tiny tensors and time nothing.
+# PYTHON names the interpreter (python3); it needs torch, pytest, setuptools and pybind11.
+set -uo pipefail
+
+usage() {
+  sed -n '4p' "$0" | cut -c5- >&2
+  exit 2
+}
+
+refuse() {
+  echo "gpu_check.sh: $1" >&2
+  exit 2
+}
+
+dry_run=false
+outdir=
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=true ;;
+    -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+    -*) refuse "unknown option '$1'; there is --dry-run" ;;
+    *) [[ -z $outdir ]] || refuse "expected one OUTDIR, got '$outdir' and '$1'"; outdir=$1 ;;
+  esac
+  shift
+done
+[[ -n $outdir ]] || usage
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || refuse "there is no '$python'; set PYTHON"
+mkdir -p "$outdir" || refuse "OUTDIR: '$outdir' cannot be made"
+outdir=$(cd "$outdir" && pwd)
+[[ ! -e $outdir/steps.jsonl ]] || refuse "OUTDIR: '$outdir' has the results of an earlier run"
+python=$(command -v "$python")
+[[ $python == /* ]] || python=$PWD/$python
+cd "$(dirname "$0")/.." || exit 2
+"$python" -c 'import torch, pytest, setuptools, pybind11' || refuse "'$python' lacks a package that the steps need"
+if ! $dry_run; then
+  "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+    refuse "torch sees no CUDA device; --dry-run goes through the steps without one"
+fi
+
+readonly BUDGET=525 # seconds of the nine minutes; the rest is for what follows the last step's limit
+readonly log=$outdir/log.txt results=$outdir/results.jsonl
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+failures=0
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# record NAME STATUS EXIT_CODE SECONDS NOTE
+record() {
+  "$python" -c '
+import json, sys
+name, status, code, seconds, note = sys.argv[1:]
+line = {"step": name, "status": status, "exit_code": int(code) if code else None, "seconds": float(seconds), "note": note}
+print(json.dumps(line))' "$@" | tee -a "$outdir/steps.jsonl"
+}
+
+skip() {
+  record "$1" skipped "" 0 "$2"
+}
+
+# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, and no longer than the budget lasts.
+step() {
+  local name=$1 limit=$2 left=$((BUDGET - SECONDS)) code=0 start status=ok note=
+  shift 2
+  ((limit <= left)) || limit=$left
+  if ((limit < 5)); then
+    skip "$name" "no time left of $BUDGET s"
+    failures=$((failures + 1))
+    return
+  fi
+  printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
+  start=$(date +%s.%N)
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 </dev/null || code=$?
+  if ((code == 124 || code == 137)); then
+    status=timeout note="stopped after $limit s"
+  elif ((code)); then
+    status=failed note=$(tail -n 1 "$log" | cut -c1-200)
+  fi
+  [[ $status == ok ]] || failures=$((failures + 1))
+  record "$name" "$status" "$code" "$(date +%s.%N | awk -v start="$start" '{printf "%.1f", $1 - start}')" "$note"
+}
+
+environment() {
+  "$python" - <<'PYTHON' || return
+import platform, sys
+import torch, transformers, triton
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__,
+      "transformers", transformers.__version__, "machine", platform.machine())
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_properties(0))
+PYTHON
+  command -v nvcc && nvcc --version | tail -n 2
+  command -v nvidia-smi && nvidia-smi
+  return 0
+}
+export -f environment
+export python
+
+step environment 60 bash -c environment
+
+export FASTPRUNE_REQUIRE_EXT=1 # an extension that does not build is a failure here, not a smaller install
+if $dry_run; then
+  step build 240 "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$scratch" .
+  step "built extensions" 30 bash -c 'for name in _cpp _cuda; do unzip -l "$0"/*.whl | grep "fastprune/$name" || exit 1; done' "$scratch"
+  step "tests on a device" 120 "$python" -m pytest -m gpu -q -p no:cacheprovider
+  step "tests of emulated kernels" 180 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_emulated.py
+else
+  step build 150 "$python" -m pip install --no-build-isolation --no-deps -e .
+  step "built extensions" 30 "$python" -c 'from fastprune import _cpp, _cuda; print(_cpp.__file__, _cuda.__file__)'
+  step "tests on a device" 180 "$python" -m pytest -m gpu -q -p no:cacheprovider
+fi
+
+# What the sanitizer slows down has to be small; torch's caching allocator would hide accesses beyond a tensor's end.
+small=("$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_ops_gpu.py -k "test_small")
+for tool in memcheck racecheck; do
+  if $dry_run; then
+    step "$tool (collection only)" 60 "${small[@]}" --collect-only
+  elif ! command -v compute-sanitizer >/dev/null; then
+    skip "$tool" "there is no compute-sanitizer on this machine"
+  else
+    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --target-processes application-only "${small[@]}"
+  fi
+done
+
+# Benchmarks say in their help whether they can run on a device and whether they can rehearse.
+for script in benchmarks/bench_*.py; do
+  name=$(basename "$script" .py)
+  if ! help=$("$python" "$script" --help 2>>"$log"); then
+    record "$name" failed "" 0 "its --help fails" && failures=$((failures + 1))
+  elif $dry_run && [[ $help != *--dry-run* ]]; then
+    skip "$name" "has no --dry-run"
+  elif $dry_run; then
+    step "$name" 60 "$python" "$script" --dry-run --out "$results"
+  elif [[ $help == *--device* ]]; then
+    step "$name" 120 "$python" "$script" --device cuda --out "$results"
+  elif [[ $name == *cuda* ]]; then
+    step "$name" 120 "$python" "$script" --out "$results"
+  else
+    skip "$name" "a benchmark of the CPU: it has no --device"
+  fi
+done
+
+echo "gpu_check.sh: $failures of $(wc -l <"$outdir/steps.jsonl") steps failed or had no time; see $outdir" >&2
+exit $((failures > 0))
