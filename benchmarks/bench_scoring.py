@@ -2,7 +2,7 @@
 
     python benchmarks/bench_scoring.py [--rounds N] [--threads N] [--out FILE]
 
-The model is a random Llama of 16 blocks (hidden 384, intermediate 1024), 32 + 32 examples of 40 to 120 tokens. The
+The model is a random Llama of 16 blocks (hidden 384, intermediate 1024), 16 + 16 examples of 40 to 120 tokens. The
 pruned sets of the three are compared before anything is timed. One JSON line a measurement goes to standard output
 and, with ``--out``, to a file; the last line sums up. Interpreter overheads, the start-up self-check and the
 selection of the kept scores are inside fastprune's time.
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--examples", type=int, default=32, help="examples of each set")
+    parser.add_argument("--examples", type=int, default=16, help="examples of each set")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

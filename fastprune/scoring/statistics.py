@@ -53,18 +53,16 @@ class SegmentStatistics:
         self._names = example_names
         self._lengths = batch.attention_mask.sum(1)
         self._starts = torch.arange(rows, device=self._lengths.device) * tokens
-        # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so leaving it
-        # out changes nothing; it is left out because its products would cost time and its inputs are meaningless.
+        # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so it may stay
+        # in a sum of gradients; its inputs are meaningless and must stay out of a sum of inputs.
         padded = int(self._lengths.sum()) < rows * tokens
         self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded else None
         self._checks: list[tuple[Matrix, torch.Tensor]] = []
 
-    def _real_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self._attended is None else values.index_select(0, self._attended)
-
     def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
-        ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], self._real_tokens(x), backend=self._backend)
+        real = x if self._attended is None else x.index_select(0, self._attended)
+        ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], real, backend=self._backend)
 
     def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
@@ -75,9 +73,7 @@ class SegmentStatistics:
         for name, accumulator in self.of[matrix.name].items():
             match name:
                 case "grad_sum":
-                    ops.accumulate_grad_sum(
-                        accumulator, self._real_tokens(left), self._real_tokens(right), backend=self._backend
-                    )
+                    ops.accumulate_grad_sum(accumulator, left, right, backend=self._backend)
                 case "grad_abs_sum":
                     ops.accumulate_grad_abs_sum(
                         accumulator, left, right, self._starts, self._lengths, backend=self._backend
