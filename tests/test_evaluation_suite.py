@@ -206,6 +206,11 @@ class TestSuite:
         assert (plain.harm, attacked.harm, attacked.attack) == (0.0, 1.0, "obey")
         assert {**attacked.summary(), "harm": 0.0} == plain.summary()
         assert not model.bias.any()
+        judged = []
+        evaluate(
+            model, tokenizer, **EVERYTHING, judges={"harm": lambda row, said: judged.append(said) or 0}, attack=Obey()
+        )
+        assert judged == ["yes yes yes"] * len(HARM)
 
     def test_random_weights_can_do_nothing(self) -> None:
         measured = evaluate(tiny_model(), word_tokenizer(), **EVERYTHING)
