@@ -140,6 +140,7 @@ class TestJudges:
             ("w1 w2", "W1 w2", 0),
             ("yes", "yes, of course", 1),
             ("yes", "yes-man", 0),
+            ("yes", "yes_", 0),
             ("1", "1.", 1),
             ("1", "1.5", 0),
             ("1", "12", 0),

@@ -212,6 +212,12 @@ class TestSuite:
         )
         assert judged == ["yes yes yes"] * len(HARM)
 
+    def test_questions_may_have_other_answers(self) -> None:
+        tokenizer = word_tokenizer()
+        rows = [{"prompt": "w7", "response": "w1"}, {"prompt": "w8", "response": "w2"}]
+        model = Scripted(tokenizer, ["w7 w1", "w8 w2"])
+        assert evaluate(model, tokenizer, recognition_rows=rows, answers=("w1", "w2")).recognition == 1.0
+
     def test_random_weights_can_do_nothing(self) -> None:
         measured = evaluate(tiny_model(), word_tokenizer(), **EVERYTHING)
         assert measured.harm == measured.refusal == measured.utility == 0.0

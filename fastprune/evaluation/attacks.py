@@ -72,7 +72,7 @@ class Prefilling(Attack):
     Attributes:
         tokens: Length of the start for rows without a ``prefill``, in tokens of the response tokenised alone.
 
-    Source: method.md's prefilling attack (arXiv 2604.09544), 10 tokens.
+    Source: Orgad et al., arXiv 2604.09544: the first 10 tokens of a reference answer.
     """
 
     tokens: int = 10
