@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+import baselines
 import torch
 import transformers
 
 import fastprune
-from benchmarks import baselines
 from fastprune.calibration import CalibrationSet, Example
 
 HIDDEN, INTERMEDIATE, BLOCKS, HEADS, VOCAB = 384, 1024, 16, 6, 2048
