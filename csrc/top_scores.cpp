@@ -164,6 +164,9 @@ class Selection {
   // scores that are not numbers are noted.
   bool collect(float least, int64_t most, Entries& entries) {
     std::vector<Entries> found(threads_);
+    // Room for what is expected: lists that grow by doubling cost more than all the rest of a small matrix.
+    const int64_t room = std::isinf(least) ? n_ : expected_ + expected_ / 8;
+    for (Entries& mine : found) mine.reserve(room / threads_ + kBlock);
     std::vector<float> thresholds(threads_, least);
     std::vector<int64_t> ties_left(threads_, k_), nan(threads_, -1);
     std::atomic<bool> enough{true};
@@ -195,6 +198,9 @@ class Selection {
     keep_first_nan(nan);
     if (!enough || first_nan_ >= 0) return enough;
     entries = std::move(found[0]);
+    size_t total = entries.size();
+    for (int part = 1; part < threads_; ++part) total += found[part].size();
+    entries.reserve(total);
     for (int part = 1; part < threads_; ++part) {
       entries.insert(entries.end(), found[part].begin(), found[part].end());
       Entries().swap(found[part]);
