@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from fastprune.calibration import CalibrationSet, Example, collect, micro_batches
+from fastprune.calibration.examples import BATCH_COST
 from fastprune.errors import ArgumentError, CalibrationError
+
+# how long an example takes is not what these tests are about
+thorough = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -24,7 +30,7 @@ def example_lists(draw) -> list[Example]:
     return examples
 
 
-@settings(max_examples=50)
+@thorough
 @given(examples=example_lists(), budget=st.integers(1, 40))
 def test_every_example_is_in_one_micro_batch_and_the_budget_is_kept(examples, budget):
     seen = []
@@ -48,7 +54,7 @@ def test_every_example_is_in_one_micro_batch_and_the_budget_is_kept(examples, bu
 SAME_IDS = [Example((1, 2, 3), (-100, 2, 3)), Example((1, 2, 3), (-100, -100, 3))]
 
 
-@settings(max_examples=50)
+@thorough
 @given(examples=example_lists(), budget=st.integers(1, 40), data=st.data())
 @hypothesis.example(
     examples=[Example((1, 2, 3), (-100, 2, 3)), Example((1, 2, 3), (-100, -100, 3))], budget=3, data=None
@@ -65,6 +71,22 @@ def test_micro_batches_group_similar_lengths():
     """With lengths 2 and 9 mixed, an unsorted grouping would pad the short ones to 9."""
     examples = [Example((1,) * n, (-100,) + (1,) * (n - 1)) for n in (9, 2, 9, 2, 9, 2)]
     assert [tuple(batch.input_ids.shape) for batch in micro_batches(examples, 18)] == [(3, 2), (2, 9), (1, 9)]
+
+
+@thorough
+@given(lengths=st.lists(st.integers(2, 300), min_size=1, max_size=8), budget=st.integers(1, 900))
+def test_the_cuts_are_the_cheapest(lengths, budget):
+    """Against every way to cut the sorted lengths: padded tokens, and a price for each micro-batch."""
+
+    def cost(cuts: tuple[int, ...]) -> float:
+        runs = [lengths[a:b] for a, b in itertools.pairwise([0, *cuts, len(lengths)])]
+        fits = all(len(run) * run[-1] <= budget or len(run) == 1 for run in runs)
+        return sum(len(run) * run[-1] + BATCH_COST for run in runs) if fits else float("inf")
+
+    lengths = sorted(lengths)
+    batches = micro_batches([Example((1,) * n, (-100,) + (1,) * (n - 1)) for n in lengths], budget)
+    every = (c for k in range(len(lengths)) for c in itertools.combinations(range(1, len(lengths)), k))
+    assert sum(batch.input_ids.numel() + BATCH_COST for batch in batches) == min(map(cost, every))
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, None])

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,9 @@ from fastprune.errors import ArgumentError, ArtifactError, MaskError, ModelError
 from fastprune.masking.apply import _live, matrices_of
 from fastprune.masking.mask import PruneMask
 from fastprune.model.fingerprint import fingerprint, fingerprint_of_samples, sample_positions
+
+# how long an example takes is not what these tests are about
+thorough = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SHAPES = {"a.weight": (6, 5), "b.weight": (7, 6), "c.weight": (3, 7)}
 
@@ -103,7 +106,7 @@ def test_indices_are_checked(indices, message):
         PruneMask({"w": torch.tensor([0])}, {"w": (2, 2), "v": (1, 1)})
 
 
-@settings(max_examples=50)
+@thorough
 @given(drawn=masks(3))
 def test_algebra_is_that_of_sets(drawn):
     a, b, c = drawn
@@ -181,7 +184,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@settings(max_examples=20)
+@settings(thorough, max_examples=20)
 @given(drawn=masks())
 def test_applied_changes_the_masked_weights_alone_and_gives_the_same_bits_back(dtype, drawn):
     mask, model = drawn[0], Toy(dtype)

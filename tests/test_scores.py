@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -16,6 +16,9 @@ from fastprune.masking.mask import PruneMask
 from fastprune.scoring import keep
 from fastprune.scoring.keep import Keeper, Kept
 from fastprune.scoring.scores import Scores
+
+# how long an example takes is not what these tests are about
+thorough = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture
@@ -55,6 +58,7 @@ def with_small_matrices(n: int):
     return patch
 
 
+@thorough
 @given(matrices=score_matrices(), fraction=st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]), data=st.data())
 def test_kept_lists_are_prefixes_that_hold_the_local_and_the_global_top(matrices, fraction, data):
     patch = with_small_matrices(0)

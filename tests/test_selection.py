@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastprune.errors import ArgumentError, FastpruneWarning, SelectionError
@@ -16,6 +16,9 @@ from fastprune.masking.mask import PruneMask
 from fastprune.scoring import keep
 from fastprune.scoring.keep import Keeper, Kept
 from fastprune.scoring.scores import Scores
+
+# how long an example takes is not what these tests are about
+thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Dense = dict[str, torch.Tensor]
 
@@ -91,7 +94,7 @@ def cases(draw):
     }
 
 
-@settings(max_examples=200)
+@settings(thorough, max_examples=200)
 @given(case=cases())
 def test_selection_is_the_set_difference_of_the_dense_tops(case):
     harm, benign, p, q, scope = case["harm"], case["benign"], case["p"], case["q"], case["scope"]
@@ -117,7 +120,7 @@ def test_selection_is_the_set_difference_of_the_dense_tops(case):
     assert list(mask) == list(harm) and mask.shapes == scores.shapes
 
 
-@settings(max_examples=40)
+@thorough
 @given(case=cases())
 def test_the_setting_that_an_error_names_is_enough(case):
     """Score again with what the message says, and the same call goes through."""
