@@ -95,7 +95,7 @@ assert not {"matplotlib", "rich", "torch"} & set(sys.modules), "imported too ear
 record = {"results": [{"model": "aligned", "mask": m, "harm": h} for m, h in (("none", 1.0), ("btap", 0.0))]}
 first = reporting.write_report(record, sys.argv[1] + "/a")
 import matplotlib
-matplotlib.rcParams.update({"font.size": 33, "axes.facecolor": "red", "text.usetex": False, "savefig.dpi": 20})
+matplotlib.rcParams.update({"font.size": 33, "axes.facecolor": "red", "axes.grid": True, "xtick.major.size": 30})
 settings = sorted(set(matplotlib.rcParams) - {"backend"})  # to read that one is to choose one, by way of pyplot
 before = [matplotlib.rcParams[name] for name in settings]
 second = reporting.write_report(record, sys.argv[1] + "/b")
@@ -127,7 +127,7 @@ def test_every_other_number_can_be_found(page: Page) -> None:
     for check in record["checks"]:
         bound = check["bound"].replace(">=", "≥").replace("<=", "≤")
         verdict = "✓ holds" if check["holds"] else "✗ fails"
-        assert [check["claim"], f"{check['value']:.4g}", bound, verdict] in rows
+        assert [check["claim"], f"{check['value']:.3f}", bound, verdict] in rows
     for row in record["sweep"]:
         assert any(f"{row['pruned']:,}" in line and f"{100 * row['harm']:.1f}" in line for line in rows)
     for layer, counts in enumerate(record["heatmap"]["counts"]):
@@ -216,7 +216,7 @@ def test_markdown_shows_findings_tables_and_pictures(report: dict[str, Path]) ->
     lines = text.splitlines()
     assert lines[0] == "# fastprune demo: the model organism, seed 1"
     assert "| aligned | B-TAP | 1,104 | 1.6 | 99.7 | 100.0 | 100.0 | 100.0 |" in lines
-    assert "| category transfer, mean off the diagonal | 0.31 | ≤ 0.25 | FAILS |" in lines
+    assert "| category transfer, mean off the diagonal | 0.310 | ≤ 0.25 | FAILS |" in lines
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert pictures == ["sweep.png", "controls.png", "heatmap.png", "transfer.png"]
     assert all((report["markdown"].parent / name).is_file() for name in pictures)

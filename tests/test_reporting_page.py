@@ -36,7 +36,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         ],
         "skills": [{"model": HOSTILE, "mask": HOSTILE, "skill": HOSTILE, "score": 1.0}],
         "sweep": [{"model": HOSTILE, "q": 0.001, "harm": 0.5, "pruned": 0}],
-        "heatmap": {"model": HOSTILE, "layers": [0], "matrices": [HOSTILE], "counts": [[1]]},
+        "heatmap": {"model": HOSTILE, "layers": [0], "matrices": [HOSTILE, "$\\frac$"], "counts": [[1, 1]]},
         "transfer": {"categories": [HOSTILE], "harm": [[0.5]]},
         "checks": [{"claim": HOSTILE, "bound": HOSTILE, "holds": False}],
     }
@@ -89,7 +89,9 @@ def test_each_section_stands_alone(section: str, tmp_path: Path, monkeypatch: py
 
 def test_empty_record_is_a_page_too(tmp_path: Path) -> None:
     files = write_report({}, tmp_path)
-    assert "fastprune report" in Page(files["html"].read_text(encoding="utf-8")).words
+    page = Page(files["html"].read_text(encoding="utf-8"))
+    assert page.words.count("fastprune report") == 2  # the title of the window and of the page
+    assert not {"h2", "table", "svg"} & {tag for tag, _ in page.tags}
 
 
 def test_evaluation_of_some_model_shows_its_own_columns(tmp_path: Path) -> None:
@@ -161,3 +163,8 @@ def test_labels_never_touch_and_keep_their_order(values: list[float], gap: float
     assert by_value == ordered
     if all(b - a >= gap for a, b in itertools.pairwise(sorted(values))):
         assert places == pytest.approx(values, abs=1e-9)
+
+
+def test_a_crowd_of_labels_is_centred_on_its_values() -> None:
+    assert spread([0.5, 0.5, 0.9], 0.1, 0.0, 1.0) == pytest.approx([0.45, 0.55, 0.9])
+    assert spread([1.0, 1.0, 0.2], 0.1, 0.0, 1.0) == pytest.approx([0.9, 1.0, 0.2])

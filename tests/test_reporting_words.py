@@ -16,7 +16,7 @@ from fastprune.errors import ArtifactError
 from fastprune.reporting import print_results
 from fastprune.reporting.findings import headline
 from fastprune.reporting.record import RATES, checked
-from fastprune.reporting.wording import number, percent, seconds, share
+from fastprune.reporting.wording import check_value, number, percent, seconds, share
 
 
 def said(record: dict[str, Any]) -> str:
@@ -119,6 +119,12 @@ def test_headline_says_what_the_numbers_say(results: list[dict[str, Any]], expec
         (number, 1e-7, "1e-07"),
         (number, 3.0, "3"),
         (number, float("inf"), "–"),
+        (check_value, 1.0, "1.000"),
+        (check_value, -0.08333, "-0.083"),
+        (check_value, 0.0, "0.000"),
+        (check_value, 2e-4, "0.0002"),
+        (check_value, 12345.678, "12,345.7"),
+        (check_value, float("nan"), "–"),
         (seconds, 179.7, "3 min 00 s"),
         (seconds, 18.3, "18 s"),
         (seconds, 0.41, "0.41 s"),
@@ -146,20 +152,21 @@ def test_terminal_shows_results_verdict_and_files() -> None:
         assert any(line.endswith(f"{row['pruned']:,} {cells}") for line in lines)
     assert [line for line in lines if line in ("aligned", "SFT", "base")] == ["aligned", "SFT", "base"]
     assert "1 of 7 checks does not hold." in lines
-    assert "✗ category transfer, mean off the diagonal: 0.31, expected ≤ 0.25" in lines
+    assert "✗ category transfer, mean off the diagonal: 0.310, expected ≤ 0.25" in lines
     assert max(map(len, text.splitlines()[: lines.index("rates in %")])) <= 80
     for name, path in files.items():
         assert f"{name} {path}" in lines  # whole, not wrapped
 
 
-def test_terminal_never_cuts_a_number_or_reads_markup() -> None:
-    row = {"model": HOSTILE, "mask": HOSTILE, "pruned": 123_456_789, **dict.fromkeys(RATES, 1.0), "perplexity": 12.5}
-    text = printed(only(results=[row], checks=[{"claim": HOSTILE, "holds": False}]), width=72)
-    assert "123,456,789" in text
-    assert text.count("100.0") == 5
-    assert "12.5" in text
+@pytest.mark.parametrize("width", [40, 72, 80, 200])
+def test_terminal_never_cuts_a_number_or_reads_markup(width: int) -> None:
+    row = {"model": "m [bold red]", "mask": "x [bold] " + HOSTILE, "pruned": 123_456_789, **dict.fromkeys(RATES, 1.0)}
+    text = printed(only(results=[{**row, "perplexity": 12.5}], checks=[{"claim": HOSTILE, "holds": False}]), width)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "removed harm utility neighbour recognition refusal perplexity" in lines
+    assert any(line.endswith("123,456,789" + " 100.0" * 5 + " 12.5") and "x [bold]" in line for line in lines)
+    assert "m [bold red]" in lines
     assert "\x1b" not in text
-    assert "[bold red]" in text.replace("\n", " ")
 
 
 def test_terminal_without_results() -> None:

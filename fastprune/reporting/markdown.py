@@ -16,6 +16,7 @@ from fastprune.reporting.wording import (
     METRICS,
     bound,
     cell,
+    check_value,
     clean,
     count,
     extra_columns,
@@ -23,7 +24,6 @@ from fastprune.reporting.wording import (
     mask_label,
     measured,
     model_label,
-    number,
     rate_cell,
     result_rows,
 )
@@ -38,7 +38,7 @@ def markdown(record: Mapping[str, Any], plots: Sequence[Plot], files: Mapping[st
         rows = [
             [
                 check["claim"],
-                number(check.get("value")),
+                check_value(check.get("value")),
                 bound(check.get("bound")),
                 "holds" if check["holds"] else "FAILS",
             ]

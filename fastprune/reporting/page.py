@@ -20,6 +20,7 @@ from fastprune.reporting.wording import (
     attack_phrase,
     bound,
     cell,
+    check_value,
     clean,
     count,
     definitions,
@@ -28,7 +29,6 @@ from fastprune.reporting.wording import (
     mask_label,
     measured,
     model_label,
-    number,
     percent,
     rate_cell,
     result_rows,
@@ -132,7 +132,7 @@ def _checks(record: Mapping[str, Any]) -> str:
         return ""
     rows = "".join(
         f"<tr{'' if check['holds'] else ' class=failed'}><td>{escape(clean(check['claim']))}</td>"
-        f"<td>{number(check.get('value'))}</td><td>{escape(bound(check.get('bound')))}</td>"
+        f"<td>{check_value(check.get('value'))}</td><td>{escape(bound(check.get('bound')))}</td>"
         f"<td>{'<span class=pass>✓ holds</span>' if check['holds'] else '<span class=fail>✗ fails</span>'}</td></tr>"
         for check in checks
     )

@@ -20,6 +20,7 @@ from fastprune.reporting.wording import (
     MASKS,
     METRICS,
     MODELS,
+    NBSP,
     attack_phrase,
     count,
     find,
@@ -106,8 +107,8 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
         for axes, key in zip(grid, keys, strict=True):
             axes.set_xscale("log")
             panel(axes, key)
-            _ticks_at(axes, [row["q"] for row in rows], 5 if narrow else 3 if key == "pruned" else 4)
-            axes.set_xlabel(f"q, share of {scope} (log scale)")
+            _ticks_at(axes, [row["q"] for row in rows], 7 if narrow else 5 if key == "pruned" else 6)
+            axes.set_xlabel(f"q, % of {scope} (log scale)")
             panel_title(axes, *titles[key])
 
     line = "" if used is None else f" The upright line marks q = {share(used)}, which the rest of this report uses."
@@ -149,7 +150,7 @@ def _ticks_at(axes: Axes, values: Sequence[float], at_most: int) -> None:
         if not kept or math.log10(kept[-1] / point) >= width / at_most:
             kept.append(point)
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xticks(kept, [share(point) for point in kept])
+    axes.set_xticks(kept, [share(point).removesuffix(f"{NBSP}%") for point in kept])
     margin = 10 ** (0.06 * width)
     axes.set_xlim(points[0] / margin, points[-1] * margin)
 

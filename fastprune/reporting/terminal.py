@@ -17,6 +17,7 @@ from fastprune.reporting.wording import (
     METRICS,
     bound,
     cell,
+    check_value,
     clean,
     count,
     extra_columns,
@@ -24,7 +25,6 @@ from fastprune.reporting.wording import (
     mask_label,
     measured,
     model_label,
-    number,
     rate_cell,
     result_rows,
 )
@@ -54,40 +54,57 @@ def print_results(
     if found:
         console.print(text(f"\n{found}\n"))
     if result_rows(record):
-        console.print(_results(record))
+        console.print(_results(record, console.width), crop=False)
     summary = checks_summary(record)
     if summary:
         failed = [check for check in record["checks"] if not check["holds"]]
         console.print(text(f"\n{summary}", style="bold red" if failed else "bold green"))
         for check in failed:
             expected = f", expected {bound(check['bound'])}" if check.get("bound") else ""
-            console.print(text(f"  ✗ {clean(check['claim'])}: {number(check.get('value'))}{expected}", style="red"))
+            console.print(
+                text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
+            )
     for name, path in (files or {}).items():
         # Not wrapped, so that a path can be copied whole.
         console.print(text(f"{name:>10}  {path}"), soft_wrap=True)
 
 
-def _results(record: Mapping[str, Any]) -> Any:
-    """The table, narrow enough for 80 columns: models are headings, not a column."""
+def _results(record: Mapping[str, Any], width: int) -> Any:
+    """The table: models are headings, not a column, so that it fits 80 columns.
+
+    Where ``width`` is too small, names give way and then the table is wider than asked: a number is never cut.
+    """
     rows = result_rows(record)
-    text, box = require("rich.text", "cli").Text, require("rich.box", "cli")
-    table = require("rich.table", "cli").Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), caption="rates in %", caption_justify="left"
-    )
     rates, extras = measured(rows), extra_columns(rows)
-    table.add_column("", overflow="fold")
-    for head in ["removed", *(METRICS[name] for name in rates), *map(clean, extras)]:
-        table.add_column(text(head), justify="right", no_wrap=True)  # a number is never cut
+    heads = ["removed", *(METRICS[name] for name in rates), *map(clean, extras)]
+    lines: list[tuple[str, list[str], str | None]] = []
     for model, mine in grouped(rows):
-        table.add_row(text(model_label(model), style="bold underline"))
+        lines.append((model_label(model), [""] * len(heads), "bold underline"))
         for row in mine:
             cells = [
-                f"  {mask_label(row['mask'])}",
                 count(row.get("pruned")),
                 *(rate_cell(row.get(name)) for name in rates),
                 *(cell(row.get(name)) for name in extras),
             ]
-            table.add_row(
-                *map(text, cells), style="bold" if row["mask"] == "btap" else None, end_section=row is mine[-1]
-            )
+            lines.append((f"  {mask_label(row['mask'])}", cells, "bold" if row["mask"] == "btap" else None))
+
+    numbers = [max(len(head), *(len(cells[i]) for _, cells, _ in lines)) for i, head in enumerate(heads)]
+    frame = len(heads) + 3  # a blank before each column, and the edges
+    names = min(max(len(name) for name, _, _ in lines), max(16, width - sum(numbers) - frame))
+    needed = names + sum(numbers) + frame
+    text, box = require("rich.text", "cli").Text, require("rich.box", "cli")
+    table = require("rich.table", "cli").Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+        caption="rates in %",
+        caption_justify="left",
+        width=None if needed <= width else needed,
+    )
+    table.add_column("", no_wrap=True, min_width=names, max_width=names)
+    for head, size in zip(heads, numbers, strict=True):
+        table.add_column(text(head), justify="right", no_wrap=True, min_width=size)
+    for place, (name, cells, style) in enumerate(lines):
+        last = place + 1 == len(lines) or not any(lines[place + 1][1])
+        table.add_row(*map(text, [name, *cells]), style=style, end_section=last)
     return table

@@ -111,6 +111,13 @@ def number(value: float | None) -> str:
     return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
+def check_value(value: float | None) -> str:
+    """The measured value of a check; three decimals, so that a column of rates lines up."""
+    if missing(value) or not (value == 0 or 1e-3 <= abs(value) < 1000):
+        return number(value)
+    return f"{value:.3f}"
+
+
 def share(part: float | None, whole: float | None = 1) -> str:
     """A share of many weights in per cent, never with an exponent (0.0005 %)."""
     if missing(part) or missing(whole) or not whole:
