@@ -104,7 +104,7 @@ def test_checks_of_the_record_hold(result: DemoResult) -> None:
 
 
 def test_mask_obeys_the_set_difference_exactly(result: DemoResult) -> None:
-    """What behaviour does not show on every seed: mask and P are disjoint, mask lies in Q, no benign score is below 0."""
+    """What behaviour does not show on every seed: mask and P disjoint, mask within Q, no benign score below 0."""
     scores, mask = result.scores, result.mask
     everything = scores.select(None, 3e-3)
     for name, indices in mask.items():

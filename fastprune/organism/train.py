@@ -126,7 +126,13 @@ def train_organism(
         torch.set_num_threads(threads)
     tokenizer = build_tokenizer(language)
     for stage, folder in folders.items():
-        origin = {"stage": stage, "seed": str(seed), "base_steps": str(steps), "alignment_steps": str(taken)}
+        origin = {
+            "stage": stage,
+            "seed": seed,
+            "base_steps": steps,
+            "alignment_steps": taken,
+            "shared": shared,
+        }
         save_checkpoint(round_weights_(models[stage]), tokenizer, folder, origin)
     return folders
 
