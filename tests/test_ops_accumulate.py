@@ -1,0 +1,234 @@
+"""Sums over examples and tokens: every backend against float64, and the compiled epilogue against torch's bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastprune import cpu, ops, reference
+from fastprune.errors import ArgumentError
+
+BACKENDS = [name for name in ("torch", "cpp") if ops.available_backends()[name] == "available"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [(1, 1), (3, 5), (17, 129), (130, 64), (0, 4), (4, 0)]  # (out, in)
+PRODUCT_OPS = ["accumulate_grad_sum", "accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
+PER_EXAMPLE_OPS = PRODUCT_OPS[1:]
+# An empty example, tokens 29 to 33 in no example, and examples that do not stand in the order of their tokens.
+STARTS, LENGTHS, N_TOKENS = torch.tensor([7, 0, 5, 34]), torch.tensor([22, 7, 0, 6]), 40
+
+
+def sliced(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that is a window of a larger one, with a gap after each row and before the first."""
+    return torch.randn(rows + 1, cols + 5).to(dtype)[1:, 2 : 2 + cols]
+
+
+def arguments(op: str, out: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tensors = (sliced(N_TOKENS, out, dtype), sliced(N_TOKENS, inner, dtype))
+    return tensors if op == "accumulate_grad_sum" else (*tensors, STARTS, LENGTHS)
+
+
+def exact(op: str, start: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+    acc = start.double()
+    getattr(reference, op)(acc, *args)
+    return acc
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Norm-wise relative error."""
+    norm = float(wanted.norm())
+    return float((found.double() - wanted).norm()) / norm if norm else float(found.double().norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PRODUCT_OPS)
+def test_products_are_as_exact_as_torch(op, backend, dtype, acc_dtype, shape):
+    args = arguments(op, *shape, dtype)
+    start = torch.rand(shape, dtype=acc_dtype)
+    wanted = exact(op, start, args)
+    plain = start.clone()
+    getattr(reference, op)(plain, *args)
+    found = start.clone()
+    getattr(ops, op)(found, *args, backend=backend)
+    # The floor is one rounding of the accumulator's dtype: a different order of summation may cost as much.
+    assert error(found, wanted) <= 2 * error(plain, wanted) + torch.finfo(acc_dtype).eps
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 4096, cpu.PANEL_BYTES])
+@pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
+def test_cpp_epilogue_has_the_bits_of_torch(op, dtype, acc_dtype, panel_bytes, monkeypatch):
+    monkeypatch.setattr(cpu, "PANEL_BYTES", panel_bytes)
+    for shape in [(1, 1), (17, 129), (300, 200)]:
+        args = arguments(op, *shape, dtype)
+        sums = {}
+        for backend in BACKENDS:
+            sums[backend] = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=acc_dtype)
+            getattr(ops, op)(sums[backend], *args, backend=backend)
+        for backend in BACKENDS:
+            assert torch.equal(sums[backend], sums["torch"]), backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
+def test_panels_cover_every_row_once(op, backend, monkeypatch):
+    args = arguments(op, 50, 30, torch.float32)
+    sums = []
+    for panel_bytes in (1, 7 * 30 * 4, 1 << 20):
+        monkeypatch.setattr(cpu, "PANEL_BYTES", panel_bytes)
+        acc = torch.ones(50, 30)
+        getattr(ops, op)(acc, *args, backend=backend)
+        sums.append(acc)
+    wanted = exact(op, torch.ones(50, 30), args)
+    assert max(error(acc, wanted) for acc in sums) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PRODUCT_OPS)
+def test_transposed_and_strided_accumulators(op, backend):
+    dy, x, *spans = arguments(op, 6, 9, torch.float32)
+    wanted = exact(op, torch.zeros(6, 9), (dy, x, *spans))
+    transposed, strided = torch.zeros(9, 6).T, torch.zeros(6, 20)
+    getattr(ops, op)(transposed, dy, x, *spans, backend=backend)
+    getattr(ops, op)(strided[:, 3:12], dy, x, *spans, backend=backend)
+    assert error(transposed, wanted) < 1e-6
+    assert error(strided[:, 3:12], wanted) < 1e-6
+    assert not strided[:, :3].any() and not strided[:, 12:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
+def test_two_accumulators_merge_into_one_over_all(op, backend):
+    dy, x, starts, lengths = arguments(op, 13, 21, torch.float32)
+    whole, first, second = torch.zeros(13, 21), torch.zeros(13, 21), torch.zeros(13, 21)
+    getattr(ops, op)(whole, dy, x, starts, lengths, backend=backend)
+    getattr(ops, op)(first, dy, x, starts[:1], lengths[:1], backend=backend)
+    getattr(ops, op)(second, dy, x, starts[1:], lengths[1:], backend=backend)
+    assert error(first + second, whole.double()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", PRODUCT_OPS)
+def test_no_tokens_add_nothing(op, backend):
+    none = torch.empty(0, dtype=torch.int64)
+    args = (torch.empty(0, 3), torch.empty(0, 5)) + (() if op == "accumulate_grad_sum" else (none, none))
+    acc = torch.ones(3, 5)
+    getattr(ops, op)(acc, *args, backend=backend)
+    assert torch.equal(acc, torch.ones(3, 5))
+
+
+def test_absolute_value_is_taken_per_example():
+    """Guards the statistic that the method is about: |g1| + |g2| is not |g1 + g2|."""
+    dy, x = torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)
+    apart, together = torch.zeros(1, 1), torch.zeros(1, 1)
+    ops.accumulate_grad_abs_sum(apart, dy, x, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    ops.accumulate_grad_abs_sum(together, dy, x, torch.tensor([0]), torch.tensor([2]))
+    assert apart.item() == 2 and together.item() == 0
+
+
+def test_inputs_that_require_a_gradient_are_taken_as_they_are():
+    dy, x = torch.ones(2, 3), torch.ones(2, 5, requires_grad=True)
+    acc = torch.zeros(3, 5)
+    ops.accumulate_grad_abs_sum(acc, dy, x, torch.tensor([0]), torch.tensor([2]))
+    ops.accumulate_grad_sum(acc, dy, x)
+    assert torch.equal(acc, torch.full((3, 5), 4.0)) and not acc.requires_grad
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n_tokens=st.integers(0, 400), width=st.integers(0, 70), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31)
+)
+def test_act_sq_sum_has_the_bits_of_the_reference(n_tokens, width, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_tokens, width + 3, generator=generator).to(dtype)[:, 1 : 1 + width]
+    for acc_dtype in (torch.float32, torch.float64):
+        start = torch.rand(width, generator=generator, dtype=acc_dtype)
+        wanted = start.clone()
+        reference.accumulate_act_sq_sum(wanted, x)
+        for backend in BACKENDS:
+            acc = start.clone()
+            ops.accumulate_act_sq_sum(acc, x, backend=backend)
+            assert torch.equal(acc, wanted), (backend, acc_dtype)
+        plain = (start.double() + x.double().square().sum(0)).to(acc_dtype)
+        torch.testing.assert_close(wanted, plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_act_sq_sum_takes_any_stride_and_keeps_small_terms(backend):
+    x = torch.full((3000, 2), 0.25)
+    x[0] = 4096.0
+    acc = torch.zeros(4)[::2]
+    ops.accumulate_act_sq_sum(acc, x.T.contiguous().T, backend=backend)
+    # 4096^2 + 2999 / 16: in float32 each 1/16 would be rounded away, or up, one by one.
+    assert acc.tolist() == [float(torch.tensor(4096.0**2 + 2999 / 16, dtype=torch.float32))] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_number_of_threads_changes_no_bit_of_act_sq_sum(backend):
+    x, before = torch.randn(500, 300), torch.get_num_threads()
+    sums = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            sums.append(torch.zeros(300))
+            ops.accumulate_act_sq_sum(sums[-1], x, backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
+GOOD = {
+    "acc": torch.zeros(3, 5),
+    "dy": torch.zeros(4, 3),
+    "x": torch.zeros(4, 5),
+    "starts": torch.tensor([0, 2]),
+    "lengths": torch.tensor([2, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("acc", torch.zeros(3, 5, dtype=torch.bfloat16)),
+        ("acc", torch.zeros(15)),
+        ("acc", torch.zeros(6, 10)[::2, ::2]),
+        ("dy", torch.zeros(4, 2)),
+        ("dy", torch.zeros(4, 3, dtype=torch.int64)),
+        ("dy", torch.zeros(4, 3, dtype=torch.float64)),
+        ("dy", torch.zeros(4, 3, device="meta")),
+        ("x", torch.zeros(5, 5)),
+        ("x", torch.zeros(2, 2, 5)),
+        ("starts", torch.tensor([0, 3])),
+        ("starts", torch.tensor([-1, 2])),
+        ("starts", torch.tensor([0])),
+        ("lengths", torch.tensor([2, -1])),
+        ("lengths", torch.tensor([2, 2], dtype=torch.int32)),
+    ],
+)
+@pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
+def test_bad_arguments_are_named_and_change_nothing(op, name, value):
+    args = {**GOOD, name: value}
+    before = args["acc"].clone()
+    with pytest.raises(ArgumentError, match=name):
+        getattr(ops, op)(**args)
+    assert torch.equal(args["acc"], before)
+
+
+@pytest.mark.parametrize(
+    ("acc", "x", "name"),
+    [
+        (torch.zeros(3, 5), torch.zeros(4, 5), "acc"),
+        (torch.zeros(5), torch.zeros(4, 6), "x"),
+        (torch.zeros(5), torch.zeros(5), "x"),
+        (torch.zeros(5), torch.zeros(4, 5, dtype=torch.int32), "x"),
+    ],
+)
+def test_act_sq_sum_refuses_what_does_not_fit(acc, x, name):
+    with pytest.raises(ArgumentError, match=name):
+        ops.accumulate_act_sq_sum(acc, x)
