@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastprune import reference
-from fastprune.errors import ArgumentError, ScoringError
+from fastprune.errors import ArgumentError, BackendError, ScoringError
 
 _FORMULAS = {
     "signed": "negated_product",
@@ -129,6 +129,9 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not weights:
         raise ArgumentError("weights: expected at least one matrix, got none")
+    largest = max(weight.numel() for weight in weights)
+    if largest >= 1 << 32:
+        raise BackendError(f"backend 'cuda' selects from matrices of fewer than 2^32 weights, got one of {largest}")
     flats = [weight.detach().contiguous() for weight in weights]
     spread = [_spread(*pair, criterion) for pair in zip(flats, statistics, strict=True)]
     sources = []

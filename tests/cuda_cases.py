@@ -51,6 +51,10 @@ def _strided_statistic() -> Case:
     return torch.randn(130, 516), torch.randn(516, 130).T, "abs_of_sum", 99
 
 
+def _statistic_with_gaps(row_stride: int) -> Case:
+    return torch.randn(130, 516), torch.randn(130, row_stride)[:, :516], "signed", 99
+
+
 def _wanda_of_rows() -> Case:
     return torch.randn(130, 516).half(), torch.rand(130, 1), "wanda", 99
 
@@ -92,6 +96,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "no weights": lambda: _random((0, 7)),
     "misaligned": _misaligned,
     "strided statistic": _strided_statistic,
+    "statistic with gaps": lambda: _statistic_with_gaps(520),
+    "statistic with odd gaps": lambda: _statistic_with_gaps(519),
     "wanda of rows": _wanda_of_rows,
     "float64 statistic": _wide_statistic,
     "all equal": lambda: (torch.ones(258, 260), torch.ones(258, 260), "abs", 50),
@@ -116,8 +122,9 @@ def _to(device: str, tensor: Tensor | None) -> Tensor | None:
     """On the device; a view keeps its strides and its alignment."""
     if tensor is None or device == "cpu":
         return tensor
-    storage = torch.empty(0, dtype=tensor.dtype, device=device).set_(tensor.untyped_storage().to(device))
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    storage = tensor.untyped_storage().to(device=device)
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def check_case(device: str, name: str) -> None:

@@ -105,6 +105,19 @@ def test_the_order_of_blocks_and_threads_leaves_no_trace(order: str, monkeypatch
     cuda_cases.check_all("cpu", 70)
 
 
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [("torch.bfloat16", 4), ("wanda", 4), ("columns not a multiple of four", 4), ("k=8000", 4), ("all equal", 16)],
+)
+def test_one_pass_is_enough_unless_the_sample_misleads(
+    name: str, launches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample, cut, collection, output; a search adds its start, a collection, and two for each of five digits."""
+    monkeypatch.setenv("EMULATED_LAUNCHES", str(tmp_path / "launches"))
+    cuda_cases.check_case("cpu", name)
+    assert len((tmp_path / "launches").read_text()) == launches
+
+
 @pytest.mark.parametrize(("index", "k"), [(0, 3), (4097, 0), (66_819, 70_000)])
 def test_first_nan_is_named(index: int, k: int) -> None:
     cuda_cases.check_nan("cpu", index, k, torch.bfloat16)

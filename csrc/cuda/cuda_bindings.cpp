@@ -52,8 +52,9 @@ std::optional<std::pair<int64_t, int64_t>> top_scores(const std::vector<SourceTu
                                                       size_t workspace_bytes, Address out_source, Address out_index,
                                                       Address out_score, int device, Address stream) {
   cuda::Selection selection{{}, {}, group_sizes, ks};
-  for (const auto& [weight, weight_dtype, size, columns, statistic, statistic_dtype, row_stride, column_stride, formula] :
-       sources) {
+  for (const SourceTuple& source : sources) {
+    const auto& [weight, weight_dtype, size, columns, statistic, statistic_dtype, row_stride, column_stride, formula] =
+        source;
     selection.sources.push_back({at(weight), named(kDtypes, "dtype", weight_dtype), at(statistic),
                                  named(kDtypes, "dtype", statistic_dtype), columns, row_stride, column_stride,
                                  named(kFormulas, "formula", formula)});

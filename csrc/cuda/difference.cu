@@ -30,7 +30,8 @@ struct NotAmong {
 
 void select(void* temporary, size_t& bytes, const int64_t* a, int64_t a_size, NotAmong not_among, int64_t* out,
             int64_t* count, cudaStream_t stream) {
-  check(cub::DeviceSelect::If(temporary, bytes, a, out, count, a_size, not_among, stream), "difference: cub::DeviceSelect");
+  check(cub::DeviceSelect::If(temporary, bytes, a, out, count, a_size, not_among, stream),
+        "difference: cub::DeviceSelect");
 }
 
 }  // namespace
@@ -51,7 +52,8 @@ int64_t difference(const int64_t* a, int64_t a_size, const int64_t* b, int64_t b
   auto* counter = static_cast<int64_t*>(workspace.address);
   size_t bytes = workspace.bytes - kCounter;
   select(static_cast<char*>(workspace.address) + kCounter, bytes, a, a_size, {b, b_size}, out, counter, stream);
-  check(cudaMemcpyAsync(&count, counter, sizeof count, cudaMemcpyDeviceToHost, stream), "difference: copy of the count");
+  check(cudaMemcpyAsync(&count, counter, sizeof count, cudaMemcpyDeviceToHost, stream),
+        "difference: copy of the count");
   check(cudaStreamSynchronize(stream), "difference: cudaStreamSynchronize");
   return count;
 }

@@ -19,8 +19,8 @@ struct Matrix {
   bool streams;  // whether vectors of four weights and of their statistics can be loaded, see can_stream
 };
 
-// Each thread forms four groups of four neighbouring scores, so a warp reads 512 consecutive bytes of float32 at once and
-// has 128 bytes of them per thread under way before it needs the first.
+// Each thread forms four groups of four neighbouring scores, so a warp reads 512 consecutive bytes of float32 at once,
+// and each thread has 96 bytes (bfloat16 weights) or 128 under way before it needs the first.
 constexpr int kThreads = 256, kVector = 4, kVectors = 4, kPerThread = kVector * kVectors;
 constexpr uint32_t kStep = kThreads * kPerThread;
 constexpr uint32_t kTile = 2 * kStep;  // of one block; 16.7 M weights are 2048 tiles, about two rounds of a full H100
@@ -112,7 +112,9 @@ template <float (*widen)(uint32_t)>
 __device__ __forceinline__ void load_weight(const uint16_t* from, uint32_t start, float (&w)[kPerThread]) {
   uint2 raw[kVectors];
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) raw[v] = __ldg(reinterpret_cast<const uint2*>(from + index_of(start, v * kVector)));
+  for (int v = 0; v < kVectors; ++v) {
+    raw[v] = __ldg(reinterpret_cast<const uint2*>(from + index_of(start, v * kVector)));
+  }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     spread({widen(raw[v].x & 0xffffu), widen(raw[v].x >> 16), widen(raw[v].y & 0xffffu), widen(raw[v].y >> 16)},

@@ -2,8 +2,8 @@
 //
 // A group is a run of matrices among whose weights the k best are selected: one matrix, or all of them for the global
 // scope. A weight's position counts through the matrices of its group, so (rank of the score, position) is the order
-// asked for, best first and ties by matrix and index, and no two weights are equal in it. A cut is a pair of this order:
-// whatever is not behind it is collected.
+// asked for, best first and ties by matrix and index, and no two weights are equal in it. A cut is a pair of this
+// order: whatever is not behind it is collected.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +68,7 @@ __device__ __forceinline__ bool up_to_cut(uint32_t rank, uint64_t position, uint
   return rank < cut_rank || (rank == cut_rank && position <= cut_position);
 }
 
-// The last of the items, sorted by their member `begin`, that begins at or before `at`; empty ones before it are passed.
+// The last of the items, sorted by their member `begin`, that begins at or before `at`; it is not an empty one.
 template <class Item, class Begin, class At>
 __host__ __device__ inline int segment_of(const Item* items, int count, Begin Item::* begin, At at) {
   int low = 0, high = count;  // the answer is in [low, high)

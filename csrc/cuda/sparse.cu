@@ -90,7 +90,8 @@ uint64_t upload(const std::vector<SparseWeights>& weights, Workspace workspace, 
     pieces.push_back({one.elements, one.offsets, one.old, total, one.dtype});
     total += one.count;
   }
-  check(cudaMemcpyAsync(workspace.address, pieces.data(), pieces.size() * sizeof(Piece), cudaMemcpyHostToDevice, stream),
+  const size_t bytes = pieces.size() * sizeof(Piece);
+  check(cudaMemcpyAsync(workspace.address, pieces.data(), bytes, cudaMemcpyHostToDevice, stream),
         "copy of the list of sparse weights to the device");
   return total;
 }

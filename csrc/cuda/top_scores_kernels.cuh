@@ -1,5 +1,5 @@
-// The kernels of a selection. Atomics only count and take minima or slots; what is collected is sorted afterwards, so the
-// order in which threads run leaves no trace in the result.
+// The kernels of a selection. Atomics only count and take minima or slots; what is collected is sorted afterwards, so
+// the order in which threads run leaves no trace in the result.
 #pragma once
 
 #include "selection.cuh"
@@ -16,7 +16,8 @@ __device__ const Matrix& matrix_of(const Matrix* matrices, const Group& group, u
 }
 
 // ranks (groups, kSampled): the ranks of the sampled scores; last in the order where a score is not a number.
-__global__ void __launch_bounds__(kThreads) sample_kernel(const Matrix* matrices, const Group* groups, uint32_t* ranks) {
+__global__ void __launch_bounds__(kThreads) sample_kernel(const Matrix* matrices, const Group* groups,
+                                                          uint32_t* ranks) {
   constexpr uint32_t blocks = kSampled / kThreads;
   const Group& group = groups[blockIdx.x / blocks];
   if (group.mode != Mode::sampled) return;
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const Matrix* matrices
   ranks[uint64_t{blockIdx.x} * kThreads + threadIdx.x] = is_nan(score) ? ~0u : rank_of(score);
 }
 
-// Called by all kSearchThreads threads with the counts of kBins bins in shared memory: the first bin at which the running
-// sum reaches `target`, and the sum before it. `sums` has an element per thread; `bin` and `before` are shared.
+// Called by all kSearchThreads threads with the counts of kBins bins in shared memory: the first bin at which the
+// running sum reaches `target`, and the sum before it. `sums` has an element per thread; `bin` and `before` are shared.
 template <class Integer>
 __device__ __forceinline__ void find_bin(const Integer* bins, Integer* sums, Integer target, uint32_t* bin,
                                          Integer* before) {

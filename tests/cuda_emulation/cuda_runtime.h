@@ -1,7 +1,8 @@
-// Stands in for CUDA's header of this name, so that the sources under csrc/cuda compile with a plain C++ compiler and run
-// on the CPU: blocks one after the other, the threads of a block as fibers that change only at barriers and warp
+// Stands in for CUDA's header of this name, so that the sources under csrc/cuda compile with a plain C++ compiler and
+// run on the CPU: blocks one after the other, the threads of a block as fibers that change only at barriers and warp
 // functions. It shows wrong results, missing barriers (fibers run in the order that EMULATED_ORDER names: forward,
 // reverse or shuffled) and barriers that not all threads reach; it does not show data races within a step, nor time.
+// The file that EMULATED_LAUNCHES names gets a byte for each launch.
 #pragma once
 
 #include <setjmp.h>
@@ -138,6 +139,15 @@ inline std::vector<unsigned> order_of(unsigned count) {
   return order;
 }
 
+inline void count_launch() {
+  if (const char* path = std::getenv("EMULATED_LAUNCHES")) {
+    std::FILE* file = std::fopen(path, "a");
+    if (!file) fail("EMULATED_LAUNCHES cannot be written");
+    std::fputc('.', file);
+    std::fclose(file);
+  }
+}
+
 // Every lane's value, once all lanes of the warp have given theirs.
 template <class T>
 T from_lane(T value, unsigned lane) {
@@ -237,7 +247,9 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  emulation::count_launch();
   emulation::Machine& machine = emulation::machine;
   machine.kernel = [&] { kernel(arguments...); };
   machine.blocks = config->gridDim;

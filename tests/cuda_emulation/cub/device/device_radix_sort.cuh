@@ -26,9 +26,8 @@ struct DeviceRadixSort {
     std::vector<uint64_t> order(count);
     std::iota(order.begin(), order.end(), uint64_t{0});
     const Key mask = end_bit >= 64 ? ~Key{0} : (Key{1} << end_bit) - 1;
-    const Key* key = keys.Current();
-    std::stable_sort(order.begin(), order.end(),
-                     [&](uint64_t a, uint64_t b) { return (key[a] & mask) >> begin_bit < (key[b] & mask) >> begin_bit; });
+    const auto bits = [&](uint64_t i) { return (keys.Current()[i] & mask) >> begin_bit; };
+    std::stable_sort(order.begin(), order.end(), [&](uint64_t a, uint64_t b) { return bits(a) < bits(b); });
     for (uint64_t i = 0; i < count; ++i) {
       keys.Alternate()[i] = keys.Current()[order[i]];
       values.Alternate()[i] = values.Current()[order[i]];
