@@ -52,10 +52,10 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
 def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[int, int]]:
     """First and end token of each example that has tokens."""
     for name, tensor in (("starts", starts), ("lengths", lengths)):
-        if tensor.dim() != 1 or tensor.dtype != torch.int64 or tensor.shape != starts.shape:
-            raise ArgumentError(
-                f"{name}: expected int64 (n_examples,), as many of both, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+        if tensor.dim() != 1 or tensor.dtype != torch.int64:
+            raise ArgumentError(f"{name}: expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}")
+    if len(starts) != len(lengths):
+        raise ArgumentError(f"starts and lengths: expected as many of both, got {len(starts)} and {len(lengths)}")
     spans = []
     for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         if start < 0 or length < 0 or start + length > n_tokens:

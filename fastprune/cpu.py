@@ -59,7 +59,7 @@ def accumulate_per_example(
         epilogue: Called with a panel of ``acc`` and the example's gradient for it, both ``(rows, in)``.
     """
     n_rows, n_columns = acc.shape
-    panel = max(1, PANEL_BYTES // (n_columns * acc.element_size()))
+    panel = max(1, PANEL_BYTES // max(1, n_columns * acc.element_size()))
     product = acc.new_empty(min(panel, n_rows), n_columns)
     inputs = [x[start:end] for start, end in spans]
     for first in range(0, n_rows, panel):
