@@ -20,11 +20,22 @@ FASTPRUNE_CLONES void add_abs_row(double* acc, const double* g, int64_t count) {
 FASTPRUNE_CLONES void add_square_row(float* acc, const float* g, int64_t count) { add_row<true>(acc, g, count); }
 FASTPRUNE_CLONES void add_square_row(double* acc, const double* g, int64_t count) { add_row<true>(acc, g, count); }
 
+constexpr int64_t kChunk = 1024;  // elements of the accumulator that stay in the first cache while all examples are added
+
 template <class Value, class AddRow>
-void for_rows(Value* acc, int64_t acc_stride, const Value* g, int64_t rows, int64_t columns, int threads, AddRow add) {
-  parallel_ranges(rows, rows * columns < kSerial ? 1 : threads, [&](int, int64_t begin, int64_t end) {
-    if (acc_stride == columns) return add(acc + begin * columns, g + begin * columns, (end - begin) * columns);
-    for (int64_t row = begin; row < end; ++row) add(acc + row * acc_stride, g + row * columns, columns);
+void for_chunks(Value* acc, int64_t acc_stride, const Value* g, int64_t examples, int64_t rows, int64_t columns,
+                int threads, AddRow add) {
+  parallel_ranges(rows, examples * rows * columns < kSerial ? 1 : threads, [&](int, int64_t begin, int64_t end) {
+    const bool flat = acc_stride == columns;  // then rows follow each other and need not be told apart
+    const int64_t lines = flat ? 1 : end - begin, length = flat ? (end - begin) * columns : columns;
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t first = 0; first < length; first += kChunk) {
+        const int64_t count = std::min(kChunk, length - first);
+        Value* to = acc + (begin + line) * acc_stride + first;
+        const Value* from = g + (begin + line) * columns + first;
+        for (int64_t example = 0; example < examples; ++example) add(to, from + example * rows * columns, count);
+      }
+    }
   });
 }
 
@@ -56,15 +67,15 @@ FASTPRUNE_CLONES void square_panel(double* partial, const double* x, int64_t x_s
 }  // namespace
 
 template <class Value>
-void add_abs(Value* acc, int64_t acc_stride, const Value* g, int64_t rows, int64_t columns, int threads) {
-  for_rows(acc, acc_stride, g, rows, columns, threads,
-           [](Value* to, const Value* from, int64_t count) { add_abs_row(to, from, count); });
+void add_abs(Value* acc, int64_t acc_stride, const Value* g, int64_t examples, int64_t rows, int64_t columns, int threads) {
+  for_chunks(acc, acc_stride, g, examples, rows, columns, threads,
+             [](Value* to, const Value* from, int64_t count) { add_abs_row(to, from, count); });
 }
 
 template <class Value>
-void add_square(Value* acc, int64_t acc_stride, const Value* g, int64_t rows, int64_t columns, int threads) {
-  for_rows(acc, acc_stride, g, rows, columns, threads,
-           [](Value* to, const Value* from, int64_t count) { add_square_row(to, from, count); });
+void add_square(Value* acc, int64_t acc_stride, const Value* g, int64_t examples, int64_t rows, int64_t columns, int threads) {
+  for_chunks(acc, acc_stride, g, examples, rows, columns, threads,
+             [](Value* to, const Value* from, int64_t count) { add_square_row(to, from, count); });
 }
 
 template <class Acc, class Value>
@@ -83,10 +94,10 @@ void add_column_squares(Acc* acc, const Value* x, int64_t x_stride, int64_t n_to
   });
 }
 
-template void add_abs(float*, int64_t, const float*, int64_t, int64_t, int);
-template void add_abs(double*, int64_t, const double*, int64_t, int64_t, int);
-template void add_square(float*, int64_t, const float*, int64_t, int64_t, int);
-template void add_square(double*, int64_t, const double*, int64_t, int64_t, int);
+template void add_abs(float*, int64_t, const float*, int64_t, int64_t, int64_t, int);
+template void add_abs(double*, int64_t, const double*, int64_t, int64_t, int64_t, int);
+template void add_square(float*, int64_t, const float*, int64_t, int64_t, int64_t, int);
+template void add_square(double*, int64_t, const double*, int64_t, int64_t, int64_t, int);
 template void add_column_squares(float*, const float*, int64_t, int64_t, int64_t, int);
 template void add_column_squares(float*, const double*, int64_t, int64_t, int64_t, int);
 template void add_column_squares(double*, const float*, int64_t, int64_t, int64_t, int);

@@ -6,11 +6,13 @@
 
 namespace fastprune {
 
-// acc += |g| or acc += g * g. acc has unit column stride and `acc_stride` elements between rows, g has no gaps.
+// acc += |g| or acc += g * g for one example after the other. acc (rows, columns) has unit column stride and `acc_stride`
+// elements between rows; g (examples, rows, columns) has no gaps.
 template <class Value>
-void add_abs(Value* acc, int64_t acc_stride, const Value* g, int64_t rows, int64_t columns, int threads);
+void add_abs(Value* acc, int64_t acc_stride, const Value* g, int64_t examples, int64_t rows, int64_t columns, int threads);
 template <class Value>
-void add_square(Value* acc, int64_t acc_stride, const Value* g, int64_t rows, int64_t columns, int threads);
+void add_square(Value* acc, int64_t acc_stride, const Value* g, int64_t examples, int64_t rows, int64_t columns,
+                int threads);
 
 // acc[j] += sum over tokens of x[token, j]^2, in float64 and in the order that reference.accumulate_act_sq_sum states.
 template <class Acc, class Value>

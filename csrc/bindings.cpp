@@ -23,14 +23,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void add_examples_gradient(Dtype dtype, bool square, Address acc, int64_t acc_stride, Address g, int64_t rows,
-                           int64_t columns, int threads) {
+void add_gradients(Dtype dtype, bool square, Address acc, int64_t acc_stride, Address g, int64_t examples, int64_t rows,
+                   int64_t columns, int threads) {
   if (dtype == Dtype::float64) {
     const auto add = square ? fastprune::add_square<double> : fastprune::add_abs<double>;
-    add(at<double>(acc), acc_stride, at<double>(g), rows, columns, threads);
+    add(at<double>(acc), acc_stride, at<double>(g), examples, rows, columns, threads);
   } else {
     const auto add = square ? fastprune::add_square<float> : fastprune::add_abs<float>;
-    add(at<float>(acc), acc_stride, at<float>(g), rows, columns, threads);
+    add(at<float>(acc), acc_stride, at<float>(g), examples, rows, columns, threads);
   }
 }
 
@@ -94,7 +94,7 @@ PYBIND11_MODULE(_cpp, module) {
       .value("square_times", Formula::square_times)
       .value("abs_weight", Formula::abs_weight);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  module.def("add_examples_gradient", &add_examples_gradient, unlocked);
+  module.def("add_gradients", &add_gradients, unlocked);
   module.def("add_column_squares", &add_column_squares, unlocked);
   module.def("top_scores", &top_scores, unlocked);
   module.def("gather", &gather, unlocked);

@@ -59,13 +59,14 @@ def test_products_are_as_exact_as_torch(op, backend, dtype, acc_dtype, shape):
     assert error(found, wanted) <= 2 * error(plain, wanted) + torch.finfo(acc_dtype).eps
 
 
-@pytest.mark.parametrize("panel_bytes", [1, 4096, cpu.PANEL_BYTES])
+@pytest.mark.parametrize("tile", [(1, 1, 1), (100, 64, 2), None], ids=str)
 @pytest.mark.parametrize("acc_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
-def test_cpp_epilogue_has_the_bits_of_torch(op, dtype, acc_dtype, panel_bytes, monkeypatch):
-    monkeypatch.setattr(cpu, "PANEL_BYTES", panel_bytes)
-    for shape in [(1, 1), (17, 129), (300, 200)]:
+def test_cpp_epilogue_has_the_bits_of_torch(op, dtype, acc_dtype, tile, monkeypatch):
+    if tile:
+        monkeypatch.setattr(cpu, "tile_of", lambda *_: tile)
+    for shape in [(1, 1), (17, 129)] if tile == (1, 1, 1) else [(17, 129), (300, 1100)]:
         args = arguments(op, *shape, dtype)
         sums = {}
         for backend in BACKENDS:
@@ -75,18 +76,25 @@ def test_cpp_epilogue_has_the_bits_of_torch(op, dtype, acc_dtype, panel_bytes, m
             assert torch.equal(sums[backend], sums["torch"]), backend
 
 
+@pytest.mark.parametrize("tile", [(1, 1, 1), (7, 30, 1), (50, 8, 2), (7, 4, 3), (64, 64, 9)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
-def test_panels_cover_every_row_once(op, backend, monkeypatch):
+def test_tiles_cover_every_weight_and_example_once(op, backend, tile, monkeypatch):
+    monkeypatch.setattr(cpu, "tile_of", lambda *_: tile)
     args = arguments(op, 50, 30, torch.float32)
-    sums = []
-    for panel_bytes in (1, 7 * 30 * 4, 1 << 20):
-        monkeypatch.setattr(cpu, "PANEL_BYTES", panel_bytes)
-        acc = torch.ones(50, 30)
-        getattr(ops, op)(acc, *args, backend=backend)
-        sums.append(acc)
-    wanted = exact(op, torch.ones(50, 30), args)
-    assert max(error(acc, wanted) for acc in sums) < 1e-6
+    acc = torch.ones(50, 30)
+    getattr(ops, op)(acc, *args, backend=backend)
+    assert error(acc, exact(op, torch.ones(50, 30), args)) < 1e-6
+
+
+@pytest.mark.parametrize("item_size", [4, 8])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (0, 5), (5, 0), (128, 128), (1024, 384), (4096, 14336), (5, 10**6), (10**6, 5)]
+)
+def test_tiles_stay_in_their_limits(shape, item_size):
+    rows, columns, group = cpu.tile_of(*shape, item_size)
+    assert rows <= shape[0] and columns <= shape[1] and group >= 1
+    assert rows * columns * group * item_size <= cpu.WIDE_BYTES
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
