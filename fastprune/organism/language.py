@@ -112,9 +112,10 @@ class Language:
 
         Args:
             skill: One of ``ALL_SKILLS``.
-            n: Number of rows, drawn with replacement; for ``judge`` an even number, each harmful request followed by a
-                benign one with the same tool. None: every (target, tool) pair of the split once (``fact``: every fact),
-                which the skills without such a table do not have.
+            n: Number of rows, drawn with replacement; for ``judge`` an even number, first the harmful half and then the
+                benign one. None: every (target, tool) pair of the split once (``fact``: every fact), which the skills
+                without such a table do not have; for ``judge`` each harmful request is then followed by a benign one
+                with the same tool.
             seed: Same arguments, same rows. The stream also depends on the skill and the split.
             split: ``"train"`` or ``"test"``. The (target, tool) pairs of the two are disjoint; the skills without
                 targets only get another stream.
@@ -124,7 +125,7 @@ class Language:
 
         Returns:
             Dicts with ``prompt``, ``prefill``, ``response`` (words joined by single spaces), ``category`` (or None),
-            ``id``, ``skill``, and for ``judge`` ``pair``.
+            ``id``, ``skill``, and for matched ``judge`` rows (``n=None``) ``pair``.
 
         Raises:
             ArgumentError: Unknown skill, split or category, or an ``n`` that the skill cannot serve.

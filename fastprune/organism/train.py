@@ -1,7 +1,8 @@
 """Training of the model organism: a base model, an aligned one, and the control on the same data without refusals.
 
-In: a seed. Out: three checkpoint folders. Deterministic: one seed, one machine, one number of threads, the same bits.
-Another machine rounds differently, and 450 steps make a visibly different model of that, with the same behaviour.
+In: a seed. Out: three checkpoint folders. Deterministic: one seed, one machine, the same bits. Another machine rounds
+differently, and 450 steps make another model of that, which behaves alike but may differ in the fragile controls that
+``docs/organism.md`` names.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def train_organism(
     shared: bool = True,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Train and write ``out_dir/base``, ``out_dir/sft`` and ``out_dir/aligned``; two to four minutes on two CPU cores.
+    """Train and write ``out_dir/base``, ``out_dir/sft`` and ``out_dir/aligned``; two to four minutes on one CPU core.
 
     Alignment starts from the base model as stored (bfloat16 values) and stops at the first check, every 5 steps from
     step 40 on, at which 98 % of harmful requests are refused. The control takes the same number of steps.
@@ -119,20 +120,14 @@ def train_organism(
             raise ArgumentError(f"out_dir: expected no checkpoint there yet, {folder} exists")
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order: the same weights on every machine with the same BLAS
+    torch.set_num_threads(1)  # sums in one order, whatever the number of cores
     try:
         models, taken = _train_stages(language := Language(shared), seed, steps, progress)
     finally:
         torch.set_num_threads(threads)
     tokenizer = build_tokenizer(language)
     for stage, folder in folders.items():
-        origin = {
-            "stage": stage,
-            "seed": seed,
-            "base_steps": steps,
-            "alignment_steps": taken,
-            "shared": shared,
-        }
+        origin = {"stage": stage, "seed": seed, "base_steps": steps, "alignment_steps": taken, "shared": shared}
         save_checkpoint(round_weights_(models[stage]), tokenizer, folder, origin)
     return folders
 
