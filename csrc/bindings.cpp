@@ -5,7 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "accumulate.h"
+#include "act_sq.h"
+#include "per_example.h"
 #include "scores.h"
 #include "sparse.h"
 #include "top_scores.h"
@@ -23,15 +24,16 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void add_gradients(Dtype dtype, bool square, Address acc, int64_t acc_stride, Address g, int64_t examples, int64_t rows,
-                   int64_t columns, int threads) {
-  if (dtype == Dtype::float64) {
-    const auto add = square ? fastprune::add_square<double> : fastprune::add_abs<double>;
-    add(at<double>(acc), acc_stride, at<double>(g), examples, rows, columns, threads);
-  } else {
-    const auto add = square ? fastprune::add_square<float> : fastprune::add_abs<float>;
-    add(at<float>(acc), acc_stride, at<float>(g), examples, rows, columns, threads);
-  }
+void add_gradients(Dtype acc_dtype, Address acc, int64_t acc_stride, Dtype dtype, Address dy, int64_t dy_token_stride,
+                   int64_t dy_stride, int64_t n_out, Address x, int64_t x_token_stride, int64_t x_stride, int64_t n_in,
+                   Address spans, int64_t n_spans, bool square, int threads) {
+  const fastprune::TokenMatrix errors{at<const void>(dy), dtype, dy_token_stride, dy_stride, n_out};
+  const fastprune::TokenMatrix inputs{at<const void>(x), dtype, x_token_stride, x_stride, n_in};
+  const auto add = [&](auto* sums) {
+    fastprune::add_gradients(sums, acc_stride, errors, inputs, at<const fastprune::Span>(spans), n_spans, square, threads);
+  };
+  if (acc_dtype == Dtype::float64) return add(at<double>(acc));
+  add(at<float>(acc));
 }
 
 void add_column_squares(Dtype acc_dtype, Address acc, Dtype x_dtype, Address x, int64_t x_stride, int64_t n_tokens,
@@ -94,6 +96,8 @@ PYBIND11_MODULE(_cpp, module) {
       .value("square_times", Formula::square_times)
       .value("abs_weight", Formula::abs_weight);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  module.def("has_gradient_kernel", &fastprune::has_gradient_kernel);
+  module.def("allow_avx512", &fastprune::allow_avx512);
   module.def("add_gradients", &add_gradients, unlocked);
   module.def("add_column_squares", &add_column_squares, unlocked);
   module.def("top_scores", &top_scores, unlocked);

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fastprune {
+#include "dtypes.h"
 
-enum class Dtype : int { float32, float64, float16, bfloat16 };
+namespace fastprune {
 
 // The criteria with their sign and absolute value resolved; a square root has been taken by the caller.
 enum class Formula : int {

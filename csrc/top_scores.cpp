@@ -65,29 +65,38 @@ bool has_prefix(uint32_t key, int digit, uint32_t prefix) {
 
 constexpr int kBlock = 32;  // at one survivor in a thousand, 97 blocks of a hundred are passed over by one test
 
-// hit[b] says whether block b has a score that reaches the threshold or is not a number.
+enum Hit : uint8_t { kNone = 0, kSome = 1, kCareful = 2 };
+
+// hit[b] says whether block b has a score that reaches the threshold, and whether one equals `least` or is not a number.
 // Written with a moving pointer: with scores[b * kBlock + i] GCC 12 gathers element by element, at 15 times the cost.
-FASTPRUNE_CLONES void mark_blocks(const float* scores, int blocks, float threshold, uint8_t* hit) {
+FASTPRUNE_CLONES void mark_blocks(const float* scores, int blocks, float threshold, float least, uint8_t* hit) {
   for (int b = 0; b < blocks; ++b, scores += kBlock) {
-    int any = 0;
-    for (int64_t i = 0; i < kBlock; ++i) any |= !(scores[i] < threshold);
-    hit[b] = static_cast<uint8_t>(any);
+    int any = 0, careful = 0;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      any |= !(scores[i] < threshold);
+      careful |= scores[i] == least || scores[i] != scores[i];
+    }
+    hit[b] = static_cast<uint8_t>(!any ? kNone : careful ? kCareful : kSome);
   }
 }
 
 class Selection {
  public:
   Selection(const ScoreSource& source, int64_t n, int64_t k, int threads)
-      : source_(source), n_(n), k_(k), threads_(n < kSerial ? 1 : std::max(threads, 1)) {}
+      : source_(source),
+        n_(n),
+        k_(k),
+        threads_(n < kSerial ? 1 : std::max(threads, 1)),
+        sampled_(std::clamp(n / 64 / kRun * kRun, kLeastSampled, kMostSampled)) {}
 
   int64_t run(int64_t* indices, float* values) {
     Entries entries;
     bool enough;
-    if (n_ <= kSampled || k_ > n_ / 4) {
+    if (n_ <= 2 * sampled_ || k_ > n_ / 4) {
       enough = collect(-std::numeric_limits<float>::infinity(), n_, entries);
     } else {
       const float threshold = sampled_threshold();
-      enough = collect(threshold, 2 * expected_ + kSampled, entries);
+      enough = collect(threshold, 2 * expected_ + kMostSampled, entries);
     }
     if (!enough || (first_nan_ < 0 && static_cast<int64_t>(entries.size()) < k_)) {
       uint32_t kth;
@@ -108,8 +117,9 @@ class Selection {
 
  private:
   static constexpr int64_t kSerial = 1 << 16;   // below, starting threads costs as much as they save
-  static constexpr int64_t kSampled = 1 << 15;  // scores in the sample: 2048 runs of 16 neighbours, one line of cache each
-  static constexpr int64_t kRun = 16;
+  // Scores in the sample, in runs of 16 neighbours, a line of cache each. An element of the sample costs as much as some
+  // 20 of the pass, so one in 64; fewer than 4096 would make the threshold too uncertain to be of use.
+  static constexpr int64_t kRun = 16, kLeastSampled = 1 << 12, kMostSampled = 1 << 15;
 
   template <class Visit>
   void visit_tiles(Visit visit) const {
@@ -137,9 +147,9 @@ class Selection {
   // A score that about expected_ >= k others reach. Positions are drawn, one in each equal stretch of the matrix, since
   // evenly spaced ones could all fall into one column.
   float sampled_threshold() {
-    const int64_t runs = kSampled / kRun, stretch = n_ / runs;
-    std::vector<float> sample(kSampled);
-    parallel_ranges(runs, threads_, [&](int, int64_t begin, int64_t end) {
+    const int64_t runs = sampled_ / kRun, stretch = n_ / runs;
+    std::vector<float> sample(sampled_);
+    parallel_ranges(runs, sampled_ < kMostSampled ? 1 : threads_, [&](int, int64_t begin, int64_t end) {
       for (int64_t run = begin; run < end; ++run) {
         uint64_t bits = static_cast<uint64_t>(run + 1) * 0x9e3779b97f4a7c15u;
         bits ^= bits >> 31;
@@ -152,9 +162,9 @@ class Selection {
     }
     // Four standard deviations above the mean, and a little more where the mean is small: in 16.7 M independent scores
     // one selection in ten thousand then needs the slow way; more survivors cost less than that.
-    const double mean = static_cast<double>(k_) * kSampled / static_cast<double>(n_);
-    const int64_t rank = std::min<int64_t>(kSampled - 1, static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 8));
-    expected_ = static_cast<int64_t>(static_cast<double>(rank + 1) * static_cast<double>(n_) / kSampled);
+    const double mean = static_cast<double>(k_ * sampled_) / static_cast<double>(n_);
+    const int64_t rank = std::min<int64_t>(sampled_ - 1, static_cast<int64_t>(mean + 4 * std::sqrt(mean) + 8));
+    expected_ = static_cast<int64_t>(static_cast<double>(rank + 1) * static_cast<double>(n_) / static_cast<double>(sampled_));
     std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<float>());
     return sample[rank];
   }
@@ -175,10 +185,20 @@ class Selection {
       float& threshold = thresholds[part];
       uint8_t hit[kTile / kBlock + 1];
       const int blocks = count / kBlock;
-      mark_blocks(scores, blocks, threshold, hit);
-      hit[blocks] = 1;
+      mark_blocks(scores, blocks, threshold, least, hit);
+      hit[blocks] = kCareful;
       for (int b = 0; b <= blocks; ++b) {
-        if (!hit[b]) continue;
+        if (hit[b] == kNone) continue;
+        if (hit[b] == kSome) {  // no branch on a score: among many survivors half of those would be mispredicted
+          Entry some[kBlock + 1];
+          int n_some = 0;
+          for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
+            some[n_some] = {begin + i, key_of(scores[i])};
+            n_some += scores[i] >= threshold;
+          }
+          mine.insert(mine.end(), some, some + n_some);
+          continue;
+        }
         for (int i = b * kBlock; i < std::min(count, (b + 1) * kBlock); ++i) {
           if (scores[i] < threshold) continue;
           if (std::isnan(scores[i])) {
@@ -275,6 +295,7 @@ class Selection {
   const ScoreSource& source_;
   const int64_t n_, k_;
   const int threads_;
+  const int64_t sampled_;
   int64_t expected_ = 0;
   int64_t first_nan_ = -1;
 };

@@ -1,102 +1,55 @@
-"""Launchers of the CPU operations: from validated tensors to BLAS calls and to the addresses that the extension takes.
+"""Launchers of the CPU operations: from validated tensors to the addresses that the extension takes.
 
-``fastprune.ops`` is the only caller. Products go through BLAS; what follows a product, and selection and sparse writes,
-go through ``fastprune._cpp``. The per-example loop serves plain torch too, on any device, with the same products, so
-that the extension's results can be compared with torch's bit for bit.
+``fastprune.ops`` is the only caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 from torch import Tensor
 
 from fastprune import reference
 
-# Where an example's gradient is read back right after BLAS wrote it, the accumulator's tile and the products should
-# still be in cache, but BLAS slows down on small tiles. Share of a plain GEMM's rate that the whole operation reaches
-# with one thread (2 MB of second-level cache; rows x columns x examples of a tile):
-#   1024 inputs,  80 tokens: 384 x 1024 x 1 77 %, 128 x 1024 x 1 91 %
-#   2048 inputs, 250 tokens: 128 x 2048 x 1 63 %, 1024 x 2048 x 1 85 %, 1024 x 2048 x 8 92 %
-#   8192 inputs, 250 tokens: 1024 x 4096 x 1 92 %, 1024 x 4096 x 4 102 %, 1024 x 2048 x 4 91 %
-# So narrow weights take tiles that stay in the second-level cache. Wide ones take tiles that BLAS likes, and the
-# products of several examples are added in one pass, which reads and writes the accumulator once for all of them.
-NARROW_COLUMNS = 1024
-NARROW_BYTES = 512 << 10
-WIDE_TILE = (1024, 4096)
-WIDE_BYTES = 64 << 20
-WIDE_EXAMPLES = 8
 
-Epilogue = Callable[[Tensor, Tensor], None]
-
-
-def tile_of(n_rows: int, n_columns: int, item_size: int) -> tuple[int, int, int]:
-    """Rows, columns and examples whose products are formed before they are added to the accumulator."""
-    if n_columns <= NARROW_COLUMNS:
-        rows = min(n_rows, max(1, NARROW_BYTES // max(1, n_columns * item_size)))
-        columns, most, limit = n_columns, NARROW_BYTES, NARROW_BYTES
-    else:
-        rows, columns = min(n_rows, WIDE_TILE[0]), min(n_columns, WIDE_TILE[1])
-        most, limit = WIDE_BYTES, WIDE_EXAMPLES
-    return rows, columns, min(limit, max(1, most // max(1, rows * columns * item_size)))
-
-
-def add_abs(acc: Tensor, gradients: Tensor) -> None:
-    """``acc += |gradient|`` for one example after the other, in torch; overwrites ``gradients``."""
-    for gradient in gradients.abs_():
-        acc.add_(gradient)
-
-
-def add_square(acc: Tensor, gradients: Tensor) -> None:
-    """``acc += gradient**2`` for one example after the other, in torch; overwrites ``gradients``."""
-    for gradient in gradients.square_():
-        acc.add_(gradient)
-
-
-def cpp_epilogue(square: bool) -> Epilogue:
-    """The same as :func:`add_abs` or :func:`add_square`, in one pass that leaves ``gradients`` alone."""
+@functools.cache
+def has_gradient_kernel() -> bool:
+    """Whether the processor (AVX2 or AVX-512) has a kernel for the gradients of examples."""
     from fastprune import _cpp
 
-    threads = torch.get_num_threads()
-
-    def add(acc: Tensor, gradients: Tensor) -> None:
-        _cpp.add_gradients(
-            _cpp_dtype(acc), square, acc.data_ptr(), acc.stride(0), gradients.data_ptr(), *gradients.shape, threads
-        )
-
-    return add
+    return _cpp.has_gradient_kernel()
 
 
-def accumulate_per_example(
-    acc: Tensor, dy: Tensor, x: Tensor, spans: list[tuple[int, int]], epilogue: Epilogue
-) -> None:
-    """Form the gradients of a few examples tile by tile and hand them to ``epilogue`` while they are in cache.
+def accumulate_per_example(acc: Tensor, dy: Tensor, x: Tensor, spans: list[tuple[int, int]], *, square: bool) -> None:
+    """Add each example's absolute or squared gradient while it is in registers.
 
     Args:
         acc: ``(out, in)`` with unit column stride, float32 or float64.
-        dy: ``(n_tokens, out)`` in the dtype of ``acc``.
-        x: ``(n_tokens, in)`` in the dtype of ``acc``.
+        dy: ``(n_tokens, out)``, any float dtype, strided as it may be.
+        x: ``(n_tokens, in)``, of the dtype of ``dy``.
         spans: First and end token of each example, none empty.
-        epilogue: Called with a tile ``(rows, columns)`` of ``acc`` and its gradients ``(examples, rows, columns)``.
+        square: Squared instead of absolute gradients.
     """
-    n_rows, n_columns = acc.shape
-    rows, columns, group = tile_of(n_rows, n_columns, acc.element_size())
-    products = acc.new_empty(min(group, len(spans)) * rows * columns)
-    inputs = {
-        left: [x[start:end, left : left + columns] for start, end in spans]
-        for left in range(0, n_columns, max(1, columns))
-    }
-    for top in range(0, n_rows, max(1, rows)):
-        errors = [dy[start:end, top : top + rows].T for start, end in spans]
-        for left, tokens in inputs.items():
-            tile = acc[top : top + rows, left : left + columns]
-            for first in range(0, len(spans), group):
-                count = min(group, len(spans) - first)
-                gradients = products[: count * tile.numel()].view(count, *tile.shape)
-                for i in range(count):
-                    torch.mm(errors[first + i], tokens[first + i], out=gradients[i])
-                epilogue(tile, gradients)
+    from fastprune import _cpp
+
+    offsets = torch.tensor(spans, dtype=torch.int64)
+    _cpp.add_gradients(
+        _cpp_dtype(acc),
+        acc.data_ptr(),
+        acc.stride(0),
+        _cpp_dtype(dy),
+        dy.data_ptr(),
+        *dy.stride(),
+        dy.shape[1],
+        x.data_ptr(),
+        *x.stride(),
+        x.shape[1],
+        offsets.data_ptr(),
+        len(spans),
+        square,
+        torch.get_num_threads(),
+    )
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:

@@ -5,8 +5,9 @@ extension, CPU), ``triton`` and ``cuda`` (GPU kernels, not in this version). ``b
 available for the tensors' device; a backend that is named never falls back. The same input gives the same bits from run
 to run; selection and sparse writes give the same bits on every backend. Nothing here knows models, files or masks.
 
-Accumulators are float32 or float64 and are added to in place. ``dy`` and ``x`` are converted to the accumulator's dtype
-before the product, which goes through BLAS and may therefore differ with the number of threads (norm-wise 1e-6).
+Accumulators are float32 or float64 and are added to in place; ``dy`` and ``x`` are converted to that dtype before the
+product. A product that goes through BLAS (``accumulate_grad_sum``, and the other two in plain torch, or where the
+processor has neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e-6.
 """
 
 from __future__ import annotations
@@ -196,12 +197,12 @@ def _accumulate_per_example(
     with torch.no_grad():
         acc, dy, x = checks.check_product(acc, dy, x)
         spans = checks.check_spans(starts, lengths, len(x))
-        match _choose(backend, acc):
-            case "cpp":
-                epilogue = cpu.cpp_epilogue(square)
-            case _:
-                epilogue = cpu.add_square if square else cpu.add_abs
-        cpu.accumulate_per_example(acc, dy.to(acc.dtype), x.to(acc.dtype), spans, epilogue)
+        if _choose(backend, acc) == "cpp" and cpu.has_gradient_kernel():
+            cpu.accumulate_per_example(acc, dy, x, spans, square=square)
+        elif square:
+            reference.accumulate_grad_sq_sum(acc, dy, x, starts, lengths)
+        else:
+            reference.accumulate_grad_abs_sum(acc, dy, x, starts, lengths)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def accumulate_grad_abs_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, 
     """``acc += sum_i |dy_i.T @ x_i|`` over examples i, whose tokens are ``starts[i] : starts[i] + lengths[i]``."""
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         tokens = slice(start, start + length)
-        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).abs())
+        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).abs_())
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def accumulate_grad_sq_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, l
     """``acc += sum_i (dy_i.T @ x_i)**2``: the diagonal of the empirical Fisher matrix."""
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         tokens = slice(start, start + length)
-        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).square())
+        acc.add_((dy[tokens].to(acc.dtype).T @ x[tokens].to(acc.dtype)).square_())
 
 
 @torch.no_grad()
