@@ -275,14 +275,17 @@ class WholeView(_View):
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
-        return torch.zeros((), device=self.device), batch
+        return torch.zeros(len(batch.input_ids), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device), batch
 
     def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:
-        """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output."""
+        """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output.
+
+        ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
+        """
         hook = None
         if torch.is_grad_enabled():
             embedding = self.model.get_input_embeddings()
-            hook = embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_(True))
+            hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
         try:
             return self.forward(arguments.input_ids, arguments.attention_mask, arguments.position_ids)
         finally:

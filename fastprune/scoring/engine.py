@@ -152,7 +152,7 @@ def _backward(
                 _check_losses(losses, item.names)
             torch.autograd.backward(leaving, item.gradient)
             item.gradient = entering.grad
-            statistics.end()
+            statistics.end(item.gradient)
 
 
 def _check_losses(losses: torch.Tensor, names: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ class SegmentStatistics:
         # in a sum of gradients; its inputs are meaningless and must stay out of a sum of inputs.
         padded = int(self._lengths.sum()) < rows * tokens
         self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded else None
-        self._checks: list[tuple[Matrix, torch.Tensor]] = []
+        self._checks: dict[int, tuple[str, torch.Tensor]] = {}
 
     def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
@@ -66,8 +66,10 @@ class SegmentStatistics:
 
     def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
         """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
-        # A sum is finite only if every term is; one number an example is enough to name a culprit later.
-        self._checks.append((matrix, dy.reshape(len(self._names), -1).sum(1, dtype=torch.float32)))
+        # Whatever is not finite inside a block is so in the gradient that leaves it downwards, so one matrix a block is
+        # looked at, the first on the way back.
+        if matrix.block not in self._checks:
+            self._checks[matrix.block] = f"block {matrix.block} ({matrix.name})", self._sums(dy)
         # dW is dy^T x in the usual layout and x^T dy where the weight is stored input-major.
         left, right = (x, dy) if matrix.input_major else (dy, x)
         for name, accumulator in self.of[matrix.name].items():
@@ -83,22 +85,26 @@ class SegmentStatistics:
                         accumulator, left, right, self._starts, self._lengths, backend=self._backend
                     )
 
-    def end(self) -> None:
+    def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
+        """One number an example, finite only if every element is; enough to name a culprit later."""
+        return gradient.reshape(len(self._names), -1).sum(1, dtype=torch.float32)
+
+    def end(self, leaving: torch.Tensor) -> None:
         """Check the gradients of the micro-batch that is over.
 
+        Args:
+            leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary.
+
         Raises:
-            ScoringError: A gradient was not finite; names the example, the block and the matrix.
+            ScoringError: A gradient was not finite; names the example and the block.
         """
-        if not self._checks:
-            return
-        device = self._checks[0][1].device
-        finite = torch.stack([sums.to(device) for _, sums in self._checks]).isfinite()
+        checks = [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
+        finite = torch.stack([sums.to(leaving.device) for _, sums in checks]).isfinite()
         if bool(finite.all()):
             return
         call, row = (~finite).nonzero()[0].tolist()  # the first in the order of the backward pass: where it began
-        matrix = self._checks[call][0]
         raise ScoringError(
-            f"{self._names[row]}: the gradient that reached block {matrix.block} ({matrix.name}) is not finite; "
+            f"{self._names[row]}: the gradient that reached {checks[call][0]} is not finite; "
             "look at this example's text, or load the model in float32 or bfloat16"
         )
 
