@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
+BENCH ?= bench.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test bench lint format clean
@@ -29,8 +30,10 @@ demo: $(STAMP)  ## the paper's effect on a small trained model; ends with a tabl
 test: $(STAMP)  ## the whole test suite; ARGS="-k mask" passes options to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP)  ## benchmarks, one JSON line per measurement; wants a quiet machine
-	@set -e; for script in benchmarks/bench_*.py; do echo "# $$script"; $(BIN)/python $$script $(ARGS); done
+bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and some fifteen minutes
+	@rm -f $(BENCH)
+	@set -e; for script in benchmarks/bench_*.py; do echo "# $$script" >&2; $(BIN)/python $$script --out $(BENCH) $(ARGS) >/dev/null; done
+	@$(BIN)/python benchmarks/table.py $(BENCH)
 
 lint: $(STAMP)  ## what continuous integration checks about the code's form
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import baselines
 import torch
 import transformers
+from measure import Peak
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -109,13 +109,16 @@ def main() -> None:
         "replay": lambda: baselines.replay(model, harm, benign),
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+    peaks = dict.fromkeys(methods, 0.0)
     rates = []
     for _ in range(options.rounds):
         rates.append(gemm_rate())
         for name, run in methods.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            with Peak("cpu") as peak:
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+            peaks[name] = max(peaks[name], peak.mib)
     rate, flops = max(rates), floor_flops(model, harm + benign)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     lines = []
@@ -128,8 +131,7 @@ def main() -> None:
                 "examples": 2 * options.examples,
                 "tokens": sum(map(len, harm + benign)),
                 "dtype": "float32",
-                "device": platform.processor() or platform.machine(),
-                "threads": options.threads,
+                "device": f"{platform.machine()} CPU, {options.threads} threads",
                 "torch": torch.__version__,
                 "seconds_median": round(medians[name], 4),
                 "seconds_min": round(min(values), 4),
@@ -139,7 +141,7 @@ def main() -> None:
                 "floor_tflop": round(flops / 1e12, 3),
                 "gemm_gflops": round(rate / 1e9, 1),
                 "share_of_gemm_rate": round(flops / medians[name] / rate, 3),
-                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "peak_extra_mib": peaks[name],
             }
         )
     text = "".join(json.dumps(line) + "\n" for line in lines)

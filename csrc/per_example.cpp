@@ -16,7 +16,7 @@
 namespace fastprune {
 namespace {
 
-// Adds the products of one panel of errors and one of inputs to a whole tile of acc (see gradient_tile.inc).
+// Adds the products of one panel of errors and one of inputs to a whole tile of acc (see gradient_tile.h).
 template <class Value>
 using Tile = void (*)(const Value* errors, const Value* inputs, const Span* spans, int64_t n_spans, bool square,
                       Value* acc, int64_t acc_stride);
@@ -39,7 +39,7 @@ bool avx512_allowed = true;
 #define TILE_ROWS 8
 #define TILE_VECTORS 3
 #define TILE_FMA _mm512_fmadd_ps
-#include "gradient_tile.inc"
+#include "gradient_tile.h"
 
 #define TILE_NAME tile_avx512
 #define TILE_TARGET "avx512f"
@@ -48,7 +48,7 @@ bool avx512_allowed = true;
 #define TILE_ROWS 8
 #define TILE_VECTORS 3
 #define TILE_FMA _mm512_fmadd_pd
-#include "gradient_tile.inc"
+#include "gradient_tile.h"
 
 #define TILE_NAME tile_avx2
 #define TILE_TARGET "avx2,fma"
@@ -57,7 +57,7 @@ bool avx512_allowed = true;
 #define TILE_ROWS 4
 #define TILE_VECTORS 3
 #define TILE_FMA _mm256_fmadd_ps
-#include "gradient_tile.inc"
+#include "gradient_tile.h"
 
 #define TILE_NAME tile_avx2
 #define TILE_TARGET "avx2,fma"
@@ -66,7 +66,7 @@ bool avx512_allowed = true;
 #define TILE_ROWS 4
 #define TILE_VECTORS 3
 #define TILE_FMA _mm256_fmadd_pd
-#include "gradient_tile.inc"
+#include "gradient_tile.h"
 
 template <class Value>
 Kernel<Value> kernel() {

@@ -31,11 +31,12 @@ float value_of(uint32_t key) {
   return value;
 }
 
+// Entries are moved more often than anything else, so matrices of fewer than 2^32 weights have 8 bytes for one, not 16.
+template <class Index>
 struct Entry {
-  int64_t index;
+  Index index;
   uint32_t key;
 };
-using Entries = std::vector<Entry>;
 
 // Keys are cut into digits of 11, 11 and 10 bits, the highest first.
 constexpr int kDigits = 3, kBins = 2048;
@@ -80,7 +81,11 @@ FASTPRUNE_CLONES void mark_blocks(const float* scores, int blocks, float thresho
   }
 }
 
+template <class Index>
 class Selection {
+  using Entry = fastprune::Entry<Index>;
+  using Entries = std::vector<Entry>;
+
  public:
   Selection(const ScoreSource& source, int64_t n, int64_t k, int threads)
       : source_(source),
@@ -106,10 +111,10 @@ class Selection {
       }
     }
     if (first_nan_ >= 0) return first_nan_;
-    cut(entries);
+    if (static_cast<int64_t>(entries.size()) > 2 * k_) cut(entries);  // a few more than k are sorted sooner than cut
     sort(entries);
-    for (size_t i = 0; i < entries.size(); ++i) {
-      indices[i] = entries[i].index;
+    for (int64_t i = 0; i < k_; ++i) {
+      indices[i] = static_cast<int64_t>(entries[i].index);
       values[i] = value_of(entries[i].key);
     }
     return -1;
@@ -193,7 +198,7 @@ class Selection {
           Entry some[kBlock + 1];
           int n_some = 0;
           for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
-            some[n_some] = {begin + i, key_of(scores[i])};
+            some[n_some] = {static_cast<Index>(begin + i), key_of(scores[i])};
             n_some += scores[i] >= threshold;
           }
           mine.insert(mine.end(), some, some + n_some);
@@ -205,7 +210,7 @@ class Selection {
             note_nan(nan, part, begin + i);
             return false;
           }
-          mine.push_back({begin + i, key_of(scores[i])});
+          mine.push_back({static_cast<Index>(begin + i), key_of(scores[i])});
           if (scores[i] == least && --ties_left[part] <= 0) {
             threshold = std::nextafter(least, std::numeric_limits<float>::infinity());
           }
@@ -303,7 +308,8 @@ class Selection {
 }  // namespace
 
 int64_t top_scores(const ScoreSource& source, int64_t n, int64_t k, int threads, int64_t* indices, float* values) {
-  return Selection(source, n, k, threads).run(indices, values);
+  if (n <= std::numeric_limits<uint32_t>::max()) return Selection<uint32_t>(source, n, k, threads).run(indices, values);
+  return Selection<int64_t>(source, n, k, threads).run(indices, values);
 }
 
 }  // namespace fastprune

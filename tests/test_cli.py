@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastprune
+import fastprune.experiments
 from fastprune.cli import main
 from fastprune.organism import checkpoint_path, export_data, load_organism
 
@@ -155,9 +157,8 @@ def test_import_is_light_and_the_program_starts_without_typer() -> None:
 
 
 def test_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from fastprune.experiments import demo
-
-    monkeypatch.setattr(demo.DemoSettings, "sweep_q", (4e-3,))
+    shorter = functools.partial(fastprune.experiments.DemoSettings, sweep_q=(4e-3,))
+    monkeypatch.setattr(fastprune.experiments, "DemoSettings", shorter)
     assert run("demo", "--out", tmp_path / "demo") == 0
     output = capsys.readouterr().out
     for name in ("report.html", "record.json", "scores.safetensors", "mask.safetensors"):

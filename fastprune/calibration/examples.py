@@ -18,8 +18,9 @@ from fastprune.errors import ArgumentError, CalibrationError
 
 UNSCORED = -100  # the label that cross-entropy ignores, as everywhere in this field
 
-# What one micro-batch more costs, in tokens: its weights are read once more and its calls are made once more. Measured
-# on two CPU cores (a Llama of width 384): batches of 512 tokens take 5 % more time a token than batches of 1024.
+# What one micro-batch more costs, in tokens: its weights are read once more and its calls are made once more. Scoring
+# 16 + 16 examples of 40 to 120 tokens (a Llama of width 384, two CPU cores) takes 8.2, 5.9, 5.7, 5.6 and 5.5 s with
+# a cost of 0, 16, 32, 64 and 128; the larger it is, the more padding there is on devices that do not wait for memory.
 BATCH_COST = 64
 
 

@@ -1,0 +1,263 @@
+"""Single operations against what torch offers for the same, in one run.
+
+    python benchmarks/bench_ops.py [--device cpu|cuda] [--large] [--passes N] [--out FILE] [--dry-run]
+    pytest benchmarks/bench_ops.py                            # one pass, pytest-benchmark's own tables
+
+Sums of absolute gradients, example by example, against one plain GEMM of the same FLOPs (the floor), the same by one
+product an example, by ``torch.bmm``, by ``torch.func`` (vmap of grad) and by Opacus (where it is installed);
+``top_scores`` against ``torch.topk`` and ``torch.kthvalue``; sparse writes against indexing. Results are compared
+before anything is timed. The script repeats the whole in passes, so that a change of the machine's pace meets all
+methods, and writes one JSON line a measurement: the median over the passes of each pass's median, what part of the GEMM
+rate or of the bandwidth of a copy that is, and the extra memory at the peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from measure import Peak
+from torch import Tensor
+
+from fastprune import ops, reference
+
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+DRY_RUN, LARGE = "BENCH_DRY_RUN" in os.environ, "BENCH_LARGE" in os.environ
+DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+# (out, in) of a square layer, and of layers of Llama-3.1-8B, Qwen2.5-32B and Llama-70B.
+LAYERS = {"square": (2048, 2048), "llama-8b q": (4096, 4096), "llama-8b up": (14_336, 4096)}
+LARGE_LAYERS = {
+    "qwen-32b o": (5120, 5120),
+    "qwen-32b up": (27_648, 5120),
+    "llama-70b q": (8192, 8192),
+    "llama-70b up": (28_672, 8192),
+}
+EXAMPLES = {64: 16, 250: 8, 1000: 2}  # tokens of an example: how many examples
+MOST_STORED = 4 << 30  # bytes of stored gradients beyond which the methods that store them are left out
+ROUNDS = 3
+if LARGE:
+    LAYERS |= LARGE_LAYERS
+if DRY_RUN:
+    LAYERS, EXAMPLES, ROUNDS = {"toy": (24, 16)}, {5: 3}, 1
+
+
+class Layer:
+    """Inputs and output gradients of one Linear, for examples of one length."""
+
+    def __init__(self, n_out: int, n_in: int, tokens: int) -> None:
+        self.shape, self.tokens, self.examples = (n_out, n_in), tokens, EXAMPLES[tokens]
+        n_tokens = tokens * self.examples
+        self.dy, self.x = (torch.randn(n_tokens, n, device=DEVICE, dtype=DTYPE) for n in (n_out, n_in))
+        self.starts = torch.arange(self.examples) * tokens
+        self.lengths = torch.full((self.examples,), tokens)
+        self.acc = torch.zeros(self.shape, device=DEVICE)
+        self.flop = 2.0 * n_out * n_in * n_tokens
+
+    @property
+    def by_example(self) -> tuple[Tensor, Tensor]:
+        """``dy`` and ``x`` as ``(examples, tokens, features)``."""
+        return self.dy.view(self.examples, self.tokens, -1), self.x.view(self.examples, self.tokens, -1)
+
+    def fastprune(self) -> Tensor:
+        """The operation."""
+        ops.accumulate_grad_abs_sum(self.acc, self.dy, self.x, self.starts, self.lengths)
+        return self.acc
+
+    def gemm(self) -> None:
+        """A plain product of the same FLOPs: the floor, not the same result."""
+        torch.mm(self.dy.T, self.x)
+
+    def product_an_example(self) -> Tensor:
+        """One product, absolute value and sum an example."""
+        reference.accumulate_grad_abs_sum(self.acc, self.dy, self.x, self.starts, self.lengths)
+        return self.acc
+
+    def bmm(self) -> Tensor:
+        """All examples' gradients at once, then absolute value and sum."""
+        dy, x = self.by_example
+        return self.acc.add_(torch.bmm(dy.mT, x).abs_().sum(0))
+
+    def vmap_grad(self) -> Tensor:
+        """``torch.func``: per-example gradients of a loss whose output gradient is ``dy``."""
+
+        def loss(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+            return (torch.nn.functional.linear(x, weight) * dy).sum()
+
+        weight = torch.zeros(self.shape, device=DEVICE, dtype=DTYPE)
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weight, *self.by_example)
+        return self.acc.add_(gradients.abs_().sum(0))
+
+    def opacus(self) -> Tensor:
+        """Opacus' rule for the per-example gradients of a Linear."""
+        from opacus.grad_sample.linear import compute_linear_grad_sample
+
+        dy, x = self.by_example
+        linear = torch.nn.Linear(self.shape[1], self.shape[0], bias=False, device="meta")
+        (gradients,) = compute_linear_grad_sample(linear, [x], dy).values()
+        return self.acc.add_(gradients.abs_().sum(0))
+
+
+def run(benchmark: Callable, group: str, call: Callable[[], object], **facts: object) -> None:
+    """Time a call, and wait for the device where its work goes on behind it."""
+
+    def timed() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    timed()
+    with Peak(DEVICE) as peak:
+        timed()
+    facts["peak_extra_mib"] = peak.mib
+    benchmark.group = group
+    benchmark.extra_info.update(facts)
+    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("method", ["gemm", "fastprune", "product_an_example", "bmm", "vmap_grad", "opacus"])
+@pytest.mark.parametrize("tokens", EXAMPLES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_grad_abs_sum(benchmark: Callable, name: str, tokens: int, method: str) -> None:
+    """Floor, operation and what there is for it elsewhere."""
+    n_out, n_in = LAYERS[name]
+    if method == "opacus":
+        pytest.importorskip("opacus")
+    if method in ("bmm", "vmap_grad", "opacus") and EXAMPLES[tokens] * n_out * n_in * DTYPE.itemsize > MOST_STORED:
+        pytest.skip("the examples' gradients would take more than 4 GiB")
+    torch.manual_seed(0)
+    layer = Layer(n_out, n_in, tokens)
+    if method not in ("gemm", "fastprune"):
+        truth = layer.fastprune().clone()
+        layer.acc.zero_()
+        error = (getattr(layer, method)() - truth).norm() / truth.norm()
+        assert error < {torch.float32: 1e-5, torch.bfloat16: 2e-2}[DTYPE]  # bfloat16 gradients are stored rounded
+    shape = f"{name} {n_out} x {n_in}, {EXAMPLES[tokens]} x {tokens} tokens"
+    run(benchmark, f"grad_abs_sum {shape}", getattr(layer, method), method=method, shape=shape, flop=layer.flop)
+
+
+@pytest.mark.parametrize("method", ["fastprune", "torch.topk", "torch.kthvalue"])
+def test_top_scores(benchmark: Callable, method: str) -> None:
+    """The best thousandth of a matrix; the baselines form the scores first and leave the order of ties to chance."""
+    torch.manual_seed(0)
+    size = 64 if DRY_RUN else 4096
+    weight, statistic = (torch.randn(size, size, device=DEVICE) for _ in range(2))
+    k = weight.numel() // 1000
+
+    def scores() -> Tensor:
+        return reference.form_scores(weight, statistic, "signed").flatten()
+
+    methods = {
+        "fastprune": lambda: ops.top_scores(weight, statistic, "signed", k)[1],
+        "torch.topk": lambda: scores().topk(k).values,
+        "torch.kthvalue": lambda: scores().kthvalue(weight.numel() - k + 1).values,
+    }
+    assert torch.equal(methods["fastprune"]()[-1], methods[method]().flatten()[-1])
+    shape = f"{size} x {size}, k = {k}"
+    run(benchmark, "top_scores", methods[method], method=method, shape=shape, bytes=2 * 4 * weight.numel())
+
+
+@pytest.mark.parametrize("method", ["fastprune", "indexing"])
+def test_apply_and_restore(benchmark: Callable, method: str) -> None:
+    """A mask of a thousandth put on and taken off."""
+    torch.manual_seed(0)
+    size = 64 if DRY_RUN else 4096
+    weight = torch.randn(size, size, device=DEVICE).bfloat16()
+    indices = torch.randperm(weight.numel(), device=DEVICE)[: weight.numel() // 1000].sort().values
+
+    def ours() -> None:
+        ops.restore_sparse_(weight, indices, ops.apply_sparse_(weight, indices))
+
+    def indexing() -> None:
+        flat = weight.view(-1)
+        old = flat[indices]
+        flat[indices] = 0
+        flat[indices] = old
+
+    shape = f"{len(indices)} of {size} x {size} bfloat16"
+    run(benchmark, "apply and restore", ours if method == "fastprune" else indexing, method=method, shape=shape)
+
+
+def test_copy(benchmark: Callable) -> None:
+    """Bandwidth of a copy, bytes read and written counted."""
+    source = torch.ones(1 << (10 if DRY_RUN else 26), device=DEVICE)
+    target = torch.empty_like(source)
+    shape = f"{source.numel() * 4 >> 20} MiB"
+    run(benchmark, "copy", partial(target.copy_, source), method="copy", shape=shape, bytes=8 * source.numel())
+
+
+def lines_of(passes: list[dict]) -> list[dict[str, object]]:
+    """One line a measurement, shares by the same run's GEMM and copy."""
+    medians: dict[tuple[str, str], list[float]] = {}
+    facts: dict[tuple[str, str], dict] = {}
+    for report in passes:
+        for entry in report["benchmarks"]:
+            key = entry["group"], entry["extra_info"]["method"]
+            medians.setdefault(key, []).append(entry["stats"]["median"])
+            facts[key] = entry["extra_info"]
+    seconds = {key: statistics.median(times) for key, times in medians.items()}
+    copy = facts["copy", "copy"]["bytes"] / seconds["copy", "copy"]
+    rates = [facts[key]["flop"] / time for key, time in seconds.items() if key[1] == "gemm"]
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    lines = []
+    for (group, method), time in seconds.items():
+        info = facts[group, method]
+        line = {"benchmark": group.split(" ")[0] if "flop" in info else group, "method": method, "shape": info["shape"]}
+        line |= {"device": device, "torch": torch.__version__, "passes": len(passes), "seconds_median": time}
+        line |= {"seconds_min": min(medians[group, method]), "seconds_max": max(medians[group, method])}
+        line["peak_extra_mib"] = info["peak_extra_mib"]
+        if (group, "fastprune") in seconds:
+            line["fastprune_is_faster_by"] = round(time / seconds[group, "fastprune"], 2)
+        if "flop" in info:
+            line["gflop_per_s"] = round(info["flop"] / time / 1e9, 1)
+            line["share_of_gemm"] = round(seconds[group, "gemm"] / time, 3)
+            line["share_of_best_gemm"] = round(info["flop"] / time / max(rates), 3)
+        if "bytes" in info:
+            line |= {
+                "gb_per_s": round(info["bytes"] / time / 1e9, 1),
+                "share_of_copy": round(info["bytes"] / time / copy, 3),
+            }
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Run this file under pytest-benchmark a few times and write down what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--large", action="store_true", help="layers of Qwen2.5-32B and Llama-70B too")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes, one pass: times mean nothing")
+    options = parser.parse_args()
+    settings = {"BENCH_DEVICE": options.device}
+    settings |= {"BENCH_LARGE": "1"} if options.large else {}
+    settings |= {"BENCH_DRY_RUN": "1"} if options.dry_run else {}
+    if {key: os.environ.get(key) for key in settings} != settings:  # read when this file is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+    passes = []
+    for _ in range(1 if options.dry_run else options.passes):
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.json")
+            arguments = [__file__, "-qq", "--benchmark-disable-gc", f"--benchmark-json={report}", "--no-header"]
+            code = pytest.main([*arguments, "--benchmark-quiet", "-p", "no:cacheprovider", "--capture=fd"])
+            if code != 0:
+                raise SystemExit("a benchmark failed; see above")
+            passes.append(json.loads(report.read_text()))
+    text = "".join(json.dumps(line) + "\n" for line in lines_of(passes))
+    sys.stdout.write(text)
+    if options.out is not None:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()

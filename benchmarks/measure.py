@@ -1,0 +1,44 @@
+"""What the benchmarks measure beside time: memory at the peak."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+
+class Peak:
+    """Bytes at the peak of a ``with`` block beyond what was there before, in ``bytes``; 0 where it cannot be measured.
+
+    On the CPU it is the process's resident memory (Linux): what the allocator keeps from before does not count.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.known = self.on_gpu or sys.platform.startswith("linux")
+        self.bytes = 0
+
+    def __enter__(self) -> Peak:
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif self.known:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            self.before = _status("VmRSS")
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.known:
+            self.bytes = (torch.cuda.max_memory_allocated() if self.on_gpu else _status("VmHWM")) - self.before
+
+    @property
+    def mib(self) -> float:
+        """The same in MiB."""
+        return round(self.bytes / 2**20, 1)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
