@@ -222,6 +222,8 @@ def test_a_file_gives_the_same_scores_again(tmp_path, fraction):
     assert (again.criteria, again.shapes, again.provenance) == (scores.criteria, scores.shapes, scores.provenance)
     assert (again.p_max, again.q_max) == (fraction, fraction)
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # readable for whom the user lets read
     assert again.select(0.2, 0.3) == scores.select(0.2, 0.3)
 
 
