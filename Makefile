@@ -8,7 +8,7 @@ OUT ?= demo
 BENCH ?= bench.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format clean
+.PHONY: help venv demo test bench sanitize lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and so
 	@rm -f $(BENCH)
 	@set -e; for script in benchmarks/bench_*.py; do echo "# $$script" >&2; $(BIN)/python $$script --out $(BENCH) $(ARGS) >/dev/null; done
 	@$(BIN)/python benchmarks/table.py $(BENCH)
+
+sanitize: $(STAMP)  ## the tests of the C++ operations, under AddressSanitizer and UBSan
+	tests/sanitized.sh $(BIN)/python
 
 lint: $(STAMP)  ## what continuous integration checks about the code's form
 	$(BIN)/ruff check .
