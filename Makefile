@@ -13,7 +13,7 @@ BENCH ?= bench.jsonl
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@$(BIN)/python -c pass 2>/dev/null || { \
 		"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 			{ echo "fastprune needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \

@@ -50,7 +50,7 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[int, int]]:
-    """First and end token of each example that has tokens."""
+    """First and end token of each example that has tokens; waits for the device where the two are not on the CPU."""
     for name, tensor in (("starts", starts), ("lengths", lengths)):
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
             raise ArgumentError(f"{name}: expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}")
@@ -101,7 +101,7 @@ def check_elements(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         got = f"{indices.dtype} {tuple(indices.shape)} on {indices.device}"
         raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
     if indices.numel():
-        lowest, highest = (int(bound) for bound in indices.aminmax())
+        lowest, highest = torch.stack(indices.aminmax()).tolist()  # one wait for a device, not two
         if lowest < 0 or highest >= weight.numel():
             bounds = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
             raise ArgumentError(f"indices: expected {bounds}, got {lowest} to {highest}")

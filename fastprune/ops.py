@@ -1,34 +1,34 @@
 """The narrow waist between fastprune and whatever does its arithmetic.
 
 Every function checks its arguments, then serves them from a backend: ``torch`` (any device), ``cpp`` (the compiled
-extension, CPU), ``triton`` and ``cuda`` (GPU kernels, not in this version). ``backend=None`` takes the best one that is
-available for the tensors' device; a backend that is named never falls back. The same input gives the same bits from run
-to run; selection and sparse writes give the same bits on every backend. Nothing here knows models, files or masks.
+extension, CPU), ``triton`` (kernels for sums, GPU) and ``cuda`` (kernels for selection and sparse writes, GPU).
+``backend=None`` takes the best one that can serve; a backend that is named never falls back. The same input gives the
+same bits from run to run; selection and sparse writes give the same bits on every backend. Nothing here knows models,
+files or masks.
 
-Accumulators are float32 or float64 and are added to in place; ``dy`` and ``x`` are converted to that dtype before the
-product. A product that goes through BLAS (``accumulate_grad_sum``, and the other two in plain torch, or where the
-processor has neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e-6.
+Accumulators are float32 or float64 and are added to in place; products are formed in that dtype, or from 16-bit inputs
+as they are with sums of that dtype. ``triton`` forms products of float32 from three of TF32, which leave out 2^-21. A
+product that goes through BLAS (``accumulate_grad_sum``, and the other two in plain torch, or where the processor has
+neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e-6.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from fastprune import checks, cpu, reference
-from fastprune.errors import ArgumentError, BackendError
+from fastprune import backends, checks, cpu, products, reference
+from fastprune.errors import ArgumentError
 
 CRITERIA = reference.CRITERIA
-BACKENDS = ("torch", "cpp", "triton", "cuda")
+BACKENDS = backends.BACKENDS
 
 
 def available_backends() -> dict[str, str]:
     """What can serve the operations here: backend name -> ``"available"``, or the reason why not."""
-    gpu = "no CUDA device" if not torch.cuda.is_available() else "this version of fastprune has no GPU kernels"
-    return {"torch": "available", "cpp": _extension(), "triton": gpu, "cuda": gpu}
+    return {name: backends.status(name) for name in BACKENDS}
 
 
 def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | None = None) -> None:
@@ -46,8 +46,18 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | No
     """
     with torch.no_grad():
         acc, dy, x = checks.check_product(acc, dy, x)
-        _choose(backend, acc)  # a plain product is BLAS on every backend
-        acc.addmm_(dy.to(acc.dtype).T, x.to(acc.dtype))
+        # A library's product where it takes the inputs as they are: with no examples to keep apart, a kernel of our
+        # own has nothing to save. Where torch would convert 16-bit inputs first (a fifteenth of the rate by an H100's
+        # data sheet), kernels/grad_sum.py serves. Torch uses TF32 only where the process has allowed it for the model.
+        if backend is None and products.takes_as_they_are(acc, dy):
+            backend = "torch"
+        match backends.choose(backend, "accumulate_grad_sum", acc, dy, x):
+            case "triton":
+                from fastprune import triton_ops
+
+                triton_ops.accumulate_grad_sum(acc, dy, x)
+            case _:  # BLAS on every other backend
+                products.add_product_(acc, dy, x)
 
 
 def accumulate_grad_abs_sum(
@@ -60,8 +70,9 @@ def accumulate_grad_abs_sum(
         dy: ``(n_tokens, out)`` gradients of the outputs, any float dtype, may be strided. The weight of each example's
             loss is already in it.
         x: ``(n_tokens, in)`` inputs, of the dtype of ``dy``, may be strided.
-        starts: int64 ``(n_examples,)``, first token of each example; an example of length 0 adds nothing.
-        lengths: int64 ``(n_examples,)``, tokens of each example.
+        starts: int64 ``(n_examples,)``, first token of each example; an example of length 0 adds nothing. On the CPU,
+            or on any device at the cost of waiting for it.
+        lengths: int64 ``(n_examples,)``, tokens of each example; where ``starts`` may be.
         backend: One of :data:`BACKENDS`, or ``None`` for the best available one.
 
     Raises:
@@ -99,11 +110,15 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None)
     if x.dim() != 2 or x.shape[1] != acc.shape[0]:
         raise ArgumentError(f"x: expected (n_tokens, {acc.shape[0]}) to fit acc, got {tuple(x.shape)}")
     with torch.no_grad():
-        match _choose(backend, acc):
+        match backends.choose(backend, "accumulate_act_sq_sum", acc, x):
             case "torch":
                 reference.accumulate_act_sq_sum(acc, x)
             case "cpp":
                 cpu.accumulate_act_sq_sum(acc, x)
+            case "triton":
+                from fastprune import triton_ops
+
+                triton_ops.accumulate_act_sq_sum(acc, x)
 
 
 def top_scores(
@@ -129,9 +144,13 @@ def top_scores(
         ScoringError: A score is not a number; the message names the first flat index.
     """
     k = checks.check_scores(weight, statistic, criterion, k)
-    match _choose(backend, weight):
+    match backends.choose(backend, "top_scores", weight):
         case "cpp":
             return cpu.top_scores(weight, statistic, criterion, k)
+        case "cuda":
+            from fastprune import cuda
+
+            return cuda.top_scores(weight, statistic, criterion, k)
         case _:
             return reference.top_scores(weight, statistic, criterion, k)
 
@@ -157,9 +176,13 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
         raise ArgumentError(f"scale: expected a finite number, got {scale}")
     with torch.no_grad():
         elements, offsets = checks.check_elements(weight, indices)
-        match _choose(backend, weight):
+        match backends.choose(backend, "apply_sparse_", weight):
             case "cpp":
                 return cpu.apply_sparse_(elements, offsets, scale)
+            case "cuda":
+                from fastprune import cuda
+
+                return cuda.apply_sparse_(elements, offsets, scale)
             case _:
                 return reference.apply_sparse_(elements, offsets, scale)
 
@@ -184,9 +207,13 @@ def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: st
         )
     with torch.no_grad():
         elements, offsets = checks.check_elements(weight, indices)
-        match _choose(backend, weight):
+        match backends.choose(backend, "restore_sparse_", weight):
             case "cpp":
                 cpu.restore_sparse_(elements, offsets, old.detach())
+            case "cuda":
+                from fastprune import cuda
+
+                cuda.restore_sparse_(elements, offsets, old.detach())
             case _:
                 reference.restore_sparse_(elements, offsets, old.detach())
 
@@ -194,34 +221,16 @@ def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: st
 def _accumulate_per_example(
     acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor, backend: str | None, *, square: bool
 ) -> None:
+    statistic = "grad_sq_sum" if square else "grad_abs_sum"
     with torch.no_grad():
         acc, dy, x = checks.check_product(acc, dy, x)
         spans = checks.check_spans(starts, lengths, len(x))
-        if _choose(backend, acc) == "cpp" and cpu.has_gradient_kernel():
-            cpu.accumulate_per_example(acc, dy, x, spans, square=square)
-        elif square:
-            reference.accumulate_grad_sq_sum(acc, dy, x, starts, lengths)
-        else:
-            reference.accumulate_grad_abs_sum(acc, dy, x, starts, lengths)
+        match backends.choose(backend, f"accumulate_{statistic}", acc, dy, x):
+            case "cpp" if cpu.has_gradient_kernel():
+                cpu.accumulate_per_example(acc, dy, x, spans, square=square)
+            case "triton":
+                from fastprune import triton_ops
 
-
-@functools.cache
-def _extension() -> str:
-    try:
-        from fastprune import _cpp  # noqa: F401
-    except ImportError as error:
-        return f"the C++ extension was not built or cannot be loaded ({error}); installing with a compiler builds it"
-    return "available"
-
-
-def _choose(backend: str | None, tensor: Tensor) -> str:
-    if backend is None:
-        return "cpp" if tensor.device.type == "cpu" and _extension() == "available" else "torch"
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    reason = available_backends()[backend]
-    if reason != "available":
-        raise BackendError(f"backend {backend!r} is not available: {reason}")
-    if backend == "cpp" and tensor.device.type != "cpu":
-        raise BackendError(f"backend 'cpp' works on CPU tensors, got one on {tensor.device}")
-    return backend
+                triton_ops.accumulate_per_example(acc, dy, x, spans, square=square)
+            case _:
+                getattr(reference, f"accumulate_{statistic}")(acc, dy, x, starts, lengths)

@@ -21,8 +21,8 @@ from fastprune_kernels import launching
 from fastprune_kernels.tiling import BlockShape, mma_shape, tile_position
 from torch import Tensor
 
-# 256 additions of 16 products, each cut towards zero, take 6e-6 off the sum, norm-wise, for products of one sign and for
-# random ones alike (emulated in float64; 1.2e-5 with 8192 tokens). The statistics are to be right to 1e-5.
+# 256 additions of 16 products, each cut towards zero, take 6e-6 off the sum, norm-wise, for products of one sign and
+# for random ones alike (emulated in float64; 1.2e-5 with 8192 tokens). The statistics are to be right to 1e-5.
 MAX_TOKENS = 4096
 
 

@@ -15,10 +15,10 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-import pybind11
 import pytest
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90")
 
 pytestmark = [
@@ -30,15 +30,17 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension as setup.py builds it, with warnings as errors."""
-    target = tmp_path_factory.mktemp("cuda") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = ["nvcc", "-shared", "-cudart=static", "-std=c++17", "-O3", "--threads=2", "-Werror=all-warnings"]
-    command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror"]
-    command += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "cuda_bindings.cpp"]
-    done = subprocess.run([*command, *map(str, sources), "-o", str(target)], capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp("cuda")
+    target, other = (folder / f"fastprune/{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_cuda", "_cpp"))
+    other.parent.mkdir()
+    other.touch()  # newer than its sources, so it is not compiled here
+    strict = "-Werror=all-warnings -Xcompiler=-Wall,-Werror"
+    environment = {**os.environ, "NVCC_APPEND_FLAGS": strict, "FASTPRUNE_REQUIRE_EXT": "1", "FASTPRUNE_CUDA": "1"}
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}", f"--build-temp={folder / 'temp'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in (done.stdout + done.stderr).lower()
+    assert other.stat().st_size == 0
     return target
 
 

@@ -8,8 +8,10 @@ here.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 # Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute,
@@ -19,7 +21,7 @@ _OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "o
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, no cache and no extra outputs inside the context.
+    """Evaluation mode, no parameter gradients, no cache and no extra outputs inside the context; nothing compiled runs.
 
     Args:
         model: The causal LM; its own and its text config's output switches are set to ``False`` for the time being.
@@ -42,7 +44,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for config, name, _ in switches:
             setattr(config, name, False)
-        yield
+        with _uncompiled():
+            yield
     finally:
         for config, name, value in switches:
             setattr(config, name, value)
@@ -50,3 +53,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, flag in training.items():
             module.training = flag
+
+
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Modules on which ``compile`` was called run as they are written: a compiled block traces hooks, or skips them."""
+    # Who has compiled anything has loaded dynamo; nobody else should wait for its import.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

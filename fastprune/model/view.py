@@ -46,6 +46,8 @@ class Batch:
     """int64 ``(n_scored,)``: the tokens to predict, in the order of ``scored.nonzero()``."""
     token_weights: torch.Tensor
     """float64 ``(n_scored,)``: 1 / (number of scored tokens of the example)."""
+    lengths: torch.Tensor
+    """int64 ``(rows,)``, on the CPU: real tokens of each row. Who needs them need not wait for the device."""
 
     @classmethod
     def from_micro_batch(cls, micro_batch: MicroBatch, device: torch.device) -> Batch:
@@ -56,7 +58,7 @@ class Batch:
         targets = micro_batch.labels[:, 1:][scored[:, :-1]]
         weights = (1.0 / scored.sum(1, dtype=torch.float64)).unsqueeze(1).expand(scored.shape)[scored]
         fields = (micro_batch.input_ids, mask, (mask.cumsum(1) - 1).clamp(min=0), scored, targets, weights)
-        return cls(*(field.to(device, non_blocking=True) for field in fields))
+        return cls(*(field.to(device, non_blocking=True) for field in fields), lengths=micro_batch.lengths)
 
     @property
     def rows_of_scored(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import fastprune
+from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError
 from fastprune.model.checkpoint import load_model
@@ -69,7 +70,8 @@ def score(
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Reserved for interrupted runs; has to be ``None``.
         statistics_dtype: ``"float32"`` or ``"float64"``.
-        backend: Backend of the ops; ``None`` takes the best available. A named one never falls back.
+        backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
+            to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.
 
     Returns:
@@ -77,6 +79,7 @@ def score(
 
     Raises:
         ArgumentError: An argument is out of range.
+        BackendError: The named backend cannot serve.
         CalibrationError: A loader yields nothing or something malformed.
         ModelError: The model cannot be driven or some weight cannot be reached.
         ScoringError: A loss or gradient is not finite; names the example and the block.
@@ -89,6 +92,8 @@ def score(
         raise ArgumentError(
             f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
         )
+    needed = {name for names in criteria.values() for name in statistics_of(names)}
+    backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
     if harm_loader is None:
         raise ArgumentError("harm_loader: expected an iterable of batches, got None")
     if resume is not None:

@@ -51,17 +51,18 @@ class SegmentStatistics:
         """Start a micro-batch; ``example_names`` are used in error messages, one a row."""
         rows, tokens = batch.attention_mask.shape
         self._names = example_names
-        self._lengths = batch.attention_mask.sum(1)
-        self._starts = torch.arange(rows, device=self._lengths.device) * tokens
+        # On the CPU: the ops look at them for every matrix, and would wait for a device each time.
+        self._lengths = batch.lengths
+        self._starts = torch.arange(rows) * tokens
         # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so it may stay
         # in a sum of gradients; its inputs are meaningless and must stay out of a sum of inputs.
         padded = int(self._lengths.sum()) < rows * tokens
-        self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded else None
+        self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded and self.wants_inputs else None
         self._checks: dict[int, tuple[str, torch.Tensor]] = {}
 
     def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
-        real = x if self._attended is None else x.index_select(0, self._attended)
+        real = x if self._attended is None else x.index_select(0, self._attended.to(x.device))
         ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], real, backend=self._backend)
 
     def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -1,0 +1,136 @@
+"""Which backend serves an operation here, and why another one cannot.
+
+In: the name of an operation, the backend that was asked for (or none), and the tensors. Out: a name of
+:data:`BACKENDS`, or an error that says why not. Whatever a backend needs is imported when it is first asked about:
+``import fastprune`` imports neither triton nor an extension.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import ArgumentError, BackendError
+
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+
+_SUMS = {"accumulate_grad_sum", "accumulate_grad_abs_sum", "accumulate_grad_sq_sum", "accumulate_act_sq_sum"}
+_SELECTION = {"top_scores", "apply_sparse_", "restore_sparse_"}
+_OPERATIONS = {"torch": _SUMS | _SELECTION, "cpp": _SUMS | _SELECTION, "triton": _SUMS, "cuda": _SELECTION}
+_PREFERRED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # plain torch serves what none of these can
+
+_ABSENT = "not built or cannot be loaded"
+_OLDEST = (8, 0)  # compute capability of an A100: bfloat16 in tensor cores, asynchronous copies
+
+
+@functools.cache
+def status(backend: str) -> str:
+    """``"available"``, or the reason why the backend cannot be used in this process."""
+    match backend:
+        case "cpp":
+            try:
+                from fastprune import _cpp  # noqa: F401
+            except ImportError as error:
+                return f"the C++ extension was {_ABSENT} ({error}); installing with a compiler builds it"
+        case "triton":
+            try:
+                from fastprune import triton_ops
+            except ImportError as error:
+                return f"triton is not installed or cannot be loaded ({error}); torch for CUDA on Linux brings it"
+            return "available" if triton_ops.INTERPRETED else _devices()
+        case "cuda":
+            try:
+                from fastprune import _cuda  # noqa: F401
+            except ImportError as error:
+                return f"the CUDA extension was {_ABSENT} ({error}); installing with nvcc on PATH builds it"
+            return _devices()
+    return "available"
+
+
+def refusal(backend: str, operation: str, tensors: Iterable[Tensor]) -> str | None:
+    """Why a backend cannot serve a call; ``None`` if it can.
+
+    Args:
+        backend: One of :data:`BACKENDS`.
+        operation: Name of a function of :mod:`fastprune.ops`.
+        tensors: Accumulator and inputs, or the weight, as :mod:`fastprune.checks` returns them; on one device.
+    """
+    if operation not in _OPERATIONS[backend]:
+        others = [name for name in BACKENDS if operation in _OPERATIONS[name]]
+        return f"has no {operation}; there are {', '.join(others)}"
+    if (reason := status(backend)) != "available":
+        return f"is not available: {reason}"
+    tensors = list(tensors)
+    device = tensors[0].device
+    match backend:
+        case "cpp" if device.type != "cpu":
+            return f"works on CPU tensors, got one on {device}"
+        case "triton":
+            from fastprune import triton_ops
+
+            return _wrong_device(device, interpreted=triton_ops.INTERPRETED) or triton_ops.refusal(operation, *tensors)
+        case "cuda":
+            if operation == "top_scores" and tensors[0].numel() >= 1 << 32:
+                return f"selects from matrices of fewer than 2^32 weights, got one of {tensors[0].numel()}"
+            return _wrong_device(device)
+    return None
+
+
+def choose(backend: str | None, operation: str, *tensors: Tensor) -> str:
+    """The backend that serves a call: the one that was named, else the best one that can.
+
+    Raises:
+        ArgumentError: ``backend`` is not the name of one.
+        BackendError: The named backend cannot serve; the message says why.
+    """
+    if backend is None:
+        candidates = _PREFERRED.get(tensors[0].device.type, ())
+        return next((name for name in candidates if refusal(name, operation, tensors) is None), "torch")
+    check_name(backend)
+    if reason := refusal(backend, operation, tensors):
+        raise BackendError(f"backend {backend!r} {reason}")
+    return backend
+
+
+def check_serves(backend: str | None, operations: Iterable[str]) -> None:
+    """Raise what a named backend would raise later, where it has not all of the operations or is not available."""
+    if backend is None:
+        return
+    check_name(backend)
+    for operation in operations:
+        if operation not in _OPERATIONS[backend]:
+            raise BackendError(f"backend {backend!r} {refusal(backend, operation, ())}; None takes the best for each")
+    if (reason := status(backend)) != "available":
+        raise BackendError(f"backend {backend!r} is not available: {reason}")
+
+
+def check_name(backend: str) -> None:
+    """Raise ArgumentError unless it is the name of a backend."""
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+
+
+def _devices() -> str:
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no CUDA device"
+    if all(map(_too_old, range(torch.cuda.device_count()))):
+        return f"no CUDA device of compute capability {_OLDEST[0]}.{_OLDEST[1]} or higher"
+    return "available"
+
+
+@functools.cache
+def _too_old(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) < _OLDEST
+
+
+def _wrong_device(device: torch.device, *, interpreted: bool = False) -> str | None:
+    if interpreted:
+        return None if device.type == "cpu" else f"is interpreted and works on CPU tensors, got one on {device}"
+    if device.type != "cuda":
+        return f"works on CUDA tensors, got one on {device}"
+    if _too_old(device.index):
+        return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or higher, {device} has less"
+    return None
