@@ -21,7 +21,8 @@ Kept = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 def example_loss(model: torch.nn.Module, example: Example) -> torch.Tensor:
     """Mean cross-entropy over the scored tokens of one example."""
-    ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
+    ids = torch.tensor([example.input_ids], device=model.device)
+    labels = torch.tensor(example.labels, device=model.device)
     scored = labels[1:] != -100
     positions = scored.nonzero()[:, 0]
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]

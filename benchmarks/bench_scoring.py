@@ -1,11 +1,13 @@
 """Whole scoring against one naive pass and against the replay of the published code, in one run, alternating.
 
-    python benchmarks/bench_scoring.py [--rounds N] [--threads N] [--out FILE]
+    python benchmarks/bench_scoring.py [--device cpu|cuda] [--rounds N] [--threads N] [--out FILE] [--dry-run]
 
-The model is a random Llama of 16 blocks (hidden 384, intermediate 1024), 16 + 16 examples of 40 to 120 tokens. The
-pruned sets of the three are compared before anything is timed. One JSON line a measurement goes to standard output
-and, with ``--out``, to a file; the last line sums up. Interpreter overheads, the start-up self-check and the
-selection of the kept scores are inside fastprune's time.
+On the CPU the model is a random Llama of 16 blocks (hidden 384, intermediate 1024) in float32 with 16 + 16 examples of
+40 to 120 tokens, and the pruned sets of the three are compared before anything is timed. On a GPU it is a random Llama
+of the shape of Llama-3.1-8B in bfloat16 with 412 + 412 examples of 250 tokens; there the baselines take the first few
+examples, the replay the first few blocks, and their time is scaled up, which the line says. One JSON line a measurement
+goes to standard output and, with ``--out``, to a file. Interpreter overheads, the start-up self-check and the selection
+of the kept scores are inside fastprune's time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import baselines
@@ -25,55 +30,93 @@ from measure import Peak
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
+from fastprune.model.eligible import eligible_matrices
 
-HIDDEN, INTERMEDIATE, BLOCKS, HEADS, VOCAB = 384, 1024, 16, 6, 2048
-P, Q = 1e-3, 1e-3
-
-
-def build_model() -> torch.nn.Module:
-    """The random Llama of this benchmark, float32."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+Q = 1e-3
 
 
-def build_examples(n_examples: int, seed: int) -> list[Example]:
-    """Random token ids, 40 to 120 tokens each, the last half scored."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(n_examples):
-        length = int(torch.randint(40, 121, (1,), generator=generator))
-        ids = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
-        made.append(Example(tuple(ids), (*[-100] * (length // 2), *ids[length // 2 :])))
-    return made
+@dataclass(frozen=True)
+class Workload:
+    """A model and what is scored on it.
+
+    Attributes:
+        shape: Hidden and intermediate size, blocks, heads, key-value heads, vocabulary.
+        dtype: Of the weights.
+        examples: Of each set.
+        lengths: Fewest and most tokens of an example.
+        naive_examples: Of each set, that the naive pass takes.
+        replay_examples: Of each set, that the replay takes.
+        replay_blocks: Blocks that the replay is run for.
+    """
+
+    shape: tuple[int, int, int, int, int, int]
+    dtype: torch.dtype
+    examples: int
+    lengths: tuple[int, int]
+    naive_examples: int
+    replay_examples: int
+    replay_blocks: int
+
+    def model(self, device: str) -> torch.nn.Module:
+        """A random Llama."""
+        torch.manual_seed(0)
+        hidden, intermediate, blocks, heads, kv_heads, vocab = self.shape
+        config = transformers.LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            tie_word_embeddings=False,
+            dtype=self.dtype,
+        )
+        with torch.device(device):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
+
+    def build_examples(self, seed: int) -> list[Example]:
+        """Random token ids, the last half scored."""
+        generator, vocab = torch.Generator().manual_seed(seed), self.shape[-1]
+        made = []
+        for _ in range(self.examples):
+            length = int(torch.randint(self.lengths[0], self.lengths[1] + 1, (1,), generator=generator))
+            ids = torch.randint(0, vocab, (length,), generator=generator).tolist()
+            made.append(Example(tuple(ids), (*[-100] * (length // 2), *ids[length // 2 :])))
+        return made
+
+    def floor_flops(self, model: torch.nn.Module, examples: list[Example]) -> float:
+        """FLOPs of any exact method: forward, dX and dW of the eligible weights, forward and dX of the head."""
+        tokens, scored = sum(map(len, examples)), sum(example.scored for example in examples)
+        weights = sum(matrix.weight.numel() for matrix in eligible_matrices(model))
+        return 6.0 * weights * tokens + 4.0 * self.shape[-1] * self.shape[0] * scored
 
 
-def gemm_rate(size: int = 2048, inner: int = 512, rounds: int = 20) -> float:
-    """FLOP/s of a plain float32 ``torch.mm``, the best of ``rounds``."""
-    a, b, out = torch.randn(size, inner), torch.randn(inner, size), torch.empty(size, size)
-    best = float("inf")
+WORKLOADS = {
+    "cpu": Workload((384, 1024, 16, 6, 6, 2048), torch.float32, 16, (40, 120), 16, 16, 16),
+    "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2),
+    "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1),
+}
+
+
+def gemm_rate(device: str, dtype: torch.dtype, rounds: int = 20) -> float:
+    """FLOP/s of a plain ``torch.mm``, the best of ``rounds``."""
+    size, inner = (8192, 8192) if device == "cuda" else (2048, 512)
+    a, b = torch.randn(size, inner, device=device, dtype=dtype), torch.randn(inner, size, device=device, dtype=dtype)
+    out, best = torch.empty(size, size, device=device, dtype=dtype), float("inf")
     for _ in range(rounds):
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timed(device, partial(torch.mm, a, b, out=out)))
     return 2.0 * size * size * inner / best
 
 
-def floor_flops(model: torch.nn.Module, examples: list[Example]) -> float:
-    """FLOPs that any exact method needs: forward, dX and dW of the eligible weights, forward and dX of the head."""
-    from fastprune.model.eligible import eligible_matrices
-
-    tokens, scored = sum(map(len, examples)), sum(example.scored for example in examples)
-    weights = sum(matrix.weight.numel() for matrix in eligible_matrices(model))
-    return 6.0 * weights * tokens + 4.0 * VOCAB * HIDDEN * scored
+def timed(device: str, run: Callable[[], object]) -> float:
+    """Seconds of a call, the device's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) -> None:
@@ -95,55 +138,65 @@ def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) ->
 def main() -> None:
     """Check, then time the three methods in turn and print one JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, help="3 on the CPU and 2 on a GPU, if not given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--examples", type=int, default=16, help="examples of each set")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--dry-run", action="store_true", help="a toy model, one round: times mean nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, harm, benign = build_model(), build_examples(options.examples, 1), build_examples(options.examples, 2)
-    check(model, harm, benign)
+    device, rounds = options.device, 1 if options.dry_run else options.rounds or {"cpu": 3, "cuda": 2}[options.device]
+    workload = WORKLOADS["dry" if options.dry_run else device]
+    model, harm, benign = workload.model(device), workload.build_examples(1), workload.build_examples(2)
+    if device == "cpu":
+        check(model, harm, benign)
+    n_blocks = workload.shape[2]
+    n_naive, n_replay, n_replay_blocks = workload.naive_examples, workload.replay_examples, workload.replay_blocks
     methods = {
         "fastprune": lambda: fastprune.score(model, CalibrationSet(harm), CalibrationSet(benign), progress=False),
-        "naive": lambda: baselines.naive(model, harm, benign),
-        "replay": lambda: baselines.replay(model, harm, benign),
+        "naive": lambda: baselines.naive(model, harm[:n_naive], benign[:n_naive]),
+        "replay": lambda: baselines.replay(model, harm[:n_replay], benign[:n_replay], n_replay_blocks),
+    }
+    scales = {
+        "fastprune": 1.0,
+        "naive": workload.examples / n_naive,
+        "replay": workload.examples / n_replay * n_blocks / n_replay_blocks,
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     peaks = dict.fromkeys(methods, 0.0)
     rates = []
-    for _ in range(options.rounds):
-        rates.append(gemm_rate())
+    for _ in range(rounds):
+        rates.append(gemm_rate(device, workload.dtype))
         for name, run in methods.items():
-            with Peak("cpu") as peak:
-                start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
+            with Peak(device) as peak:
+                seconds[name].append(scales[name] * timed(device, run))
             peaks[name] = max(peaks[name], peak.mib)
-    rate, flops = max(rates), floor_flops(model, harm + benign)
+    rate, flops = max(rates), workload.floor_flops(model, harm + benign)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lines = []
-    for name, values in seconds.items():
-        lines.append(
-            {
-                "benchmark": "scoring",
-                "method": name,
-                "shape": f"llama {BLOCKS} blocks, hidden {HIDDEN}, intermediate {INTERMEDIATE}",
-                "examples": 2 * options.examples,
-                "tokens": sum(map(len, harm + benign)),
-                "dtype": "float32",
-                "device": f"{platform.machine()} CPU, {options.threads} threads",
-                "torch": torch.__version__,
-                "seconds_median": round(medians[name], 4),
-                "seconds_min": round(min(values), 4),
-                "seconds_max": round(max(values), 4),
-                "rounds": options.rounds,
-                "fastprune_is_faster_by": round(medians[name] / medians["fastprune"], 2),
-                "floor_tflop": round(flops / 1e12, 3),
-                "gemm_gflops": round(rate / 1e9, 1),
-                "share_of_gemm_rate": round(flops / medians[name] / rate, 3),
-                "peak_extra_mib": peaks[name],
-            }
-        )
+    name_of_device = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    lines = [
+        {
+            "benchmark": "scoring",
+            "method": name,
+            "shape": f"llama {n_blocks} blocks, hidden {workload.shape[0]}, intermediate {workload.shape[1]}",
+            "examples": 2 * workload.examples,
+            "tokens": sum(map(len, harm + benign)),
+            "dtype": str(workload.dtype).removeprefix("torch."),
+            "device": name_of_device if device == "cuda" else f"{name_of_device}, {options.threads} threads",
+            "torch": torch.__version__,
+            "seconds_median": round(medians[name], 4),
+            "seconds_min": round(min(values), 4),
+            "seconds_max": round(max(values), 4),
+            "rounds": rounds,
+            "scaled_by": scales[name],
+            "fastprune_is_faster_by": round(medians[name] / medians["fastprune"], 2),
+            "floor_tflop": round(flops / 1e12, 3),
+            "gemm_gflops": round(rate / 1e9, 1),
+            "share_of_gemm_rate": round(flops / medians[name] / rate, 3),
+            "peak_extra_mib": peaks[name],
+        }
+        for name, values in seconds.items()
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     sys.stdout.write(text)
     if options.out is not None:
