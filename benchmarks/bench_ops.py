@@ -34,8 +34,9 @@ DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 DRY_RUN, LARGE = "BENCH_DRY_RUN" in os.environ, "BENCH_LARGE" in os.environ
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16
 # (out, in) of a square layer, and of layers of Llama-3.1-8B, Qwen2.5-32B and Llama-70B.
-LAYERS = {"square": (2048, 2048), "llama-8b q": (4096, 4096), "llama-8b up": (14_336, 4096)}
+LAYERS = {"square": (2048, 2048), "llama-8b q": (4096, 4096)}
 LARGE_LAYERS = {
+    "llama-8b up": (14_336, 4096),
     "qwen-32b o": (5120, 5120),
     "qwen-32b up": (27_648, 5120),
     "llama-70b q": (8192, 8192),
@@ -44,7 +45,7 @@ LARGE_LAYERS = {
 EXAMPLES = {64: 16, 250: 8, 1000: 2}  # tokens of an example: how many examples
 MOST_STORED = 4 << 30  # bytes of stored gradients beyond which the methods that store them are left out
 ROUNDS = 3
-if LARGE:
+if LARGE or DEVICE == "cuda":
     LAYERS |= LARGE_LAYERS
 if DRY_RUN:
     LAYERS, EXAMPLES, ROUNDS = {"toy": (24, 16)}, {5: 3}, 1
@@ -233,7 +234,9 @@ def main() -> None:
     """Run this file under pytest-benchmark a few times and write down what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--large", action="store_true", help="layers of Qwen2.5-32B and Llama-70B too")
+    parser.add_argument(
+        "--large", action="store_true", help="larger layers too (on a GPU always); takes half an hour on two cores"
+    )
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, one pass: times mean nothing")
