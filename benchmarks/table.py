@@ -25,15 +25,16 @@ def rows(lines: Iterable[dict]) -> Iterable[str]:
     ):
         measured = list(group)
         yield f"**{benchmark}** ({device}, torch {torch})\n\n"
-        yield "| on | method | time | fastprune is faster by | share of | extra memory, MiB |\n"
-        yield "|---|---|---|---|---|---|\n"
+        with_memory = any("peak_extra_mib" in line for line in measured)
+        yield f"| on | method | time | fastprune is faster by | share of |{' extra memory, MiB |' * with_memory}\n"
+        yield f"|---|---|---|---|---|{'---|' * with_memory}\n"
         for line in measured:
             share = next((f"{line[key]:.0%} {name}" for key, name in SHARES.items() if key in line), "")
             faster = line.get("fastprune_is_faster_by")
             ratio = "" if faster is None or line["method"] == "fastprune" else f"{faster:g}x"
-            memory = line.get("peak_extra_mib", "")
+            memory = f" {line.get('peak_extra_mib', '')} |" * with_memory
             time = seconds(line["seconds_median"])
-            yield f"| {line['shape']} | {line['method']} | {time} | {ratio} | {share} | {memory} |\n"
+            yield f"| {line['shape']} | {line['method']} | {time} | {ratio} | {share} |{memory}\n"
         yield "\n"
 
 
