@@ -12,7 +12,6 @@ CPU tensors with the reference in the place of the kernels, and times nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from measure import write_lines
 
 from fastprune import cuda, reference
 
@@ -115,11 +115,7 @@ class Bench:
 
     def write(self, line: dict[str, object]) -> None:
         """One JSON line to standard output and to the file."""
-        text = json.dumps(line) + "\n"
-        sys.stdout.write(text)
-        if self.out is not None:
-            with self.out.open("a", encoding="utf-8") as file:
-                file.write(text)
+        write_lines([line], self.out)
 
 
 def topk(weight: torch.Tensor, statistic: torch.Tensor, k: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Peak
+from measure import Peak, write_lines
 from torch import Tensor
 
 from fastprune import ops, reference
@@ -255,11 +255,7 @@ def main() -> None:
             if code != 0:
                 raise SystemExit("a benchmark failed; see above")
             passes.append(json.loads(report.read_text()))
-    text = "".join(json.dumps(line) + "\n" for line in lines_of(passes))
-    sys.stdout.write(text)
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(text)
+    write_lines(lines_of(passes), options.out)
 
 
 if __name__ == "__main__":

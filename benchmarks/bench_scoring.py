@@ -13,10 +13,8 @@ of the kept scores are inside fastprune's time.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from pathlib import Path
 import baselines
 import torch
 import transformers
-from measure import Peak
+from measure import Peak, write_lines
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -199,11 +197,7 @@ def main() -> None:
         )  # the CPU's allocator hides a method's behind others'
         for name, values in seconds.items()
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    sys.stdout.write(text)
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(text)
+    write_lines(lines, options.out)
 
 
 if __name__ == "__main__":

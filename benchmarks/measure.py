@@ -1,8 +1,10 @@
-"""What the benchmarks measure beside time: memory at the peak."""
+"""What the benchmarks share: memory at the peak, and the lines that they write."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -42,3 +44,12 @@ class Peak:
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+def write_lines(lines: Iterable[Mapping[str, object]], out: Path | None) -> None:
+    """One JSON object a line, to standard output and, appended, to a file."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    sys.stdout.write(text)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(text)

@@ -76,7 +76,7 @@ def mma_shape(dtype: torch.dtype, vectorized: bool, n_statistics: int = 1) -> Bl
     32 rows are too few for Hopper's wgmma, and that is the point: the older instruction then does the products. Triton
     3.6 and 3.7 feed float32 to wgmma from registers, where their ptxas (12.8) can reuse a register too early (fixed
     in 13.3), and without asynchronous copies they leave out the barrier between the reads of one group of four warps
-    and the next writes of another (triton issue 11047, fixed after 3.7).
+    and the next writes of another (triton-lang/triton 11047, fixed after 3.7).
     """
     wide = dtype == torch.float32 and vectorized and n_statistics == 1
     return BlockShape(32, 256 if wide else 128, 32, 8, 3 if vectorized else 2)

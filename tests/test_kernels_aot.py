@@ -82,7 +82,7 @@ def test_products_run_on_the_tensor_cores_meant(facts, architecture, name) -> No
 
 @pytest.mark.parametrize("name", FAST)
 def test_nothing_is_written_over_that_a_product_may_still_read(facts, name) -> None:
-    """Guards against triton issue 11047: no barrier between one warp group's wait and another's next copy."""
+    """Guards against triton-lang/triton 11047: no barrier between one warp group's wait and another's next copy."""
     assert facts["90"][name]["unguarded"] == 0
 
 
