@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from torch import nn
 
 from fastprune.calibration import Example
 
@@ -94,3 +95,34 @@ def pad(rows: list[Example], side: str, *, with_mask: bool = True) -> dict[str, 
         mask[index, part] = 1
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     return batch if with_mask else {key: batch[key] for key in ("input_ids", "labels")}
+
+
+class _SharesState(nn.Module):
+    """A block that reads what an earlier block left behind in a place that only a whole forward resets."""
+
+    def __init__(self, block: nn.Module, memory: list) -> None:
+        super().__init__()
+        self.block, self.memory = block, memory
+
+    def forward(self, hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self.memory.append(1)
+        return self.block(hidden, **kwargs) * len(self.memory)
+
+
+class _Clear:
+    """A hook with its own reference to the memory, so that a deep copy of the model has a memory of its own."""
+
+    def __init__(self, memory: list) -> None:
+        self.memory = memory
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        self.memory.clear()
+
+
+def stateful(model: nn.Module) -> nn.Module:
+    """A Llama that cannot be run block by block."""
+    memory: list = []
+    model.register_forward_pre_hook(_Clear(memory))
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = _SharesState(block, memory)
+    return model

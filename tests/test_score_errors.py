@@ -8,12 +8,12 @@ import threading
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, VOCAB, build, pad
+from architectures import BENIGN, HARM, VOCAB, build, pad, stateful
 from torch import nn
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.errors import CalibrationError, FastpruneError, FastpruneWarning, ModelError, ScoringError
+from fastprune.errors import CalibrationError, FastpruneError, FastpruneWarning, ModelError
 from fastprune.scoring import engine
 
 
@@ -125,47 +125,6 @@ def test_checkpoint_folder_gives_the_same_scores(tmp_path) -> None:
     assert mask == fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01)
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_names_the_example(model: nn.Module, poison: float) -> None:
-    token = HARM[2].input_ids[0]
-    with torch.no_grad():
-        model.model.embed_tokens.weight[token] = poison
-    owners = [index for index, example in enumerate(HARM) if token in example.input_ids]
-    before = state_of(model)
-    with pytest.raises(ScoringError, match=rf"harm example ({'|'.join(map(str, owners))}) \(id row-"):
-        fastprune.score(model, CalibrationSet(HARM).loader(1), progress=False, segments=2)
-    for name, tensor in before["weights"].items():
-        assert torch.equal(tensor.nan_to_num(), model.state_dict()[name].nan_to_num())
-
-
-class _PoisonGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, row):
-        ctx.row = row
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient[ctx.row] = float("nan")
-        return gradient, None
-
-
-def test_gradient_that_is_not_finite_names_example_and_block(model: nn.Module) -> None:
-    culprit = max(range(len(HARM)), key=lambda index: len(HARM[index]))
-
-    def poison(module, args, output):
-        rows, tokens = output.shape[:2]
-        return _PoisonGradient.apply(output, rows - 1) if tokens > 6 else output  # not in the self-check's six tokens
-
-    handle = model.model.layers[1].register_forward_hook(poison)
-    try:
-        with pytest.raises(ScoringError, match=rf"harm example {culprit} \(id row-{culprit}\).*block 1"):
-            fastprune.score(model, CalibrationSet(HARM), progress=False)
-    finally:
-        handle.remove()
-
-
 def test_meta_and_offloaded_models_are_refused() -> None:
     with torch.device("meta"):
         model = build_on_meta()
@@ -255,36 +214,6 @@ def test_input_changed_in_place_is_refused(model: nn.Module) -> None:
     block.mlp = _InPlace(block.mlp)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp.*in place"):
         fastprune.score(model, CalibrationSet(HARM), progress=False)
-
-
-class _SharesState(nn.Module):
-    """A block that reads what an earlier block left behind in a place that only a whole forward resets."""
-
-    def __init__(self, block: nn.Module, memory: list) -> None:
-        super().__init__()
-        self.block, self.memory = block, memory
-
-    def forward(self, hidden: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self.memory.append(1)
-        return self.block(hidden, **kwargs) * len(self.memory)
-
-
-class _Clear:
-    """A hook with its own reference to the memory, so that a deep copy of the model has a memory of its own."""
-
-    def __init__(self, memory: list) -> None:
-        self.memory = memory
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        self.memory.clear()
-
-
-def stateful(model: nn.Module) -> nn.Module:
-    memory: list = []
-    model.register_forward_pre_hook(_Clear(memory))
-    for index, block in enumerate(model.model.layers):
-        model.model.layers[index] = _SharesState(block, memory)
-    return model
 
 
 def test_model_that_does_not_come_apart_is_scored_whole_with_a_warning(model: nn.Module) -> None:
