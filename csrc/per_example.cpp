@@ -169,6 +169,7 @@ template <class Value>
 void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
                    int64_t n_spans, bool square, int threads) {
   const Kernel<Value> with = kernel<Value>();
+  const int64_t panels = (dy.features + with.rows - 1) / with.rows;
   const int64_t column_panels = (x.features + with.columns - 1) / with.columns;
   std::vector<Span> packed;
   for (int64_t first = 0, last; first < n_spans; first = last) {
@@ -181,7 +182,6 @@ void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const 
       tokens += length;
     }
     const int64_t panel = tokens * with.rows;
-    const int64_t panels = (dy.features + with.rows - 1) / with.rows;
     const int64_t most = std::max<int64_t>(1, kErrorBytes / static_cast<int64_t>(sizeof(Value)) / panel);
     const int64_t block = std::min(panels, most);
     const int workers = tokens * dy.features * x.features < kSerial ? 1 : threads;

@@ -82,7 +82,8 @@ def save_checkpoint(
         ArgumentError: ``folder`` exists.
     """
     import torch
-    from safetensors.torch import save_file
+
+    from fastprune.artifact import save_tensors
 
     folder = Path(folder)
     if folder.exists():
@@ -90,16 +91,15 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+        weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+        save_tensors(scratch / "model.safetensors", weights, {"format": "pt"})
         model.config.save_pretrained(scratch)
         config = json.loads((scratch / "config.json").read_text())
         _write_json(scratch / "config.json", config | {"architectures": [type(model).__name__], "dtype": "float32"})
         _write_json(scratch / "training.json", origin)
         model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch, save_jinja_files=False)
-        (scratch / "model.safetensors").chmod(0o644)  # the writer makes it private, and mkdtemp the folder
-        scratch.chmod(0o755)
+        scratch.chmod(0o755)  # mkdtemp makes it private
         os.replace(scratch, folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
