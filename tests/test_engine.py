@@ -10,11 +10,15 @@ from architectures import BENIGN, CONFIGS, HARM, build, examples, pad
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.model.eligible import decoder_blocks
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
 from fastprune.model.view import BlockView
+from fastprune.model.weights import Resident
 from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
-from fastprune.scoring.engine import ScoringSet, run_pass, split_blocks
+from fastprune.scoring.engine import Pass, ScoringSet, split_blocks
+from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.ranks import Ranks
 
 STATISTICS = ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum")
 
@@ -37,11 +41,14 @@ def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.fl
     def keep(role, matrix, statistics):
         found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
 
+    weights, hidden = Resident(model), HiddenStates("device", torch.device("cpu"))
     with quiet(model):
-        view = checked_view(model, segments)
+        parts = split_blocks(len(decoder_blocks(model)[1]), segments)
+        view = checked_view(weights, parts, segments)
         assert isinstance(view, BlockView)
         group = ScoringSet("harm", CalibrationSet(rows), batch_tokens, STATISTICS)
-        run_pass(view, [group], segments=segments, dtype=dtype, on_final=keep, progress=False)
+        stores = {"boundaries": hidden, "gradients": hidden, "ranks": Ranks()}
+        Pass(view, weights, [group], parts, dtype=dtype, progress=False, **stores).run(keep)
     return found
 
 

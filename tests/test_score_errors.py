@@ -98,7 +98,9 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"statistics_dtype": "int8"}, "statistics_dtype"),
         ({"memory": "much"}, "memory"),
         ({"memory": "1KiB"}, "memory.*need"),
-        ({"resume": "somewhere"}, "resume"),
+        ({"resume": "no/such/folder/somewhere"}, "resume.*existing folder"),
+        ({"boundaries": "moon"}, "boundaries"),
+        ({"device": "cpu"}, "device.*folder"),
         ({"backend": "abacus"}, "backend.*abacus"),
     ],
 )

@@ -26,6 +26,12 @@ def sample_positions(numel: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int64) * numel // max(count, 1)
 
 
+def sample(matrix: torch.Tensor) -> torch.Tensor:
+    """The values at :func:`sample_positions` of a matrix of any float dtype, device and stride: float32, on the CPU."""
+    where = torch.unravel_index(sample_positions(matrix.numel()).to(matrix.device), matrix.shape)
+    return matrix.detach()[where].to(device="cpu", dtype=torch.float32)
+
+
 def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay] = ()) -> str:
     """Hash of name, shape and samples of each matrix, rounded to bfloat16; -0 counts as 0. The order does not matter.
 
@@ -44,9 +50,7 @@ def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay
     for name, matrix in matrices.items():
         if matrix.is_meta:
             raise ModelError(f"{name} is on the meta device, its values are not there; load the model's weights first")
-        positions = sample_positions(matrix.numel())
-        where = torch.unravel_index(positions.to(matrix.device), matrix.shape)
-        values = matrix.detach()[where].to(device="cpu", dtype=torch.float32)
+        values, positions = sample(matrix), sample_positions(matrix.numel())
         for overlay in restored:
             if name in overlay:
                 _put_back(values, positions, *overlay[name])

@@ -1,14 +1,17 @@
 """Before a long pass: does this model, taken apart, compute what it computes as a whole?
 
-In: a block view. Out: the view, or the whole-model view with a warning, or an error. Two short rows are driven both
-ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradient
-of one weight are compared. Catches what reading code cannot: blocks that share state, rows that see each other,
-padding that leaks. The model itself is used, which costs two passes over about twenty tokens.
+In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
+both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
+gradient of one weight are compared. Catches what reading code cannot: blocks that share state, rows that see each
+other, padding that leaks. The model itself is used, which costs two passes over about ten tokens; of a streamed model
+the blocks of the first segment alone, as they are in memory then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +20,7 @@ from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.view import Batch, BlockView, WholeView
+from fastprune.model.weights import Weights
 
 _LENGTHS = (6, 4)
 
@@ -39,11 +43,13 @@ class _OneGradient:
         self.gradient = left.float().T @ right.float()
 
 
-def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | WholeView:
+def checked_view(weights: Weights, parts: Sequence[range], segments: int | None) -> BlockView | WholeView:
     """Build the view of a model and check it.
 
     Args:
-        model: A resident causal LM, already quiet (see :func:`fastprune.model.state.quiet`).
+        weights: Of a causal LM that is quiet already (see :func:`fastprune.model.state.quiet`). Of a streamed one,
+            embedding, head and the blocks of ``parts`` have to be held.
+        parts: Runs of blocks, from the first one on, as the pass will go through them; the check covers these.
         segments: What the caller asked for; more than one rules the whole-model view out.
 
     Returns:
@@ -53,16 +59,22 @@ def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | Wh
         ModelError: The view disagrees with the model and more than one segment was asked for, or the model's weights
             cannot be scored at all.
     """
-    view = BlockView(model)
+    view = BlockView(weights)
     batch, left_padded = _probe(view)
     try:
-        reason = _disagreement(view, batch, left_padded)
+        with view.truncated(parts[-1].stop):
+            reason = _disagreement(view, batch, left_padded, parts)
     except FastpruneError as error:
         reason = str(error)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
     if reason is None:
         return view
+    if weights.streamed:
+        raise ModelError(
+            f"model: {type(view.model).__name__} cannot be run block by block ({reason}), so it cannot be streamed; "
+            "load it and pass the model"
+        )
     if segments is not None and segments > 1:
         raise ModelError(
             f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, "
@@ -73,7 +85,7 @@ def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | Wh
         FastpruneWarning,
         stacklevel=3,
     )
-    return WholeView(model)
+    return WholeView(weights)
 
 
 def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
@@ -97,7 +109,9 @@ def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
-def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...]) -> str | None:
+def _disagreement(
+    view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...], parts: Sequence[range]
+) -> str | None:
     """What differs between the parts and the whole, in words; ``None`` if nothing does."""
     matrix = view.matrices[0]
     weight = matrix.module.weight
@@ -112,19 +126,26 @@ def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor
     finally:
         weight.requires_grad_(False)
 
+    # As the engine does: forward from boundary to boundary, then each segment again from the boundary below it. What a
+    # block leaves behind, or hands to another segment past the hidden states, shows in the gradient.
     with torch.no_grad():
         hidden, arguments = view.prologue(batch)
-        view.run(
-            0, view.n_blocks, hidden, arguments
-        )  # as the engine does before it recomputes: nothing may be left behind
-    sink = _OneGradient()
-    with Capture([matrix], sink) as capture, capture.micro_batch(batch.input_ids.numel()):
-        leaving = view.run(0, view.n_blocks, hidden.detach().requires_grad_(True), arguments)
-        _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
-        torch.autograd.backward(leaving, downstream)
-        with torch.no_grad():
-            parts = view.epilogue(leaving.detach()[attended])
-    if (error := _relative_error(parts, logits[attended])) > tolerance:
+        boundaries = [hidden]
+        for part in parts:
+            boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
+        divided = view.epilogue(boundaries.pop()[attended])
+    sink, downstream = _OneGradient(), None
+    with Capture([matrix], sink) as capture:
+        for part in reversed(parts):
+            entering = boundaries.pop().detach().requires_grad_(True)
+            # the watched matrix belongs to the first segment
+            with capture.micro_batch(batch.input_ids.numel()) if part.start == 0 else contextlib.nullcontext():
+                leaving = view.run(part.start, part.stop, entering, arguments)
+                if downstream is None:
+                    _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
+                torch.autograd.backward(leaving, downstream)
+            downstream = entering.grad
+    if (error := _relative_error(divided, logits[attended])) > tolerance:
         return f"its logits differ by {error:.1e} (relative) from the untouched model's"
     if (error := _relative_error(sink.gradient, gradient)) > tolerance:
         return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"

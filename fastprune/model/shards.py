@@ -134,3 +134,13 @@ def read_tensor(stored: Stored) -> torch.Tensor:
                 raise ArtifactError(f"{stored.path} ended while it was read; was it changed?")
             done += read
     return tensor
+
+
+def read_elements(stored: Stored, positions: torch.Tensor) -> torch.Tensor:
+    """Single elements of a tensor by their flat positions, in the dtype on disk; little else is read."""
+    dtype = DTYPES[stored.dtype]
+    with stored.path.open("rb", buffering=0) as file:
+        found = [
+            os.pread(file.fileno(), dtype.itemsize, stored.start + dtype.itemsize * at) for at in positions.tolist()
+        ]
+    return torch.frombuffer(bytearray(b"".join(found)), dtype=dtype) if found else torch.empty(0, dtype=dtype)

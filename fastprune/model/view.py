@@ -1,9 +1,10 @@
 """A Hugging Face causal LM seen as prologue, decoder blocks and epilogue.
 
-In: a resident model. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's arguments
-are written by hand: the model's own forward runs with every decoder block replaced by a stub that records what the real
-block would have been given, and the head runs on hidden states that the last stub hands back. :class:`WholeView` is the
-same interface for a model that does not come apart like this. Nothing here knows statistics or criteria.
+In: a model and its weights. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's
+arguments are written by hand: the model's own forward runs with every decoder block replaced by a stub that records
+what the real block would have been given, and the head runs on hidden states that the last stub hands back.
+:class:`WholeView` is the same interface for a model that does not come apart like this. Nothing here knows statistics
+or criteria.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
 from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.weights import Weights
 
 # Logits of one chunk of the head, as fp32: 2**25 of them are 128 MiB, small beside the weights of any model whose
 # vocabulary makes chunking necessary, and large enough that the head's GEMM stays efficient.
@@ -99,16 +101,12 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
 class _View:
     """What both views share: the model's own forward, the eligible matrices and the loss."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = unwrap(model)
-        self.matrices: list[Matrix] = eligible_matrices(self.model)
+    def __init__(self, weights: Weights) -> None:
+        self.model = unwrap(weights.model)
+        self.device = weights.device  # where token ids go
+        self.matrices: list[Matrix] = eligible_matrices(self.model, allow_meta=weights.streamed)
         self.n_blocks = len(decoder_blocks(self.model)[1])
         self.accepted = set(inspect.signature(self.model.forward).parameters)
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
 
     @property
     def vocab_size(self) -> int:
@@ -137,14 +135,16 @@ class BlockView(_View):
         ModelError: The decoder blocks cannot be found, or hold weights that cannot be scored.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
         self.block_list = decoder_blocks(self.model)[1]
         self.blocks: list[nn.Module] = list(self.block_list)
         self.returns_tuple = False  # whether a block returns (hidden states, …); learnt when a block first runs
 
     @contextlib.contextmanager
-    def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor]) -> Iterator[None]:
+    def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor], first: int = 0) -> Iterator[None]:
+        """Stubs in place of the blocks from ``first`` on; ``on_call`` says what each hands on."""
+
         def handler(index: int) -> Callable[[tuple, dict], object]:
             def call(args: tuple, kwargs: dict) -> object:
                 hidden = on_call(index, args, kwargs)
@@ -152,24 +152,32 @@ class BlockView(_View):
 
             return call
 
+        before = list(self.block_list)
         try:
-            for index, block in enumerate(self.blocks):
+            for index, block in enumerate(self.blocks[first:], start=first):
                 self.block_list[index] = _Stub(block, handler(index))
             yield
         finally:
-            for index, block in enumerate(self.blocks):
+            for index, block in enumerate(before):
                 self.block_list[index] = block
 
+    @contextlib.contextmanager
+    def truncated(self, depth: int) -> Iterator[None]:
+        """The model with its first ``depth`` blocks alone: hidden states go past the others unchanged."""
+        with self._stubbed(lambda index, args, kwargs: _split_hidden(args, kwargs)[0], first=depth):
+            yield
+
     def learn_return_type(self, batch: Batch) -> torch.Tensor:
-        """Run the untouched model once, note what its blocks return, and return its logits."""
-        seen: list[bool] = []
-        hook = self.blocks[0].register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
+        """Run the model once as it is, note what its blocks return, and return its logits."""
+
+        def note(module: nn.Module, args: tuple, output: object) -> None:
+            self.returns_tuple = isinstance(output, tuple)
+
+        hook = self.blocks[0].register_forward_hook(note)
         try:
-            logits = self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
+            return self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
         finally:
             hook.remove()
-        self.returns_tuple = bool(seen and seen[0])
-        return logits
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
         """Everything before the first block.
@@ -222,8 +230,22 @@ class BlockView(_View):
             return hidden.unsqueeze(1) if index == self.n_blocks - 1 else passed
 
         ids = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=self.device)
-        with self._stubbed(replace_last):
+        with self._stubbed(replace_last), self._without_embedding(hidden.dtype):
             return self.forward(ids, torch.ones_like(ids), torch.zeros_like(ids)).squeeze(1)
+
+    @contextlib.contextmanager
+    def _without_embedding(self, dtype: torch.dtype) -> Iterator[None]:
+        """Zeros instead of embeddings, whose weights may not be in memory while the head runs."""
+        embedding = self.model.get_input_embeddings()
+        own = vars(embedding).get("forward")  # an instance's own forward, which some libraries install
+        width = embedding.weight.shape[1]
+        embedding.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
+        try:
+            yield
+        finally:
+            del embedding.forward
+            if own is not None:
+                embedding.forward = own
 
     def losses_and_gradient(
         self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
@@ -271,8 +293,8 @@ class WholeView(_View):
     Memory for the whole model's activations and statistics is needed at once (``segments=1``).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
         self.n_blocks = 1
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:

@@ -2,14 +2,16 @@
 
 In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every matrix, as soon as
 it is final, a call with its statistics; a segment's accumulators are freed before the next segment begins. Hidden
-states are kept at segment boundaries only, so memory grows with the segment and not with the depth of the model.
+states are kept at segment boundaries only, so memory grows with the segment and not with the depth of the model. A
+segment's weights are asked for before it runs, for both sets together: twice in the whole pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -19,6 +21,10 @@ from fastprune.errors import ScoringError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
+from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
+from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.journal import Journal
+from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
@@ -34,11 +40,10 @@ _FP16_LOSS_SCALE = 1024.0
 class _Work:
     """One micro-batch on its way through the model."""
 
+    number: int
     batch: Batch
     names: list[str]
     arguments: BlockArguments | Batch | None = None
-    boundaries: list[torch.Tensor] = field(default_factory=list)
-    gradient: torch.Tensor | None = None
 
 
 @dataclass
@@ -57,12 +62,17 @@ class ScoringSet:
     batch_tokens: int
     statistics: tuple[str, ...]
 
-    def start(self, device: torch.device) -> list[_Work]:
-        """Cut into micro-batches on ``device``."""
+    def start(self, device: torch.device, ranks: Ranks, number: Iterator[int]) -> list[_Work]:
+        """Cut into micro-batches; those of this process go to ``device``."""
         batches = micro_batches(self.examples.examples, self.batch_tokens)
+        mine = ranks.share([batch.input_ids.numel() for batch in batches])
         return [
-            _Work(Batch.from_micro_batch(batch, device), [self._name(index) for index in batch.example_indices])
-            for batch in batches
+            _Work(
+                next(number),
+                Batch.from_micro_batch(batches[index], device),
+                [self._name(example) for example in batches[index].example_indices],
+            )
+            for index in mine
         ]
 
     def _name(self, index: int) -> str:
@@ -77,82 +87,157 @@ def split_blocks(n_blocks: int, segments: int) -> list[range]:
     return [range(first, last) for first, last in itertools.pairwise(starts)]
 
 
-def run_pass(
-    view: View,
-    sets: Sequence[ScoringSet],
-    *,
-    segments: int,
-    dtype: torch.dtype,
-    on_final: OnFinal,
-    backend: str | None = None,
-    progress: bool = True,
-) -> None:
-    """Drive every set through the model once and hand out the statistics.
+def needs(parts: Sequence[range], number: int, *, backward: bool) -> tuple[Group, ...]:
+    """The groups of weights that segment ``number`` runs on; the last one's backward pass begins with the head."""
+    if not 0 <= number < len(parts):
+        return ()
+    return (*parts[number], HEAD) if backward and number == len(parts) - 1 else tuple(parts[number])
+
+
+class Pass:
+    """Drives every set through the model once and hands out the statistics.
 
     Args:
         view: The model; its state is the caller's business (see :func:`fastprune.model.state.quiet`).
+        weights: Where its weights come from.
         sets: Calibration sets; each segment's weights serve all of them while they are there.
-        segments: Number of runs of blocks, 1 … ``view.n_blocks``. One keeps everything resident and recomputes nothing.
+        parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
         dtype: Of the accumulators.
-        on_final: Called as ``on_final(role, matrix, statistics)`` for each set and matrix, last segment first.
+        boundaries: Store of the hidden states.
+        gradients: Store of their gradients; on disk if there is a journal.
+        ranks: The processes that share the examples.
         backend: Backend of the ops.
         progress: Show a bar (never when standard error is not a terminal).
-
-    Raises:
-        ScoringError: A loss or gradient is not finite; names the example and the block.
-        ModelError: The model does not behave as the view expects.
     """
-    parts = split_blocks(view.n_blocks, segments)
-    work = {group.role: group.start(view.device) for group in sets}
-    scale = _FP16_LOSS_SCALE if any(matrix.weight.dtype == torch.float16 for matrix in view.matrices) else 1.0
-    total = sum(len(items) for items in work.values()) * (2 * segments - 1)
-    with tqdm(total=total, desc="scoring", unit="step", disable=None if progress else True, leave=False) as bar:
-        for number, part in enumerate(parts):
-            for item in (item for items in work.values() for item in items):
-                _forward(view, item, part, keep_going=number < segments - 1)
-                if number < segments - 1:
-                    bar.update()
-        for part in reversed(parts):
-            bar.set_postfix_str(f"blocks {part.start}-{part.stop - 1}")
-            matrices = [matrix for matrix in view.matrices if matrix.block in part or isinstance(view, WholeView)]
-            for group in sets:
-                statistics = SegmentStatistics(matrices, group.statistics, dtype, backend)
-                with Capture(matrices, statistics) as capture:
-                    for item in work[group.role]:
-                        _backward(view, item, part, capture, statistics, scale)
+
+    def __init__(
+        self,
+        view: View,
+        weights: Weights,
+        sets: Sequence[ScoringSet],
+        parts: Sequence[range],
+        *,
+        dtype: torch.dtype,
+        boundaries: HiddenStates,
+        gradients: HiddenStates,
+        ranks: Ranks,
+        backend: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        self._view, self._weights, self._sets, self._parts = view, weights, sets, parts
+        self._dtype, self._backend, self._ranks = dtype, backend, ranks
+        self._boundaries, self._gradients = boundaries, gradients
+        self._scale = _FP16_LOSS_SCALE if any(m.weight.dtype == torch.float16 for m in view.matrices) else 1.0
+        numbers = itertools.count()
+        self._work = {group.role: group.start(view.device, ranks, numbers) for group in sets}
+        self._show = progress and ranks.rank == 0
+
+    def run(self, on_final: OnFinal, journal: Journal | None = None) -> None:
+        """Go through the model, from where ``journal`` says.
+
+        Args:
+            on_final: Called as ``on_final(role, matrix, statistics)`` for each set and matrix, last segment first; of
+                several processes, on the matrix's owner.
+            journal: Of an earlier run on the same inputs, or a new one; finished segments are not run again.
+
+        Raises:
+            ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or
+                another process failed.
+            ModelError: The model does not behave as the view expects.
+            ArtifactError: A shard of a streamed model cannot be read.
+        """
+        # Segments from `end` on are finished; boundaries up to number `ready` are there.
+        end = len(self._parts) if journal is None else journal.unfinished(len(self._parts))
+        ready = 0 if journal is None else journal.ready(self._boundaries, end)
+        n_items = sum(len(items) for items in self._work.values())
+        total = n_items * (max(0, end - 1 - ready) + end)
+        with tqdm(total=total, desc="scoring", unit="step", disable=None if self._show else True, leave=False) as bar:
+            if end:
+                self._prologue(ready, end)
+            for number in range(ready, end - 1):
+                self._forward(number, end, bar)
+                if journal is not None:
+                    journal.add_boundary(self._boundaries, f"boundary-{number + 1}")
+            for number in reversed(range(end)):
+                bar.set_postfix_str(f"blocks {self._parts[number].start}-{self._parts[number].stop - 1}")
+                self._backward(number, on_final, bar)
+                if journal is not None:
+                    journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
+                    self._ranks.gather(None)  # nobody frees what another one's unfinished segment would need again
+                self._boundaries.drop(f"boundary-{number}")
+                self._gradients.drop(f"gradient-{number + 1}")
+
+    def _items(self) -> Iterator[_Work]:
+        return itertools.chain.from_iterable(self._work.values())
+
+    @torch.no_grad()
+    def _prologue(self, ready: int, end: int) -> None:
+        following = needs(self._parts, ready if ready < end - 1 else end - 1, backward=ready >= end - 1)
+        with self._ranks.together(), self._weights.held((EMBEDDING,), then=following):
+            for item in self._items():
+                hidden, item.arguments = self._view.prologue(item.batch)
+                self._boundaries.put("boundary-0", item.number, hidden)
+
+    @torch.no_grad()
+    def _forward(self, number: int, end: int, bar: tqdm) -> None:
+        """Bring every micro-batch to the upper boundary of a segment; the last one runs in :meth:`_backward` only."""
+        part = self._parts[number]
+        following = needs(self._parts, number + 1, backward=number + 2 == end)
+        with self._ranks.together(), self._weights.held(needs(self._parts, number, backward=False), then=following):
+            for item in self._items():
+                hidden = self._boundaries.get(f"boundary-{number}", item.number)
+                leaving = self._view.run(part.start, part.stop, hidden, item.arguments)
+                self._boundaries.put(f"boundary-{number + 1}", item.number, leaving)
+                bar.update()
+
+    def _backward(self, number: int, on_final: OnFinal, bar: tqdm) -> None:
+        part = self._parts[number]
+        of_part = [
+            (index, matrix)
+            for index, matrix in enumerate(self._view.matrices)
+            if matrix.block in part or isinstance(self._view, WholeView)
+        ]
+        matrices = [matrix for _, matrix in of_part]
+        following = needs(self._parts, number - 1, backward=True)
+        with contextlib.ExitStack() as stack:
+            with self._ranks.together():
+                groups = needs(self._parts, number, backward=True)
+                stack.enter_context(self._weights.held(groups, then=following))
+            for group in self._sets:
+                statistics = SegmentStatistics(matrices, group.statistics, self._dtype, self._backend)
+                with self._ranks.together(), Capture(matrices, statistics) as capture:
+                    for item in self._work[group.role]:
+                        self._one_micro_batch(number, item, capture, statistics)
                         bar.update()
-                statistics.unscale(scale)
-                for matrix in matrices:
-                    on_final(group.role, matrix, statistics.of.pop(matrix.name))
+                    statistics.unscale(self._scale)
+                for index, matrix in of_part:
+                    for tensor in statistics.of[matrix.name].values():
+                        self._ranks.sum_to(self._ranks.owner(index), tensor)
+                with self._ranks.together():
+                    for index, matrix in of_part:
+                        found = statistics.of.pop(matrix.name)
+                        if self._ranks.owner(index) == self._ranks.rank:
+                            on_final(group.role, matrix, found)
 
-
-@torch.no_grad()
-def _forward(view: View, item: _Work, part: range, keep_going: bool) -> None:
-    """Bring one micro-batch to the upper boundary of a segment; the last segment runs in :func:`_backward` only."""
-    if part.start == 0:
-        hidden, item.arguments = view.prologue(item.batch)
-        item.boundaries.append(hidden)
-    if keep_going:
-        item.boundaries.append(view.run(part.start, part.stop, item.boundaries[-1], item.arguments))
-
-
-def _backward(
-    view: View, item: _Work, part: range, capture: Capture, statistics: SegmentStatistics, scale: float
-) -> None:
-    """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it."""
-    with_gradient = statistics.wants_gradients
-    entering = item.boundaries.pop().detach().requires_grad_(with_gradient)
-    statistics.begin(item.batch, item.names)
-    with capture.micro_batch(item.batch.input_ids.numel()):
-        with torch.set_grad_enabled(with_gradient):
-            leaving = view.run(part.start, part.stop, entering, item.arguments)
-        if with_gradient:
-            if part.stop == view.n_blocks:
-                losses, item.gradient = view.losses_and_gradient(leaving, item.batch, scale)
+    def _one_micro_batch(self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics) -> None:
+        """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it."""
+        part, with_gradient = self._parts[number], statistics.wants_gradients
+        entering = self._boundaries.take(f"boundary-{number}", item.number).detach().requires_grad_(with_gradient)
+        statistics.begin(item.batch, item.names)
+        with capture.micro_batch(item.batch.input_ids.numel()):
+            with torch.set_grad_enabled(with_gradient):
+                leaving = self._view.run(part.start, part.stop, entering, item.arguments)
+            if not with_gradient:
+                return
+            if number == len(self._parts) - 1:
+                losses, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
                 _check_losses(losses, item.names)
-            torch.autograd.backward(leaving, item.gradient)
-            item.gradient = entering.grad
-            statistics.end(item.gradient)
+            else:
+                gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
+            torch.autograd.backward(leaving, gradient)
+            statistics.end(entering.grad)
+            if number:
+                self._gradients.put(f"gradient-{number}", item.number, entering.grad)
 
 
 def _check_losses(losses: torch.Tensor, names: Sequence[str]) -> None:

@@ -94,11 +94,11 @@ class Keeper:
             raise ArgumentError(f"the kept fraction (p_max, q_max) must be in (0, 1], got {fraction!r}")
         if not sizes:
             raise ArgumentError("sizes must name at least one matrix")
-        self._sizes = dict(sizes)
+        self.sizes = dict(sizes)
         self._backend = backend
-        self._n_global = math.ceil(fraction * sum(self._sizes.values()))
-        local = {name: math.ceil(fraction * n) for name, n in self._sizes.items()}
-        raised = {name: max(k, min(self._sizes[name], SMALL_MATRIX)) for name, k in local.items()}
+        self._n_global = math.ceil(fraction * sum(self.sizes.values()))
+        local = {name: math.ceil(fraction * n) for name, n in self.sizes.items()}
+        raised = {name: max(k, min(self.sizes[name], SMALL_MATRIX)) for name, k in local.items()}
         fits = n_lists * ENTRY_BYTES * sum(raised.values()) < SMALL_BYTES
         self._n_local = raised if fits else local
         self._kept: dict[str, Kept] = {}
@@ -106,7 +106,7 @@ class Keeper:
         self._threshold = -math.inf
         self._fresh = 0  # candidates added since the threshold was taken
 
-    def add(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str) -> None:
+    def add(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str) -> Kept:
         """Form the scores of one matrix and keep its best.
 
         Args:
@@ -114,6 +114,9 @@ class Keeper:
             weight: The matrix, stored layout.
             statistic: What the criterion needs, as for :func:`fastprune.ops.top_scores`.
             criterion: Name of the criterion.
+
+        Returns:
+            What was kept for now; :meth:`insert` of it into another keeper of the same settings is the same as this.
 
         Raises:
             ScoringError: A score is NaN; the message names the matrix.
@@ -136,7 +139,9 @@ class Keeper:
                 break
             ask = min(4 * ask, limit)
         found = Kept(indices.cpu(), values, numel, -math.inf)
-        self.insert(name, found.prefix(max(local, min(self._candidates(found), self._n_global))))
+        kept = found.prefix(max(local, min(self._candidates(found), self._n_global)))
+        self.insert(name, kept)
+        return kept
 
     def insert(self, name: str, kept: Kept) -> None:
         """Add a list that was formed before (by a keeper of the same settings), e.g. one read from a journal.
@@ -150,25 +155,30 @@ class Keeper:
         if self._fresh >= self._n_global:
             self._trim()
 
+    @property
+    def so_far(self) -> dict[str, Kept]:
+        """The lists that are there."""
+        return dict(self._kept)
+
     def finish(self) -> dict[str, Kept]:
         """The lists in model order.
 
         Raises:
             ScoringError: A matrix was never added.
         """
-        missing = [name for name in self._sizes if name not in self._kept]
+        missing = [name for name in self.sizes if name not in self._kept]
         if missing:
             raise ScoringError(
-                f"{len(missing)} of {len(self._sizes)} matrices were never scored, the first is {missing[0]}"
+                f"{len(missing)} of {len(self.sizes)} matrices were never scored, the first is {missing[0]}"
             )
         self._trim()
-        return {name: self._kept[name] for name in self._sizes}
+        return {name: self._kept[name] for name in self.sizes}
 
     def _check_new(self, name: str, numel: int) -> None:
-        if name not in self._sizes:
-            raise ArgumentError(f"{name} is none of the {len(self._sizes)} matrices of this keeper")
-        if self._sizes[name] != numel:
-            raise ArgumentError(f"{name} must have {self._sizes[name]} weights, got {numel}")
+        if name not in self.sizes:
+            raise ArgumentError(f"{name} is none of the {len(self.sizes)} matrices of this keeper")
+        if self.sizes[name] != numel:
+            raise ArgumentError(f"{name} must have {self.sizes[name]} weights, got {numel}")
         if name in self._kept:
             raise ArgumentError(f"{name} was added before")
 
@@ -180,7 +190,7 @@ class Keeper:
 
     def _trim(self) -> None:
         """Take the threshold anew; cut each list to its own share and what is among the highest of all seen so far."""
-        names = [name for name in self._sizes if name in self._kept]
+        names = [name for name in self.sizes if name in self._kept]
         values = np.concatenate(
             [self._kept[name].values[: self._candidates(self._kept[name])].numpy() for name in names]
         )

@@ -79,6 +79,7 @@ class Plan:
     activation_bytes: int
     boundary_bytes: int
     flops: float
+    boundaries: str = "device"
 
     @property
     def peak_bytes(self) -> int:
@@ -120,6 +121,7 @@ def plan(
     host_memory: int | str | None = None,
     segments: int | None = None,
     statistics: int = 1,
+    boundaries: str | None = None,
 ) -> Plan:
     """Choose the number of segments for a budget and estimate what a pass takes.
 
@@ -144,7 +146,9 @@ def plan(
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{argument}: expected a positive integer, got {value!r}")
-    if isinstance(model_or_config, nn.Module):
+    if hasattr(model_or_config, "streamed"):
+        model, on_meta = model_or_config.model, True
+    elif isinstance(model_or_config, nn.Module):
         model, on_meta = unwrap(model_or_config), False
     else:
         from transformers import AutoModelForCausalLM
@@ -178,7 +182,9 @@ def plan(
         raise ArgumentError(
             f"host_memory: the boundaries alone need {_show(result.boundary_bytes)}, got {host_memory!r}"
         )
-    return result
+    from dataclasses import replace
+
+    return replace(result, boundaries=boundaries or "device")
 
 
 def _estimate(

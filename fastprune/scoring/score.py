@@ -6,6 +6,7 @@ In: a causal LM and calibration data. Out: :class:`Scores`. This file validates,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping
@@ -18,19 +19,28 @@ import fastprune
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError
-from fastprune.model.checkpoint import load_model
-from fastprune.model.eligible import Matrix, eligible_matrices, unwrap
-from fastprune.model.fingerprint import fingerprint
+from fastprune.model.eligible import eligible_matrices, unwrap
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
 from fastprune.model.view import BlockView, WholeView
-from fastprune.scoring.criteria import STATISTIC, parse_criteria, statistics_of
-from fastprune.scoring.engine import ScoringSet, run_pass
-from fastprune.scoring.keep import Keeper
+from fastprune.model.weights import EMBEDDING, HEAD, Resident, Streamed, Weights
+from fastprune.scoring.collect import Collector
+from fastprune.scoring.criteria import parse_criteria, statistics_of
+from fastprune.scoring.engine import Pass, ScoringSet, needs, split_blocks
+from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.journal import Journal
 from fastprune.scoring.plan import MICRO_BATCH_TOKENS, plan
+from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.scores import Scores
 
 _STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_WEIGHT_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def score(
@@ -48,6 +58,10 @@ def score(
     statistics_dtype: str = "float32",
     backend: str | None = None,
     progress: bool = True,
+    host_memory: int | str | None = None,
+    boundaries: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Scores:
     """Score every weight of the decoder blocks for harm and for benign use, in one pass over the model.
 
@@ -56,7 +70,8 @@ def score(
     and hooks are the same after the call, also after an exception or Ctrl-C.
 
     Args:
-        model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is loaded into memory.
+        model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is streamed: its
+            weights are read as they are needed, twice in all, and are in memory together only if there is room.
         harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
             scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
             Or a CalibrationSet, or its ``loader()``.
@@ -68,11 +83,21 @@ def score(
         q_max: The same for ``q``.
         memory: Budget in bytes or ``"80GiB"`` on the model's device, weights included; decides the segments.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
-        resume: Reserved for interrupted runs; has to be ``None``.
+        resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
+            has the bits of an uninterrupted run. Remove the folder when the scores are saved.
         statistics_dtype: ``"float32"`` or ``"float64"``.
         backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.
+        host_memory: Budget in host memory beside a GPU, for hidden states between segments.
+        boundaries: Where these lie: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
+            ``"disk"`` for a run with a journal.
+        device: Where a checkpoint folder's model runs; ``None``: a GPU if there is one (of several processes on a node,
+            each its own), otherwise the CPU.
+        dtype: Of a checkpoint folder's weights, e.g. ``"bfloat16"``; ``None`` keeps the one on disk.
+
+    Under an initialised ``torch.distributed`` process group, the processes share the examples between them; each
+    returns the same scores.
 
     Returns:
         The kept scores, on the CPU, with their provenance.
@@ -82,7 +107,10 @@ def score(
         BackendError: The named backend cannot serve.
         CalibrationError: A loader yields nothing or something malformed.
         ModelError: The model cannot be driven or some weight cannot be reached.
-        ScoringError: A loss or gradient is not finite; names the example and the block.
+        NotFoundError: The checkpoint folder or a file of it does not exist.
+        ArtifactError: The checkpoint or the journal is damaged.
+        ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or another
+            process of the run failed.
     """
     criteria = {"harm": parse_criteria("harm", harm)}
     if benign_loader is not None:
@@ -96,58 +124,96 @@ def score(
     backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
     if harm_loader is None:
         raise ArgumentError("harm_loader: expected an iterable of batches, got None")
-    if resume is not None:
-        raise ArgumentError(f"resume: runs cannot be resumed yet; expected None, got {resume!r}")
-    if isinstance(model, str | os.PathLike):
-        model = load_model(model)
-    model = unwrap(model)
-    eligible_matrices(model)  # refuses what cannot be scored before any data is read
+    ranks = Ranks()
+    weights = _weights(model, device, dtype)
+    eligible_matrices(weights.model, allow_meta=weights.streamed)  # refuses what cannot be scored before data is read
     sets = [
-        _scoring_set(role, loader, criteria[role], model)
+        _scoring_set(role, loader, criteria[role], weights.model)
         for role, loader in (("harm", harm_loader), ("benign", benign_loader))
         if loader is not None
     ]
     n_examples = sum(len(group.examples) for group in sets)
     n_tokens = sum(len(example) for group in sets for example in group.examples)
     chosen = plan(
-        model,
+        weights if weights.streamed else weights.model,
         n_examples,
         max(1, n_tokens // n_examples),
         memory=memory,
+        host_memory=host_memory,
         segments=segments,
+        boundaries="disk" if boundaries is None and resume is not None else boundaries,
         statistics=max(len(group.statistics) for group in sets),
     )
-    with quiet(model):
-        view = checked_view(model, segments)
-        keepers = _keepers(view, criteria, fractions, backend)
-
-        def keep(role: str, matrix: Matrix, statistics: dict[str, torch.Tensor]) -> None:
-            for criterion in criteria[role]:
-                values = statistics[STATISTIC[criterion]] if STATISTIC[criterion] is not None else None
-                if criterion == "wanda" and matrix.input_major:
-                    values = values.unsqueeze(1)
-                keepers[role, criterion].add(matrix.name, matrix.weight, values, criterion)
-
-        run_pass(
+    with contextlib.ExitStack() as stack:
+        stack.callback(weights.close)
+        stack.enter_context(quiet(weights.model))
+        parts = split_blocks(chosen.n_blocks, chosen.segments)
+        if weights.streamed:
+            first = (EMBEDDING, *needs(parts, 0, backward=len(parts) == 1))
+            with weights.held((EMBEDDING, HEAD, *parts[0]), then=first):
+                view = checked_view(weights, parts[:1], segments)
+        else:
+            view = checked_view(weights, parts, segments)
+        parts = parts if isinstance(view, BlockView) else [range(view.n_blocks)]
+        key = _journal_key(view, sets, criteria, fractions, len(parts), statistics_dtype)
+        if ranks.size > 1 or resume is not None:
+            key["weights"] = weights.identity()
+        ranks.check_same(key)
+        journal = Journal(resume, key, ranks) if resume is not None else None
+        if journal is not None:
+            stack.callback(journal.close)
+        hidden = HiddenStates(chosen.boundaries, weights.device, journal and journal.folder)
+        stack.callback(hidden.close)
+        gradients = hidden if journal is None else HiddenStates("disk", weights.device, journal.folder)
+        collector = Collector(view.matrices, criteria, fractions, backend, journal)
+        if journal is not None:
+            for noted in journal.finished(journal.unfinished(len(parts)), gradients):
+                collector.restore(noted)
+        Pass(
             view,
+            weights,
             sets,
-            segments=min(chosen.segments, view.n_blocks),
+            parts,
             dtype=_STATISTICS_DTYPES[statistics_dtype],
-            on_final=keep,
+            boundaries=hidden,
+            gradients=gradients,
+            ranks=ranks,
             backend=backend,
             progress=progress,
-        )
-    kept = {
-        role: {criterion: keepers[role, criterion].finish() for criterion in names} for role, names in criteria.items()
-    }
+        ).run(collector.add, journal)
+    collector.merge(ranks)
+    kept = collector.lists()
     return Scores(
         harm=kept["harm"],
         benign=kept.get("benign", {}),
-        shapes={matrix.name: tuple(matrix.weight.shape) for matrix in view.matrices},
-        provenance=_provenance(view, sets, criteria, statistics_dtype),
+        shapes=collector.shapes,
+        provenance=_provenance(view, sets, criteria, statistics_dtype, collector.fingerprint()),
         p_max=p_max,
         q_max=q_max,
     )
+
+
+def _weights(
+    model: torch.nn.Module | str | Path, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Weights:
+    if not isinstance(model, str | os.PathLike):
+        for argument, value in (("device", device), ("dtype", dtype)):
+            if value is not None:
+                raise ArgumentError(f"{argument}: is for a checkpoint folder; move or cast the model itself instead")
+        return Resident(unwrap(model))
+    if isinstance(dtype, str):
+        if dtype not in _WEIGHT_DTYPES:
+            raise ArgumentError(f"dtype: expected one of {', '.join(_WEIGHT_DTYPES)}, got {dtype!r}")
+        dtype = _WEIGHT_DTYPES[dtype]
+    if device is None:
+        # torchrun says which of a node's GPUs belongs to this process
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+    return Streamed(model, device, dtype)
 
 
 def _fraction(argument: str, value: float) -> float:
@@ -163,15 +229,33 @@ def _scoring_set(role: str, loader: Iterable, criteria: tuple[str, ...], model: 
     return ScoringSet(role, examples, budget, statistics_of(criteria))
 
 
-def _keepers(
-    view: BlockView | WholeView, criteria: dict[str, tuple[str, ...]], fractions: dict[str, float], backend: str | None
-) -> dict[tuple[str, str], Keeper]:
-    sizes = {matrix.name: matrix.weight.numel() for matrix in view.matrices}
-    n_lists = sum(len(names) for names in criteria.values())
+def _journal_key(
+    view: BlockView | WholeView,
+    sets: list[ScoringSet],
+    criteria: dict[str, tuple[str, ...]],
+    fractions: dict[str, float],
+    segments: int,
+    statistics_dtype: str,
+) -> dict[str, Any]:
+    """Everything that the bits of the result depend on, besides the weights."""
     return {
-        (role, criterion): Keeper(sizes, fractions[role], n_lists, backend)
-        for role, names in criteria.items()
-        for criterion in names
+        "architecture": type(view.model).__name__,
+        "dtype": str(view.matrices[0].weight.dtype).removeprefix("torch."),
+        "calibration": {group.role: group.examples.hash for group in sets},
+        "batch_tokens": {group.role: group.batch_tokens for group in sets},
+        "criteria": {role: list(names) for role, names in criteria.items()},
+        "fractions": fractions,
+        "segments": segments,
+        "statistics_dtype": statistics_dtype,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastprune": fastprune.__version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
 
 
@@ -180,6 +264,7 @@ def _provenance(
     sets: list[ScoringSet],
     criteria: dict[str, tuple[str, ...]],
     statistics_dtype: str,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """What a reader of the scores needs to know to form them again; no times, so that equal runs give equal files."""
     config = view.model.config
@@ -188,7 +273,7 @@ def _provenance(
             "id": getattr(config, "_name_or_path", "") or type(view.model).__name__,
             "revision": getattr(config, "_commit_hash", None),
             "architecture": type(view.model).__name__,
-            "fingerprint": fingerprint({matrix.name: matrix.weight for matrix in view.matrices}),
+            "fingerprint": fingerprint,
             "dtype": str(view.matrices[0].weight.dtype).removeprefix("torch."),
         },
         "criteria": {role: list(names) for role, names in criteria.items()},
@@ -203,9 +288,5 @@ def _provenance(
         },
         "block_of": {matrix.name: matrix.block for matrix in view.matrices},
         "statistics_dtype": statistics_dtype,
-        "versions": {
-            "fastprune": fastprune.__version__,
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-        },
+        "versions": _versions(),
     }

@@ -1,0 +1,172 @@
+"""A model without weights, and where in a checkpoint each of them comes from.
+
+In: a checkpoint folder. Out: the model with its parameters on the meta device and its buffers real, and one
+:class:`Recipe` for each parameter. Names on disk that differ from those in memory, and weights that are stored in
+pieces (one tensor for each expert), go through transformers' own conversion; what it cannot name is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.errors import ModelError
+from fastprune.model.checkpoint import load_config
+from fastprune.model.shards import DTYPES, Stored, read_tensor, stored_tensors
+
+
+@dataclass
+class Recipe:
+    """How one parameter or buffer is made from what is stored.
+
+    Attributes:
+        name: In the model.
+        dtype: Wanted in memory.
+        sources: Stored tensors by the pattern that named them, in the order in which they are put together.
+        converter: transformers' conversion, or ``None`` where one stored tensor is the parameter.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sources: dict[str, list[Stored]] = field(default_factory=dict)
+    converter: Any = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read from disk."""
+        parts = (part for parts in self.sources.values() for part in parts)
+        return sum(part.numel * DTYPES[part.dtype].itemsize if part.dtype in DTYPES else 0 for part in parts)
+
+    def read(self, model: nn.Module) -> torch.Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            ArtifactError: A shard cannot be read.
+            ModelError: The conversion does not give this parameter.
+        """
+        tensors = {pattern: [read_tensor(part) for part in parts] for pattern, parts in self.sources.items()}
+        if self.converter is None:
+            ((tensor,),) = tensors.values()
+            return tensor.to(self.dtype)
+        converter = copy.deepcopy(self.converter)
+        for pattern, parts in tensors.items():
+            for part in parts:
+                converter.add_tensor(self.name, self.name, pattern, part.to(self.dtype))
+        tensors.clear()
+        made = converter.convert(self.name, model=model, config=model.config)
+        if self.name not in made:
+            raise ModelError(f"model: transformers' conversion makes {', '.join(made)} where {self.name} is needed")
+        tensor = made[self.name]
+        return (tensor[0] if isinstance(tensor, list) else tensor).to(self.dtype).contiguous()
+
+
+def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Recipe]]:
+    """Build the model of a checkpoint folder without its weights.
+
+    Args:
+        folder: Folder with ``config.json`` and safetensors weights.
+        dtype: Of the weights; ``None`` keeps the one on disk, as loading with ``dtype="auto"`` does.
+
+    Returns:
+        The model in evaluation mode, every parameter on the meta device; and a recipe for each parameter and persistent
+        buffer by its name (tied ones once, under their first name).
+
+    Raises:
+        NotFoundError: The folder, its config or a shard does not exist.
+        ArtifactError: A shard or the index is truncated.
+        ModelError: transformers cannot build the model, or the checkpoint lacks a weight.
+    """
+    config = load_config(folder)
+    stored = stored_tensors(Path(folder))
+    wanted = dtype or getattr(config, "dtype", None)
+    if wanted is None:
+        wanted = next((DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in DTYPES), torch.float32)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: {folder} cannot be built as a causal language model: {error}") from error
+    return model, _recipes(model, stored, wanted, folder)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their memory as they are registered. Buffers are computed as always: no file holds most of them.
+
+    Building under ``torch.device("meta")`` would lose the buffers too, and not every architecture can make them again.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # What is on meta already keeps its identity: that is how tied weights are known.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _recipes(
+    model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, folder: str | Path
+) -> dict[str, Recipe]:
+    in_memory = model.state_dict(keep_vars=True)
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    recipes: dict[str, Recipe] = {}
+    for source, name, pattern, converter in _names(model, stored, in_memory):
+        kept = next((wanted for part, wanted in plan.items() if re.search(rf"\b{re.escape(part)}\b", name)), None)
+        recipe = recipes.setdefault(name, Recipe(name, kept or in_memory[name].dtype, converter=converter))
+        recipe.sources.setdefault(pattern, []).append(stored[source])
+    for recipe in recipes.values():
+        if recipe.converter is None and [part.shape for part in next(iter(recipe.sources.values()))] != [
+            tuple(in_memory[recipe.name].shape)
+        ]:
+            raise ModelError(
+                f"model: {recipe.name} should have the shape {tuple(in_memory[recipe.name].shape)}; {folder} holds "
+                f"{[part.shape for part in next(iter(recipe.sources.values()))]}"
+            )
+    named = {id(in_memory[name]) for name in recipes}
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
+    if missing:
+        raise ModelError(
+            f"model: {folder} lacks {len(missing)} of the weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; names on disk that transformers does not convert cannot be streamed"
+        )
+    return recipes
+
+
+def _names(
+    model: nn.Module, stored: Mapping[str, Stored], in_memory: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, str, str, Any]]:
+    """``(name on disk, name in memory, pattern, converter)`` of every stored tensor that the model has."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    except ImportError:  # a transformers without them stores what it has in memory
+        yield from ((name, name, name, None) for name in stored if name in in_memory)
+        return
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    # In natural order: expert 10 comes after expert 9 where experts are put together.
+    for source in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(source, renamings, converters, prefix, in_memory)
+        if name not in in_memory and source in in_memory:
+            name, pattern = source, None
+        if name in in_memory:
+            yield source, name, pattern or source, of_pattern[pattern] if pattern is not None else None

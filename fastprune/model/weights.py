@@ -1,0 +1,224 @@
+"""Where the weights of a part of the model come from while it is needed.
+
+In: a model in memory, or a checkpoint folder. Out: an object whose ``held`` context makes sure that some groups of
+weights are there: ``"embedding"``, ``"head"``, and blocks by their index. :class:`Resident` has everything at all
+times. :class:`Streamed` reads a group when it is needed or, one step ahead, while the step before it computes, and
+drops it after. What belongs to no group (norms, position tables) is small and stays. Nothing here knows statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastprune.model.eligible import decoder_blocks
+from fastprune.model.fingerprint import fingerprint, fingerprint_of_samples, sample_positions
+from fastprune.model.shards import DTYPES, read_elements, stored_tensors
+from fastprune.model.skeleton import Recipe, skeleton
+
+Group = int | str
+EMBEDDING, HEAD = "embedding", "head"
+
+
+class Resident:
+    """The weights of a model in memory.
+
+    Args:
+        model: The model; its input embedding's device is where token ids go.
+    """
+
+    streamed = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+
+    @contextlib.contextmanager
+    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:
+        """Nothing to do."""
+        yield
+
+    def identity(self) -> str:
+        """A hash of samples of every parameter; tells one model from another."""
+        return fingerprint(dict(self.model.named_parameters()))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+@dataclass(eq=False)
+class _Parameter:
+    """One parameter of a streamed model: its places in the modules (several if it is tied), and who needs it now."""
+
+    recipe: Recipe
+    places: list[tuple[nn.Module, str]]
+    users: int = 0
+    loading: Future | None = None
+    meta: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
+
+
+class Streamed:
+    """The weights of a checkpoint folder, in memory only while they are needed.
+
+    Args:
+        folder: Checkpoint folder.
+        device: Where the model runs.
+        dtype: Of the weights; ``None`` keeps the one on disk.
+
+    Attributes:
+        model: The model, its parameters on the meta device while they are not held.
+        bytes_read: Bytes read from disk so far.
+
+    Raises:
+        NotFoundError, ArtifactError, ModelError: As :func:`fastprune.model.skeleton.skeleton`.
+    """
+
+    streamed = True
+
+    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.device = Path(folder), device
+        self.model, recipes = skeleton(folder, dtype)
+        self._stored = stored_tensors(self.folder)
+        self.bytes_read = 0
+        self._groups: dict[Group, list[_Parameter]] = {}
+        self._reserved: list[_Parameter] = []
+        # One reader: groups arrive in the order in which they were asked for, and a disk is read from front to back.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastprune-read")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sort(recipes)
+
+    def _sort(self, recipes: dict[str, Recipe]) -> None:
+        """Sort parameters into groups; load at once what belongs to none."""
+        model = self.model
+        prefix = decoder_blocks(model)[0] + "."
+        head = model.get_output_embeddings()
+        by_identity: dict[int, _Parameter] = {}
+        groups_of: dict[int, set[Group]] = {}
+        recipe_of = {
+            id(tensor): recipes[name] for name, tensor in model.state_dict(keep_vars=True).items() if name in recipes
+        }
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                entry = by_identity.setdefault(id(parameter), _Parameter(recipe_of[id(parameter)], []))
+                entry.places.append((module, name))
+                entry.meta[id(module), name] = parameter
+                groups = groups_of.setdefault(id(parameter), set())
+                if f"{path}.".startswith(prefix):
+                    groups.add(int(path.removeprefix(prefix).split(".")[0]))
+                elif module is model.get_input_embeddings():
+                    groups.add(EMBEDDING)
+                elif module is head:
+                    groups.add(HEAD)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    recipe = recipe_of.get(id(buffer))
+                    module._buffers[name] = (recipe.read(model) if recipe else buffer).to(self.device)
+        for key, entry in by_identity.items():
+            for group in groups_of[key]:
+                self._groups.setdefault(group, []).append(entry)
+            if not groups_of[key]:
+                self._place(entry, self._read(entry.recipe))
+
+    @contextlib.contextmanager
+    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:
+        """Have some groups in memory for the length of a ``with`` block.
+
+        Args:
+            groups: What is needed.
+            then: What the next call will need: it is read while this block runs, or kept if it is there already.
+
+        Raises:
+            ArtifactError: A shard cannot be read.
+        """
+        needed = self._of(groups)
+        before, self._reserved = self._reserved, []
+        try:
+            self._want(needed)
+            self._reserved = self._of(then)
+            self._want(self._reserved)
+            self._drop(before)
+            before = []
+            for entry in needed:
+                self._wait(entry)
+            yield
+        finally:
+            self._drop([*before, *needed])
+
+    def identity(self) -> str:
+        """A hash of samples of every tensor on disk; tells one checkpoint from another."""
+        floats = {name: stored for name, stored in self._stored.items() if stored.dtype in DTYPES}
+        return fingerprint_of_samples(
+            {
+                name: (stored.shape, read_elements(stored, sample_positions(stored.numel)))
+                for name, stored in floats.items()
+            }
+        )
+
+    def close(self) -> None:
+        """Drop what is still in memory and end the reading thread."""
+        self._drop(self._reserved)
+        self._reserved = []
+        self._reader.shutdown(cancel_futures=True)
+
+    def sizes(self) -> dict[Group, int]:
+        """Bytes in memory of each group."""
+        return {
+            group: sum(
+                parameter.numel() * parameter.element_size()
+                for entry in entries
+                for parameter in [next(iter(entry.meta.values()))]
+            )
+            for group, entries in self._groups.items()
+        }
+
+    def _of(self, groups: Iterable[Group]) -> list[_Parameter]:
+        return [entry for group in groups for entry in self._groups.get(group, ())]
+
+    def _want(self, entries: Sequence[_Parameter]) -> None:
+        for entry in entries:
+            entry.users += 1
+            if entry.loading is None:
+                entry.loading = self._reader.submit(self._read, entry.recipe)
+
+    def _wait(self, entry: _Parameter) -> None:
+        tensor = entry.loading.result()
+        if self._stream is not None:
+            # The allocator must not hand its memory to the reader while work that uses it is still queued here.
+            tensor.record_stream(torch.cuda.current_stream(self.device))
+        self._place(entry, tensor)
+
+    def _read(self, recipe: Recipe) -> torch.Tensor:
+        self.bytes_read += recipe.stored_bytes
+        tensor = recipe.read(self.model)
+        if self._stream is None:
+            return tensor.to(self.device)
+        with torch.cuda.stream(self._stream):
+            moved = tensor.pin_memory().to(self.device, non_blocking=True)
+        self._stream.synchronize()
+        return moved
+
+    def _drop(self, entries: Sequence[_Parameter]) -> None:
+        for entry in entries:
+            entry.users -= 1
+            if entry.users == 0 and entry.loading is not None:
+                entry.loading.cancel()
+                entry.loading = None
+                for module, name in entry.places:
+                    module._parameters[name] = entry.meta[id(module), name]
+
+    @staticmethod
+    def _place(entry: _Parameter, tensor: torch.Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        for module, name in entry.places:
+            module._parameters[name] = parameter
+
+
+Weights = Resident | Streamed

@@ -1,0 +1,107 @@
+"""What the pass leaves of every matrix: its best-scored weights, and the samples that name the model.
+
+In: final statistics, matrix by matrix, from this process, a journal or other processes. Out: the kept lists of every
+criterion and the model's fingerprint. It must not know how statistics are formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fastprune.model.eligible import Matrix
+from fastprune.model.fingerprint import fingerprint_of_samples, sample
+from fastprune.scoring.criteria import STATISTIC
+from fastprune.scoring.journal import Journal
+from fastprune.scoring.keep import Keeper, Kept
+from fastprune.scoring.ranks import Ranks
+
+
+class Collector:
+    """Takes what is final and keeps a thousandth of it.
+
+    Args:
+        matrices: In model order.
+        criteria: Of each role.
+        fractions: Kept fraction of each role.
+        backend: Backend of the ops.
+        journal: Where everything that is added is noted.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        criteria: Mapping[str, tuple[str, ...]],
+        fractions: Mapping[str, float],
+        backend: str | None,
+        journal: Journal | None,
+    ) -> None:
+        self.shapes = {matrix.name: tuple(matrix.weight.shape) for matrix in matrices}
+        self._criteria, self._journal = criteria, journal
+        n_lists = sum(map(len, criteria.values()))
+        sizes = {matrix.name: matrix.weight.numel() for matrix in matrices}
+        self._keepers = {
+            (role, criterion): Keeper(sizes, fractions[role], n_lists, backend)
+            for role, names in criteria.items()
+            for criterion in names
+        }
+        self._samples: dict[str, torch.Tensor] = {}
+
+    def add(self, role: str, matrix: Matrix, statistics: Mapping[str, torch.Tensor]) -> None:
+        """Form the scores of one matrix under every criterion of a role.
+
+        Raises:
+            ScoringError: A score is NaN; names the matrix.
+        """
+        noted = {}
+        if matrix.name not in self._samples:
+            self._samples[matrix.name] = noted[f"sample/{matrix.name}"] = sample(matrix.weight)
+        for criterion in self._criteria[role]:
+            values = statistics[STATISTIC[criterion]] if STATISTIC[criterion] is not None else None
+            if criterion == "wanda" and matrix.input_major:
+                values = values.unsqueeze(1)
+            kept = self._keepers[role, criterion].add(matrix.name, matrix.weight, values, criterion)
+            label = f"{role}/{criterion}/{matrix.name}"
+            noted |= {f"indices/{label}": kept.indices, f"values/{label}": kept.values}
+            noted[f"floor/{label}"] = torch.tensor([kept.floor], dtype=torch.float32)
+        if self._journal is not None:
+            self._journal.note(noted)
+
+    def restore(self, noted: Mapping[str, torch.Tensor]) -> None:
+        """Add what a journal noted of a finished segment."""
+        for key, tensor in noted.items():
+            kind, _, label = key.partition("/")
+            if kind == "sample":
+                self._samples[label] = tensor
+            elif kind == "indices":
+                role, criterion, name = label.split("/", 2)
+                keeper = self._keepers[role, criterion]
+                floor = float(noted[f"floor/{label}"])
+                keeper.insert(name, Kept(tensor, noted[f"values/{label}"], keeper.sizes[name], floor))
+
+    def merge(self, ranks: Ranks) -> None:
+        """Bring together what the processes selected, on each of them."""
+        mine = {key: keeper.so_far for key, keeper in self._keepers.items()}
+        for rank, (samples, lists) in enumerate(ranks.gather((self._samples, mine))):
+            if rank == ranks.rank:
+                continue
+            self._samples |= samples
+            for key, by_name in lists.items():
+                for name, kept in by_name.items():
+                    self._keepers[key].insert(name, kept)
+
+    def lists(self) -> dict[str, dict[str, dict[str, Kept]]]:
+        """Role to criterion to matrix, in model order.
+
+        Raises:
+            ScoringError: A matrix was never scored.
+        """
+        return {
+            role: {criterion: self._keepers[role, criterion].finish() for criterion in names}
+            for role, names in self._criteria.items()
+        }
+
+    def fingerprint(self) -> str:
+        """Of the model whose weights went by."""
+        return fingerprint_of_samples({name: (self.shapes[name], values) for name, values in self._samples.items()})

@@ -1,0 +1,152 @@
+"""Hidden states and their gradients between segments, on the device, in host memory or on disk.
+
+In: one tensor for each micro-batch under a name such as ``boundary-3``. Out: the same bits, once, on the model's
+device. On disk each name is one file: micro-batches one after the other, written and read with plain system calls, as
+mapped pages would count as the process's memory. It must not know models or statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.errors import ScoringError
+
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one micro-batch's tensor lies in a file."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HiddenStates:
+    """Tensors by name and micro-batch; a name's memory or file is freed by :meth:`drop`.
+
+    Args:
+        tier: ``"device"``, ``"host"`` (pinned, if the device is a GPU) or ``"disk"``.
+        device: Where tensors come from and go back to.
+        folder: For ``"disk"``: where the files lie; ``None`` takes a temporary folder that :meth:`close` removes.
+    """
+
+    def __init__(self, tier: str, device: torch.device, folder: Path | None = None) -> None:
+        self.tier, self.device = tier, device
+        self._tensors: dict[str, dict[int, torch.Tensor]] = {}
+        self._slots: dict[str, dict[int, _Slot]] = {}
+        self._temporary = folder is None and tier == "disk"
+        self._folder = Path(tempfile.mkdtemp(prefix="fastprune-")) if self._temporary else folder
+
+    def put(self, name: str, item: int, tensor: torch.Tensor) -> None:
+        """Keep one tensor; it may be on any device that the model uses.
+
+        Raises:
+            ScoringError: The disk is full.
+        """
+        tensor = tensor.detach()
+        if self.tier == "disk":
+            self._write(name, item, tensor)
+        elif self.tier == "host" and tensor.device.type != "cpu":
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensors.setdefault(name, {})[item] = host.copy_(tensor, non_blocking=True)
+        else:
+            self._tensors.setdefault(name, {})[item] = tensor
+
+    def get(self, name: str, item: int) -> torch.Tensor:
+        """The tensor, on the device, with the bits that were kept."""
+        if self.tier != "disk":
+            return self._on_device(self._tensors[name][item])
+        slot = self._slots[name][item]
+        tensor = torch.empty(slot.shape, dtype=slot.dtype)
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with self._path(name).open("rb", buffering=0) as file:
+            file.seek(slot.start)
+            if file.readinto(view) != len(view):
+                raise ScoringError(f"{self._path(name)} is shorter than what was written to it")
+        return tensor.to(self.device)
+
+    def take(self, name: str, item: int) -> torch.Tensor:
+        """As :meth:`get`, for the last time: memory is freed at once (a file only by :meth:`drop`)."""
+        return self.get(name, item) if self.tier == "disk" else self._on_device(self._tensors[name].pop(item))
+
+    def holds(self, name: str) -> bool:
+        """Whether anything is kept under a name."""
+        return bool(self._tensors.get(name) or self._slots.get(name))
+
+    def drop(self, name: str) -> None:
+        """Free everything under a name, also if there is nothing."""
+        self._tensors.pop(name, None)
+        if self._slots.pop(name, None) is not None:
+            self._path(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Forget everything; remove files that were temporary."""
+        self._tensors.clear()
+        self._slots.clear()
+        if self._temporary:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def sealed(self, name: str) -> dict[str, Any]:
+        """Bring a name's file to the disk for good.
+
+        Returns:
+            What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
+        """
+        with self._path(name).open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        slots = {
+            str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
+            for item, slot in self._slots[name].items()
+        }
+        return {"name": name, "sha256": digest, "slots": slots}
+
+    def reopen(self, record: dict[str, Any]) -> bool:
+        """Take over a file of an earlier run; ``False`` if it is missing or not what was sealed."""
+        path = self._path(record["name"])
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
+                self._slots[record["name"]] = {
+                    int(item): _Slot(start, tuple(shape), getattr(torch, dtype))
+                    for item, (start, shape, dtype) in record["slots"].items()
+                }
+                return True
+        return False
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, non_blocking=True) if self.tier == "host" else tensor
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.bin"
+
+    def _write(self, name: str, item: int, tensor: torch.Tensor) -> None:
+        slots = self._slots.setdefault(name, {})
+        start = sum(slot.dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
+        host = tensor.cpu().contiguous()
+        view = memoryview(host.view(-1).view(torch.uint8).numpy())
+        try:
+            # The first tensor of a name empties what a run that was cut off may have left.
+            with self._path(name).open("r+b" if slots else "wb", buffering=0) as file:
+                file.seek(start)
+                while view:
+                    view = view[file.write(view) :]
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ScoringError(
+                    f"the disk of {self._folder} is full: {name} of the hidden states did not fit; free some space, or "
+                    "keep them in memory (boundaries='host')"
+                ) from error
+            raise
+        slots[item] = _Slot(start, tuple(tensor.shape), tensor.dtype)

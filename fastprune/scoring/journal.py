@@ -1,0 +1,188 @@
+"""What an interrupted pass has finished, so that it can go on and end with the same bits.
+
+In: a folder, and a key that names everything the result depends on. Out: the records of finished work. Files are
+complete on the disk before the line that names them is appended to ``journal.jsonl``, and every line carries a hash of
+itself, so a kill at any moment leaves a valid beginning. It must not know models or what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprune.artifact import read_artifact, write_artifact
+from fastprune.errors import ArgumentError, ArtifactError
+from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.ranks import Ranks
+
+_LINES = "journal.jsonl"
+
+
+class Journal:
+    """Opens the journal of a folder, or begins one.
+
+    Args:
+        folder: Made if it does not exist; its parent has to.
+        key: JSON-able facts that name the inputs and settings of the run.
+        ranks: The processes of the run; each writes a folder of its own below ``folder``.
+
+    Raises:
+        ArgumentError: The journal there is of other inputs (names the first that differs), or in use.
+        ArtifactError: The folder holds something that is no journal.
+    """
+
+    def __init__(self, folder: str | Path, key: Mapping[str, Any], ranks: Ranks) -> None:
+        folder = Path(folder)
+        if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()):
+            raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
+        self._ranks = ranks
+        self.folder = folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
+        self._noted: dict[str, torch.Tensor] = {}
+        self._segments: dict[int, dict[str, Any]] = {}
+        self._boundary_records: dict[str, dict[str, Any]] = {}
+        key = json.loads(json.dumps({**key, "process": [ranks.rank, ranks.size]}))
+        self._file = (self.folder / _LINES).open("a+b")
+        try:
+            self._lock()
+            self._read(key)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._file.close()
+
+    def unfinished(self, n_segments: int) -> int:
+        """Number of segments still to run: the finished ones are the last, on every process."""
+        end = n_segments
+        while end - 1 in self._segments:
+            end -= 1
+        return max(self._ranks.gather(end))
+
+    def ready(self, boundaries: HiddenStates, end: int) -> int:
+        """Take over the boundaries on disk: up to which number, at most ``end - 1``, all of them are there."""
+        number = 0
+        while number < end - 1:
+            record = self._boundary_records.get(f"boundary-{number + 1}")
+            if record is None or boundaries.tier != "disk" or not boundaries.reopen(record):
+                break
+            number += 1
+        return min(self._ranks.gather(number))
+
+    def finished(self, end: int, gradients: HiddenStates) -> list[dict[str, torch.Tensor]]:
+        """What was noted for each finished segment, the last segment first; the gradients below them are taken over.
+
+        Raises:
+            ArtifactError: A file was changed or removed since; the folder is of no use any more.
+        """
+        found = []
+        for number in sorted((number for number in self._segments if number >= end), reverse=True):
+            record = self._segments[number]
+            path = self.folder / record["file"]
+            if not path.is_file() or _digest(path) != record["sha256"]:
+                raise ArtifactError(f"resume: {path} is missing or was changed; remove {self.folder} and start again")
+            found.append(read_artifact(path, "segment")[0])
+            if number == end and record["gradient"] is not None and not gradients.reopen(record["gradient"]):
+                raise ArtifactError(
+                    f"resume: the gradients below segment {number} in {self.folder} are missing or were changed; "
+                    "remove the folder and start again"
+                )
+        return found
+
+    def note(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add to what belongs to the segment that is being worked on."""
+        self._noted.update(tensors)
+
+    def add_boundary(self, boundaries: HiddenStates, name: str) -> None:
+        """Record hidden states that are on disk; others are simply formed again."""
+        if boundaries.tier == "disk":
+            self._append({"kind": "boundary", **boundaries.sealed(name)})
+
+    def add_segment(self, number: int, gradients: HiddenStates, gradient: str | None) -> None:
+        """Record a finished segment: what was noted, and the gradients at its lower boundary."""
+        path = write_artifact(self.folder / f"segment-{number}.safetensors", "segment", self._noted, {"number": number})
+        _to_disk(path)
+        _to_disk(self.folder)
+        sealed = gradients.sealed(gradient) if gradient is not None and gradients.holds(gradient) else None
+        self._append(
+            {"kind": "segment", "number": number, "file": path.name, "sha256": _digest(path), "gradient": sealed}
+        )
+        self._noted = {}
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        payload = json.dumps(record)
+        self._file.write(f"{_line_digest(payload)} {payload}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, key: Mapping[str, Any]) -> None:
+        self._file.seek(0)
+        valid, begun = 0, False
+        for line in self._file:
+            digest, _, payload = line.decode(errors="replace").rstrip("\n").partition(" ")
+            if not line.endswith(b"\n") or digest != _line_digest(payload):
+                break  # cut off while it was written; what it names is formed again
+            record = json.loads(payload)
+            if not begun:
+                self._check_key(record.get("key"), key)
+                begun = True
+            elif record["kind"] == "boundary":
+                self._boundary_records[record["name"]] = record
+            else:
+                self._segments[record["number"]] = record
+            valid += len(line)
+        if not begun and (valid or any(path.name != _LINES for path in self.folder.iterdir())):
+            raise ArgumentError(f"resume: {self.folder} is not empty and holds no journal; name another folder")
+        self._file.truncate(valid)
+        if not begun:
+            self._append({"kind": "start", "key": key})
+            _to_disk(self.folder)
+
+    def _check_key(self, found: Any, key: Mapping[str, Any]) -> None:
+        if not isinstance(found, dict):
+            raise ArtifactError(f"resume: {self.folder / _LINES} is no journal of fastprune")
+        for name in {**found, **key}:
+            if found.get(name) != key.get(name):
+                raise ArgumentError(
+                    f"resume: the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
+                    f"{key.get(name)!r} now; name another folder, or start with the same inputs"
+                )
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: two runs in one folder are the user's risk
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArgumentError(f"resume: another process is at work in {self.folder}") from error
+
+
+def _line_digest(payload: str) -> str:
+    return hashlib.sha256(payload.encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
