@@ -25,7 +25,7 @@ from fastprune.model.weights import Weights
 
 # Logits of one chunk of the head, as fp32: 2**25 of them are 128 MiB, small beside the weights of any model whose
 # vocabulary makes chunking necessary, and large enough that the head's GEMM stays efficient.
-_LOGITS_PER_CHUNK = 2**25
+LOGITS_PER_CHUNK = 2**25
 
 
 @dataclass
@@ -266,7 +266,7 @@ class BlockView(_View):
         states = hidden[batch.scored]
         gradient = torch.zeros_like(states) if need_gradient else None
         losses: list[torch.Tensor] = []
-        step = max(1, _LOGITS_PER_CHUNK // self.vocab_size)
+        step = max(1, LOGITS_PER_CHUNK // self.vocab_size)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             chunk = states[part].requires_grad_(need_gradient)

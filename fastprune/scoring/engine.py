@@ -75,6 +75,12 @@ class ScoringSet:
             for index in mine
         ]
 
+    def largest(self) -> tuple[int, int, int]:
+        """Rows, tokens of each and scored tokens of the largest micro-batch."""
+        batches = micro_batches(self.examples.examples, self.batch_tokens)
+        batch = max(batches, key=lambda batch: batch.input_ids.numel())
+        return (*batch.input_ids.shape, int((batch.labels != -100).sum()))
+
     def _name(self, index: int) -> str:
         identity = self.examples.examples[index].id
         return f"{self.role} example {index}" + (f" (id {identity})" if identity is not None else "")

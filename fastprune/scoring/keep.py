@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,6 +71,19 @@ class Kept:
         return Kept(self.indices[:length].clone(), values, self.numel, float(self.values[length]))
 
 
+def _local_counts(sizes: Sequence[int], fraction: float, n_lists: int) -> list[int]:
+    """Entries kept of each matrix for its own sake."""
+    local = [math.ceil(fraction * n) for n in sizes]
+    raised = [max(k, min(n, SMALL_MATRIX)) for k, n in zip(local, sizes, strict=True)]
+    return raised if n_lists * ENTRY_BYTES * sum(raised) < SMALL_BYTES else local
+
+
+def kept_bytes(sizes: Sequence[int], fraction: float = 1e-3, n_lists: int = 2) -> int:
+    """Memory of the lists of so many keepers over matrices of these sizes, global candidates included."""
+    own = sum(_local_counts(sizes, fraction, n_lists))
+    return n_lists * ENTRY_BYTES * (own + math.ceil(fraction * sum(sizes)))
+
+
 class Keeper:
     """Collects the lists of one criterion over one calibration set.
 
@@ -97,10 +110,7 @@ class Keeper:
         self.sizes = dict(sizes)
         self._backend = backend
         self._n_global = math.ceil(fraction * sum(self.sizes.values()))
-        local = {name: math.ceil(fraction * n) for name, n in self.sizes.items()}
-        raised = {name: max(k, min(self.sizes[name], SMALL_MATRIX)) for name, k in local.items()}
-        fits = n_lists * ENTRY_BYTES * sum(raised.values()) < SMALL_BYTES
-        self._n_local = raised if fits else local
+        self._n_local = dict(zip(self.sizes, _local_counts(list(self.sizes.values()), fraction, n_lists), strict=True))
         self._kept: dict[str, Kept] = {}
         # Scores below this one cannot be among the n_global highest. It only rises, so a stale one is merely generous.
         self._threshold = -math.inf

@@ -1,7 +1,7 @@
-"""How much a pass needs, and how many segments it has to be cut into.
+"""How much a pass needs, how many segments it has to be cut into, and where the hidden states between them lie.
 
-In: a model or its config, the size of the calibration data, a budget of memory. Out: :class:`Plan`. Estimates count
-what dominates (weights, accumulators, activations of one segment, boundaries) and leave out what is small beside it.
+In: a model or its config, the size of the calibration data, budgets of memory. Out: :class:`Plan`. Estimates follow the
+engine stage by stage and are compared with measured peaks in the tests.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fastprune.errors import ArgumentError
-from fastprune.model.eligible import decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.view import LOGITS_PER_CHUNK
+from fastprune.model.weights import Streamed
+from fastprune.scoring.engine import split_blocks
+from fastprune.scoring.footprint import Footprint, activation_bound, activation_bytes, footprint, skeleton_of
+from fastprune.scoring.hidden import TIERS
+from fastprune.scoring.keep import kept_bytes
 
 _UNITS = {
     "": 1,
@@ -30,6 +36,9 @@ _UNITS = {
 }
 MICRO_BATCH_TOKENS = 4096
 _USABLE = 0.8  # share of the free memory that a pass may plan with; the rest is for fragmentation and temporaries
+
+# Buffers of the matrix library, threads' stacks, the allocator's slack: what a pass over a tiny model takes on a CPU.
+_WORKSPACE = 64 * 2**20
 
 
 def parse_bytes(argument: str, value: int | str) -> int:
@@ -62,11 +71,19 @@ class Plan:
         n_blocks: Decoder blocks.
         eligible: Weights that are scored.
         parameters: All parameters of the model.
-        weight_bytes: The model.
+        streamed: Whether weights are read from disk as they are needed.
+        boundaries: Where hidden states between segments lie: ``"device"``, ``"host"`` or ``"disk"``.
+        weight_bytes: Weights in memory at the peak.
         accumulator_bytes: Live statistics of the largest segment, fp32.
-        activation_bytes: What autograd keeps of one segment for one micro-batch (an estimate).
-        boundary_bytes: Hidden states kept at segment boundaries, all examples.
+        activation_bytes: What autograd keeps of one segment for one micro-batch, and temporaries.
+        boundary_bytes: Hidden states and gradients at segment boundaries, all examples.
+        kept_bytes: The best-scored weights of every matrix, in host memory.
+        device_bytes: Peak on the model's device; on a CPU it includes what is in host memory.
+        host_bytes: Peak in host memory beside a GPU.
+        disk_bytes: Peak of temporary files.
+        read_bytes: Read from disk in all.
         flops: Of the whole pass: forward, recompute, dX and dW.
+        seconds: At the given rates, computing and reading at the same time; ``None`` without them.
     """
 
     segments: int
@@ -74,31 +91,44 @@ class Plan:
     n_blocks: int
     eligible: int
     parameters: int
+    streamed: bool
+    boundaries: str
     weight_bytes: int
     accumulator_bytes: int
     activation_bytes: int
     boundary_bytes: int
+    kept_bytes: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    read_bytes: int
     flops: float
-    boundaries: str = "device"
+    seconds: float | None = None
 
     @property
     def peak_bytes(self) -> int:
-        """Weights, accumulators, activations and boundaries together."""
-        return self.weight_bytes + self.accumulator_bytes + self.activation_bytes + self.boundary_bytes
+        """The peak on the model's device."""
+        return self.device_bytes
 
     def __str__(self) -> str:
-        rows = (
+        blocks = math.ceil(self.n_blocks / self.segments)
+        moved = f"{_show(self.read_bytes)} read from disk" if self.streamed else "nothing read from disk"
+        rows = [
             ("model", f"{self.parameters:,} parameters, {self.eligible:,} of them scored, {self.n_blocks} blocks"),
-            ("segments", f"{self.segments} ({math.ceil(self.n_blocks / self.segments)} blocks at a time)"),
+            ("segments", f"{self.segments} ({blocks} block{'s' * (blocks > 1)} at a time)"),
             ("micro-batch", f"{self.micro_batch_tokens:,} tokens"),
-            ("weights", _show(self.weight_bytes)),
+            ("weights", f"{_show(self.weight_bytes)} at a time, {'streamed from disk' if self.streamed else 'all'}"),
             ("accumulators", _show(self.accumulator_bytes)),
             ("activations", _show(self.activation_bytes)),
-            ("boundaries", _show(self.boundary_bytes)),
-            ("peak", _show(self.peak_bytes)),
-            ("work", f"{self.flops / 1e12:.1f} TFLOP"),
-        )
-        return "\n".join(f"{name:<13}{text}" for name, text in rows)
+            ("boundaries", f"{_show(self.boundary_bytes)} on the {self.boundaries}".replace("the disk", "disk")),
+            ("kept scores", _show(self.kept_bytes)),
+            ("peak, device", _show(self.device_bytes)),
+            ("peak, host", _show(self.host_bytes) if self.host_bytes else "(the device's)"),
+            ("peak, disk", _show(self.disk_bytes) if self.disk_bytes else "none"),
+            ("work", f"{self.flops / 1e12:.1f} TFLOP, {moved}"),
+            ("time", "give rates to have it" if self.seconds is None else f"{self.seconds:,.1f} s at the given rates"),
+        ]
+        return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
 def _available(device: torch.device) -> int:
@@ -120,21 +150,29 @@ def plan(
     memory: int | str | None = None,
     host_memory: int | str | None = None,
     segments: int | None = None,
-    statistics: int = 1,
     boundaries: str | None = None,
+    statistics: int = 1,
+    micro_batch: tuple[int, int, int] | None = None,
+    flops_per_second: float | None = None,
+    read_bytes_per_second: float | None = None,
 ) -> Plan:
     """Choose the number of segments for a budget and estimate what a pass takes.
 
     Args:
-        model_or_config: A causal LM, or a Hugging Face config (no weights are made).
+        model_or_config: A causal LM, whose weights are all in memory; or a Hugging Face config (no weights are made) or
+            :class:`~fastprune.model.weights.Streamed` weights, for a pass that streams them from disk.
         n_examples: Examples of both sets together.
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
             fifths of what is free beside it, or no limit for a config.
-        host_memory: Further budget for the boundaries when ``memory`` is a GPU's; today everything of a pass lies on
-            the model's device, so only a value that could not even hold the boundaries is refused.
+        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit.
         segments: Fix the number instead of choosing the smallest that fits.
+        boundaries: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
+            choosing the first that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
+        micro_batch: Rows, tokens of each and scored tokens of the largest micro-batch, if the data are known.
+        flops_per_second: Rate of matrix products, for the time.
+        read_bytes_per_second: Rate of the disk, for the time; without it reading counts as free.
 
     Returns:
         The plan; ``print`` it.
@@ -146,73 +184,190 @@ def plan(
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{argument}: expected a positive integer, got {value!r}")
-    if hasattr(model_or_config, "streamed"):
-        model, on_meta = model_or_config.model, True
-    elif isinstance(model_or_config, nn.Module):
-        model, on_meta = unwrap(model_or_config), False
-    else:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model, on_meta = AutoModelForCausalLM.from_config(model_or_config), True
-    budget = parse_bytes("memory", memory) if memory is not None else None
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if budget is None and not on_meta:
-        budget = weight_bytes + int(_USABLE * _available(next(model.parameters()).device))
-    n_blocks = len(decoder_blocks(model)[1])
+    for argument, rate in (("flops_per_second", flops_per_second), ("read_bytes_per_second", read_bytes_per_second)):
+        if rate is not None and not rate > 0:
+            raise ArgumentError(f"{argument}: expected a positive rate, got {rate!r}")
+    if boundaries is not None and boundaries not in TIERS:
+        raise ArgumentError(f"boundaries: expected one of {', '.join(TIERS)}, got {boundaries!r}")
+    source = model_or_config
+    model = source if isinstance(source, nn.Module) else source.model if isinstance(source, Streamed) else None
+    device = source.device if isinstance(source, Streamed) else _device_of(model)
+    estimate = _Estimate(
+        model if model is not None else skeleton_of(source),
+        streamed=not isinstance(source, nn.Module),
+        on_cpu=device is None or device.type == "cpu",
+        tokens=n_examples * n_tokens,
+        # Of unknown data: two sets alike, and every token scored.
+        micro_batch=micro_batch or _micro_batch(math.ceil(n_examples / 2), n_tokens),
+        statistics=statistics,
+        rates=(flops_per_second, read_bytes_per_second),
+    )
+    n_blocks = len(estimate.sizes.block_bytes)
     if segments is not None and (
         isinstance(segments, bool) or not isinstance(segments, int) or not 1 <= segments <= n_blocks
     ):
         raise ArgumentError(
             f"segments: expected 1 … {n_blocks} (the model has {n_blocks} decoder blocks), got {segments!r}"
         )
-    choices = [segments] if segments is not None else range(1, n_blocks + 1)
-    for choice in choices:
-        result = _estimate(model, n_blocks, weight_bytes, n_examples * n_tokens, choice, statistics, on_meta)
-        if budget is None or result.peak_bytes <= budget:
-            break
-    else:
-        # A number of segments that the caller fixed is the caller's risk: only a stated budget is refused.
-        if memory is not None or segments is None:
-            raise ArgumentError(
-                f"memory: {_show(budget)} is not enough: {result.segments} segments of {result.n_blocks} blocks need "
-                f"{_show(result.peak_bytes)} (weights {_show(weight_bytes)}); give more memory or fewer examples"
-            )
-    if host_memory is not None and parse_bytes("host_memory", host_memory) < result.boundary_bytes:
-        raise ArgumentError(
-            f"host_memory: the boundaries alone need {_show(result.boundary_bytes)}, got {host_memory!r}"
-        )
-    from dataclasses import replace
-
-    return replace(result, boundaries=boundaries or "device")
+    budget = parse_bytes("memory", memory) if memory is not None else None
+    if budget is None and device is not None:
+        held = 0 if isinstance(source, Streamed) else estimate.sizes.weight_bytes
+        budget = held + int(_USABLE * _available(device))
+    host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
+    return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
 
 
-def _estimate(
-    model: nn.Module, n_blocks: int, weight_bytes: int, tokens: int, segments: int, statistics: int, on_meta: bool
+def _micro_batch(examples: int, length: int) -> tuple[int, int, int]:
+    rows = min(examples, max(1, MICRO_BATCH_TOKENS // length))
+    return rows, length, rows * length
+
+
+def _device_of(model: nn.Module | None) -> torch.device | None:
+    return None if model is None else next(model.parameters()).device
+
+
+def _choose(
+    estimate: _Estimate,
+    segments: int | None,
+    boundaries: str | None,
+    budget: int | None,
+    host_budget: int | None,
+    *,
+    stated: bool,
 ) -> Plan:
-    matrices = eligible_matrices(model, allow_meta=on_meta)
-    per_block = [0] * n_blocks
-    widths = [0] * n_blocks
-    for matrix in matrices:
-        per_block[matrix.block] += matrix.weight.numel()
-        widths[matrix.block] += sum(matrix.weight.shape)
-    size = math.ceil(n_blocks / segments)
-    eligible = sum(per_block)
-    element = matrices[0].weight.element_size()
-    hidden = model.config.get_text_config().hidden_size
-    micro_batch = min(MICRO_BATCH_TOKENS, tokens)
-    # Autograd and the capture keep the input and output of each matrix, and fp32 copies inside the norms.
-    activations = size * max(widths) * micro_batch * element + size * 6 * hidden * micro_batch * 4
-    recomputed = 1.0 if segments == 1 else 1.0 + (segments - 1) / segments
-    return Plan(
-        segments=segments,
-        micro_batch_tokens=micro_batch,
-        n_blocks=n_blocks,
-        eligible=eligible,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weight_bytes=weight_bytes,
-        accumulator_bytes=4 * statistics * size * max(per_block),
-        activation_bytes=activations,
-        boundary_bytes=segments * tokens * hidden * element,
-        flops=2.0 * eligible * tokens * (2 + recomputed),
+    """The fewest segments that fit, and of these the fastest place for the hidden states."""
+    n_blocks = len(estimate.sizes.block_bytes)
+    tiers = (boundaries,) if boundaries is not None else ("device", "disk") if estimate.on_cpu else TIERS
+    # The bound is quick, and enough wherever memory is plenty; the exact count takes some tenths of a second.
+    for exact in (False, True):
+        if exact:
+            estimate.count_activations()
+        for choice in [segments] if segments is not None else range(1, n_blocks + 1):
+            for tier in tiers:
+                result = estimate.plan(choice, tier)
+                fits = budget is None or result.device_bytes <= budget
+                if fits and (host_budget is None or result.host_bytes <= host_budget) and (exact or choice == 1):
+                    return result
+        if not exact and budget is None and segments is None:
+            return estimate.plan(1, tiers[0])
+    smallest = min((estimate.plan(segments or n_blocks, tier) for tier in tiers), key=lambda made: made.device_bytes)
+    if budget is not None and smallest.device_bytes > budget:
+        # A number of segments that the caller fixed is the caller's risk: only a stated budget is refused.
+        if segments is not None and not stated:
+            return estimate.plan(segments, tiers[0])
+        raise ArgumentError(
+            f"memory: {_show(budget)} is not enough: {smallest.segments} segments of {n_blocks} blocks need "
+            f"{_show(smallest.device_bytes)} ({_show(smallest.weight_bytes)} of it weights); give more memory or fewer "
+            "examples"
+        )
+    raise ArgumentError(
+        f"host_memory: {_show(host_budget)} is not enough: {_show(smallest.host_bytes)} are needed, of which "
+        f"{_show(smallest.boundary_bytes)} for hidden states between segments; give more, or boundaries='disk'"
     )
+
+
+class _Estimate:
+    """Forms plans of one model and data size."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        streamed: bool,
+        on_cpu: bool,
+        tokens: int,
+        micro_batch: tuple[int, int, int],
+        statistics: int,
+        rates: tuple[float | None, float | None],
+    ) -> None:
+        self.sizes: Footprint = footprint(model)
+        self.on_cpu = on_cpu
+        self._model, self._streamed, self._statistics, self._rates = model, streamed, statistics, rates
+        self._tokens = tokens
+        self._rows, self._length, self._scored = micro_batch
+        self._micro_batch = self._rows * self._length
+        self._activations = activation_bound(model) * self._micro_batch  # of one block
+
+    def count_activations(self) -> None:
+        """Replace the bound by a count, if the model allows."""
+        counted = activation_bytes(self._model.config, self._rows, self._length)
+        self._activations = self._activations if counted is None else counted
+
+    def plan(self, segments: int, tier: str) -> Plan:
+        """What the pass takes with so many segments and the hidden states there."""
+        sizes, parts = self.sizes, split_blocks(len(self.sizes.block_bytes), segments)
+        boundary = self._tokens * sizes.hidden * sizes.element
+        # All lower boundaries, and the gradients above and below the segment at work.
+        hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
+        accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]
+        temporary = 4 * sizes.widest * self._micro_batch * max(4, sizes.element)
+        kept = kept_bytes([n for block in sizes.eligible for n in block])
+        stages = []
+        for number, part in enumerate(parts):
+            activations = len(part) * self._activations + temporary
+            if number == segments - 1:
+                activations = max(activations, len(part) * self._activations + self._head_bytes())
+            stages.append((self._weights(parts, number), accumulators[number], activations, hidden[number]))
+        on_device = 1 if tier == "device" or (tier == "host" and self.on_cpu) else 0
+        peak = max(w + acc + act + on_device * h for w, acc, act, h in stages)
+        peak = max(peak, self._first_weights(parts))
+        device = peak + (kept + _WORKSPACE if self.on_cpu else 0)
+        host = 0 if self.on_cpu else kept + (hidden[-1] if tier == "host" else 0)
+        recomputed = 1.0 + (segments - 1) / segments if segments > 1 else 1.0
+        flops = 2.0 * sizes.active * self._tokens * (2 + recomputed)
+        read = self._read_bytes(segments, parts)
+        return Plan(
+            segments=segments,
+            micro_batch_tokens=self._micro_batch,
+            n_blocks=len(sizes.block_bytes),
+            eligible=sizes.n_eligible,
+            parameters=sizes.parameters,
+            streamed=self._streamed,
+            boundaries=tier,
+            weight_bytes=max(stage[0] for stage in stages),
+            accumulator_bytes=max(accumulators),
+            activation_bytes=max(stage[2] for stage in stages),
+            boundary_bytes=max(hidden),
+            kept_bytes=kept,
+            device_bytes=device,
+            host_bytes=host,
+            disk_bytes=max(hidden) if tier == "disk" else 0,
+            read_bytes=read,
+            flops=flops,
+            seconds=self._seconds(flops, read),
+        )
+
+    def _weights(self, parts: Sequence[range], number: int) -> int:
+        """Weights in memory while segment ``number`` goes backward: its own, and the next ones on their way."""
+        sizes = self.sizes
+        if not self._streamed:
+            return sizes.weight_bytes
+        held = [*parts[number], *(parts[number - 1] if number else ())]
+        head = sizes.head_bytes if number == len(parts) - 1 else 0
+        return sizes.rest_bytes + head + sum(sizes.block_bytes[block] for block in held)
+
+    def _first_weights(self, parts: Sequence[range]) -> int:
+        """Weights in memory during the self-check."""
+        sizes = self.sizes
+        if not self._streamed:
+            return sizes.weight_bytes
+        ends = sizes.embedding_bytes + (0 if sizes.tied else sizes.head_bytes)
+        return sizes.rest_bytes + ends + sum(sizes.block_bytes[block] for block in parts[0])
+
+    def _head_bytes(self) -> int:
+        """Logits of one chunk of scored tokens: as they are, in fp32, their softmax and their gradient."""
+        logits = min(LOGITS_PER_CHUNK, self._scored * self.sizes.vocabulary)
+        return logits * (2 * self.sizes.element + 3 * 4)
+
+    def _read_bytes(self, segments: int, parts: Sequence[range]) -> int:
+        if not self._streamed:
+            return 0
+        sizes = self.sizes
+        twice = sum(sizes.block_bytes[: parts[-1].start])
+        return sizes.weight_bytes + twice + (sizes.embedding_bytes if sizes.tied else sizes.head_bytes)
+
+    def _seconds(self, flops: float, read: int) -> float | None:
+        compute, disk = self._rates
+        if compute is None:
+            return None
+        return max(flops / compute, read / disk if disk is not None else 0.0)

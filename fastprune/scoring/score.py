@@ -135,7 +135,7 @@ def score(
     n_examples = sum(len(group.examples) for group in sets)
     n_tokens = sum(len(example) for group in sets for example in group.examples)
     chosen = plan(
-        weights if weights.streamed else weights.model,
+        weights if isinstance(weights, Streamed) else weights.model,
         n_examples,
         max(1, n_tokens // n_examples),
         memory=memory,
@@ -143,6 +143,7 @@ def score(
         segments=segments,
         boundaries="disk" if boundaries is None and resume is not None else boundaries,
         statistics=max(len(group.statistics) for group in sets),
+        micro_batch=max(group.largest() for group in sets),
     )
     with contextlib.ExitStack() as stack:
         stack.callback(weights.close)

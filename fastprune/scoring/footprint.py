@@ -1,0 +1,180 @@
+"""What the parts of a model weigh, from its shapes alone.
+
+In: a model, with or without its weights, or a config. Out: :class:`Footprint`: bytes of each block and of the rest, and
+bytes that autograd keeps of a block per token. The latter is counted on a model of fake tensors, which have shapes and
+no memory; where a model cannot be run on these, a bound from the sizes of its matrices stands in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.state import quiet
+from fastprune.model.view import BlockView
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a model.
+
+    Attributes:
+        parameters: Number of all parameters.
+        block_bytes: Weights of each block, bytes.
+        embedding_bytes: Of the input embedding.
+        head_bytes: Of the head; the embedding itself if ``tied``.
+        tied: Whether the two are one.
+        rest_bytes: Everything else.
+        eligible: Scored weights of each block, by matrix.
+        widest: Largest output of a matrix, features.
+        active: Scored weights that a token is multiplied by (of a mixture of experts, those of its experts).
+        hidden: Width of the hidden states.
+        element: Bytes of a weight.
+        vocabulary: Rows of the head.
+    """
+
+    parameters: int
+    block_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    tied: bool
+    rest_bytes: int
+    eligible: tuple[tuple[int, ...], ...]
+    widest: int
+    active: float
+    hidden: int
+    element: int
+    vocabulary: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """The whole model."""
+        ends = self.embedding_bytes + (0 if self.tied else self.head_bytes)
+        return sum(self.block_bytes) + ends + self.rest_bytes
+
+    @property
+    def n_eligible(self) -> int:
+        """Scored weights of the model."""
+        return sum(map(sum, self.eligible))
+
+
+def skeleton_of(config: object) -> nn.Module:
+    """A model without weights from its config."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Weigh a model; its weights may be on the meta device."""
+    model = unwrap(model)
+    matrices = eligible_matrices(model, allow_meta=True)
+    blocks = decoder_blocks(model)[1]
+    eligible: list[list[int]] = [[] for _ in blocks]
+    for matrix in matrices:
+        eligible[matrix.block].append(matrix.weight.numel())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding_bytes = _bytes(embedding.parameters())
+    head_bytes = _bytes(head.parameters()) if head is not None else 0
+    tied = head is not None and embedding.weight is head.weight
+    block_bytes = tuple(_bytes(block.parameters()) for block in blocks)
+    total = _bytes(model.parameters())
+    return Footprint(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        block_bytes=block_bytes,
+        embedding_bytes=embedding_bytes,
+        head_bytes=head_bytes,
+        tied=tied,
+        rest_bytes=total - sum(block_bytes) - embedding_bytes - (0 if tied else head_bytes),
+        eligible=tuple(map(tuple, eligible)),
+        widest=max(max(matrix.weight.shape) for matrix in matrices),
+        active=sum(matrix.weight.numel() * _share(model, matrix) for matrix in matrices),
+        hidden=embedding.weight.shape[1],
+        element=matrices[0].weight.element_size(),
+        vocabulary=embedding.weight.shape[0],
+    )
+
+
+def _bytes(parameters) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _share(model: nn.Module, matrix: Matrix) -> float:
+    """Of all tokens, the share that meets this matrix."""
+    if not matrix.name.endswith("]"):
+        return 1.0
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
+    return getattr(config, "num_experts_per_tok", experts) / experts
+
+
+def activation_bound(model: nn.Module) -> int:
+    """Bytes a token that autograd and the capture can keep of the largest block: every input and output apart."""
+    model = unwrap(model)
+    widths = [0.0] * len(decoder_blocks(model)[1])
+    matrices = eligible_matrices(model, allow_meta=True)
+    for matrix in matrices:
+        widths[matrix.block] += sum(matrix.weight.shape) * _share(model, matrix)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    # Norms keep fp32 copies of what they read.
+    return int(max(widths) * matrices[0].weight.element_size() + 6 * 4 * hidden)
+
+
+def activation_bytes(config: object, rows: int, tokens: int) -> int | None:
+    """Bytes that autograd and the capture keep of the largest block for one micro-batch.
+
+    Args:
+        config: Of a causal LM.
+        rows: Examples of the micro-batch.
+        tokens: Of each.
+
+    Returns:
+        Bytes, or ``None`` if the model does not run on fake tensors (its code looks at values).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    # Whatever an architecture's code raises where it wants values: an estimate is not worth an error.
+    with contextlib.suppress(Exception), FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with quiet(model):
+            weights = SimpleNamespace(model=model, device=torch.device("cpu"), streamed=True)
+            view = BlockView(weights)
+            positions = torch.arange(tokens).expand(rows, tokens)
+            batch = SimpleNamespace(
+                input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None, position_ids=positions
+            )
+            hidden, arguments = view.prologue(batch)
+            return max(_kept(view, index, hidden, arguments) for index in {0, view.n_blocks - 1})
+    return None
+
+
+def _kept(view: BlockView, index: int, hidden: torch.Tensor, arguments: object) -> int:
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    not_counted = {tensor.untyped_storage()._cdata for tensor in (*view.model.parameters(), *view.model.buffers())}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in not_counted:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor too, so that its number is not used again
+        return tensor
+
+    def keep_input(module: nn.Module, args: tuple, output: object) -> None:
+        keep(args[0])
+
+    watched = [matrix.module for matrix in view.matrices if matrix.block == index]
+    hooks = [module.register_forward_hook(keep_input) for module in watched]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            view.run(index, index + 1, hidden.detach().requires_grad_(True), arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(size for size, _ in kept.values())
