@@ -1,9 +1,10 @@
 """Before a long pass: does this model, taken apart, compute what it computes as a whole?
 
 In: a block view. Out: the view, or the whole-model view with a warning, or an error. Two short rows are driven both
-ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradient
-of one weight are compared. Catches what reading code cannot: blocks that share state, rows that see each other,
-padding that leaks. The model itself is used, which costs two passes over about twenty tokens.
+ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the gradients
+of one weight, and of one expert where there are any, are compared. Catches what reading code cannot: blocks that share
+state, rows that see each other, padding that leaks, experts that are run another way. The model itself is used, which
+costs two passes over about twenty tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
+from fastprune.model.experts import ExpertTokens
 from fastprune.model.view import Batch, BlockView, WholeView
 
 _LENGTHS = (6, 4)
@@ -25,18 +27,18 @@ _LENGTHS = (6, 4)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-class _OneGradient:
-    """A sink that keeps ``dy^T x`` of one matrix."""
+class _Gradients(dict[str, torch.Tensor]):
+    """A sink that keeps ``dy^T x`` of each watched matrix, by its name."""
 
     wants_inputs, wants_gradients, per_example = False, True, True
 
-    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
+    def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None) -> None:
         """Not asked for."""
 
-    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """Form the gradient of the one watched matrix, in fp32."""
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None) -> None:
+        """Form the gradient of one matrix, in fp32."""
         left, right = (x, dy) if matrix.input_major else (dy, x)
-        self.gradient = left.float().T @ right.float()
+        self[matrix.name] = left.float().T @ right.float()
 
 
 def checked_view(model: torch.nn.Module, segments: int | None) -> BlockView | WholeView:
@@ -97,28 +99,44 @@ def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
-def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...]) -> str | None:
-    """What differs between the parts and the whole, in words; ``None`` if nothing does."""
-    matrix = view.matrices[0]
-    weight = matrix.module.weight
-    tolerance = _TOLERANCE[weight.dtype]
-    attended = batch.attention_mask.bool()
-
-    weight.requires_grad_(True)
+def _reference(view: BlockView, batch: Batch) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
+    """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any."""
+    # The first experts module: what enters it has the same bits both ways, so the same tokens reach each expert;
+    # further up, rounding may send a token elsewhere.
+    fused = next((matrix for matrix in view.matrices if matrix.expert is not None), None)
+    firsts = [view.matrices[0], *([fused] if fused is not None else [])]
+    parameters = [matrix.parameter for matrix in firsts]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     try:
         logits = view.learn_return_type(batch)
         loss = view.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights).sum()
-        (gradient,) = torch.autograd.grad(loss, weight)
+        gradients = torch.autograd.grad(loss, parameters)
     finally:
-        weight.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    chosen = {view.matrices[0]: view.matrices[0].part_of(gradients[0])}
+    if fused is not None:
+        experts = [matrix for matrix in view.matrices if matrix.parameter is fused.parameter]
+        norms = gradients[1].flatten(1).norm(dim=1)  # not every expert is given one of so few tokens
+        busiest = experts[int(norms.argmax())]
+        chosen[busiest] = busiest.part_of(gradients[1])
+    return logits, chosen
+
+
+def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...]) -> str | None:
+    """What differs between the parts and the whole, in words; ``None`` if nothing does."""
+    tolerance = _TOLERANCE[view.matrices[0].weight.dtype]
+    attended = batch.attention_mask.bool()
+    logits, gradients = _reference(view, batch)
 
     with torch.no_grad():
         hidden, arguments = view.prologue(batch)
         view.run(
             0, view.n_blocks, hidden, arguments
         )  # as the engine does before it recomputes: nothing may be left behind
-    sink = _OneGradient()
-    with Capture([matrix], sink) as capture, capture.micro_batch(batch.input_ids.numel()):
+    sink = _Gradients()
+    with Capture(list(gradients), sink) as capture, capture.micro_batch(batch.input_ids.shape):
         leaving = view.run(0, view.n_blocks, hidden.detach().requires_grad_(True), arguments)
         _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
         torch.autograd.backward(leaving, downstream)
@@ -126,8 +144,12 @@ def _disagreement(view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor
             parts = view.epilogue(leaving.detach()[attended])
     if (error := _relative_error(parts, logits[attended])) > tolerance:
         return f"its logits differ by {error:.1e} (relative) from the untouched model's"
-    if (error := _relative_error(sink.gradient, gradient)) > tolerance:
-        return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
+    for matrix, gradient in gradients.items():
+        found = sink.get(matrix.name)
+        if found is None:
+            return f"no token reached {matrix.name}, although its gradient in the untouched model is not zero"
+        if (error := _relative_error(found, gradient)) > tolerance:
+            return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
     ids, mask, positions = left_padded
     with torch.no_grad():
         left_logits = view.forward(ids, mask, positions)

@@ -143,7 +143,7 @@ def _backward(
     with_gradient = statistics.wants_gradients
     entering = item.boundaries.pop().detach().requires_grad_(with_gradient)
     statistics.begin(item.batch, item.names)
-    with capture.micro_batch(item.batch.input_ids.numel()):
+    with capture.micro_batch(item.batch.input_ids.shape):
         with torch.set_grad_enabled(with_gradient):
             leaving = view.run(part.start, part.stop, entering, item.arguments)
         if with_gradient:
