@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import ArgumentError
-from fastprune.model.eligible import decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
 
 _UNITS = {
     "": 1,
@@ -185,28 +185,39 @@ def _estimate(
     model: nn.Module, n_blocks: int, weight_bytes: int, tokens: int, segments: int, statistics: int, on_meta: bool
 ) -> Plan:
     matrices = eligible_matrices(model, allow_meta=on_meta)
+    config = model.config.get_text_config()
     per_block = [0] * n_blocks
-    widths = [0] * n_blocks
+    widths = [0.0] * n_blocks
+    products = 0.0  # multiplications by a weight for one token
     for matrix in matrices:
-        per_block[matrix.block] += matrix.weight.numel()
-        widths[matrix.block] += sum(matrix.weight.shape)
+        shape, share = matrix.weight.shape, _share_of_tokens(matrix, config)
+        per_block[matrix.block] += shape.numel()
+        widths[matrix.block] += share * sum(shape)
+        products += share * shape.numel()
     size = math.ceil(n_blocks / segments)
-    eligible = sum(per_block)
     element = matrices[0].weight.element_size()
-    hidden = model.config.get_text_config().hidden_size
+    hidden = config.hidden_size
     micro_batch = min(MICRO_BATCH_TOKENS, tokens)
     # Autograd and the capture keep the input and output of each matrix, and fp32 copies inside the norms.
-    activations = size * max(widths) * micro_batch * element + size * 6 * hidden * micro_batch * 4
+    activations = int(size * max(widths) * micro_batch * element) + size * 6 * hidden * micro_batch * 4
     recomputed = 1.0 if segments == 1 else 1.0 + (segments - 1) / segments
     return Plan(
         segments=segments,
         micro_batch_tokens=micro_batch,
         n_blocks=n_blocks,
-        eligible=eligible,
+        eligible=sum(per_block),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=weight_bytes,
         accumulator_bytes=4 * statistics * size * max(per_block),
         activation_bytes=activations,
         boundary_bytes=segments * tokens * hidden * element,
-        flops=2.0 * eligible * tokens * (2 + recomputed),
+        flops=2.0 * products * tokens * (2 + recomputed),
     )
+
+
+def _share_of_tokens(matrix: Matrix, config: object) -> float:
+    """Which part of the tokens a matrix multiplies, on average; all of them where the config does not say."""
+    if matrix.expert is None:
+        return 1.0
+    n_experts = len(matrix.parameter)
+    return min(1.0, (getattr(config, "num_experts_per_tok", None) or n_experts) / n_experts)
