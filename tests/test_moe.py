@@ -64,7 +64,8 @@ def test_every_expert_is_a_matrix_in_the_order_of_the_model(name: str) -> None:
     parameters = dict(model.named_parameters())
     places = list(parameters)
     order = [places.index(matrix.name.split("[")[0]) for matrix in matrices]
-    assert [matrix.block for matrix in matrices] == sorted(matrix.block for matrix in matrices)
+    ranks = [(place, matrix.expert or 0) for place, matrix in zip(order, matrices, strict=True)]
+    assert ranks == sorted(ranks)
     for matrix in matrices:
         if matrix.expert is None:
             continue
@@ -114,7 +115,9 @@ def test_pruned_sets_equal_the_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("name", MOE_CONFIGS)
 def test_segments_and_padding_side_give_the_same_bits(name: str) -> None:
-    model = build(name)
+    # Three experts a token, which the model's own loop adds in another order: the forward sweep must not use that.
+    model = build(name, num_experts_per_tok=3)
+    model.set_experts_implementation("eager")
     reference = kept(fastprune.score(model, [pad(HARM, "right")], harm="abs", progress=False))
     for segments in (1, 2, 3):
         scores = fastprune.score(model, [pad(HARM, "left")], harm="abs", segments=segments, progress=False)
