@@ -8,6 +8,7 @@ weights.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -29,6 +30,22 @@ class _StayDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _add_inputs(matrix, total, module, args):
+    total += args[0].detach().flatten(0, -2).square().sum(0).view_as(total)
+
+
+def _add_expert_inputs(matrix, total, module, args):
+    """``args``: hidden states ``(n_tokens, hidden)`` and the experts ``(n_tokens, k)`` that each token was given."""
+    x = args[0].detach()[(args[1] == matrix.expert).any(1)]
+    if matrix.attribute == "down_proj":
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        weight = getattr(module, first)[matrix.expert].detach()
+        bias = getattr(module, f"{first}_bias")[matrix.expert].detach() if module.has_bias else 0.0
+        product = x @ (weight if module.is_transposed else weight.T) + bias
+        x = module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    total += x.square().sum(0).view_as(total)
+
+
 def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, dict[str, torch.Tensor]]:
     """Every statistic of method's table, in float64.
 
@@ -43,25 +60,26 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
     """
     model = copy.deepcopy(model).double().eval()
     matrices = eligible_matrices(model)
-    weights = [matrix.module.weight.requires_grad_(True) for matrix in matrices]
+    parameters = list(dict.fromkeys(matrix.parameter.requires_grad_(True) for matrix in matrices))
     result = {
-        matrix.name: {name: torch.zeros_like(weight) for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum")}
-        for matrix, weight in zip(matrices, weights, strict=True)
+        matrix.name: {name: torch.zeros_like(matrix.weight) for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum")}
+        for matrix in matrices
     }
-    for matrix, weight in zip(matrices, weights, strict=True):
-        shape = (weight.shape[0], 1) if matrix.input_major else (weight.shape[1],)
-        result[matrix.name]["act_sq_sum"] = weight.new_zeros(shape)
-
-        def add_inputs(module, args, total=result[matrix.name]["act_sq_sum"]):
-            total += args[0].detach().flatten(0, -2).square().sum(0).view_as(total)
-
-        matrix.module.register_forward_pre_hook(add_inputs)
+    for matrix in matrices:
+        shape = (matrix.weight.shape[0], 1) if matrix.input_major else (matrix.weight.shape[1],)
+        total = result[matrix.name]["act_sq_sum"] = matrix.weight.new_zeros(shape)
+        if matrix.expert is not None:
+            matrix.module.config._experts_implementation_internal = "eager"  # the model's own code and no kernel
+        hook = functools.partial(_add_inputs if matrix.expert is None else _add_expert_inputs, matrix, total)
+        matrix.module.register_forward_pre_hook(hook)
     for example in examples:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
         with _StayDouble():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
-        for matrix, gradient in zip(matrices, torch.autograd.grad(loss, weights), strict=True):
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
+        for matrix in matrices:
+            gradient = matrix.part_of(gradients[matrix.parameter])
             result[matrix.name]["grad_sum"] += gradient
             result[matrix.name]["grad_abs_sum"] += gradient.abs()
             result[matrix.name]["grad_sq_sum"] += gradient.square()

@@ -55,15 +55,40 @@ CONFIGS: dict[str, dict] = {
     "GPT2": _GPT2,
 }
 
+_MOE = {**_COMMON, "num_hidden_layers": 3, "num_experts_per_tok": 2}
+
+# Mixtures of experts. Few layers and experts, of odd number where the model allows, so that a test takes little time.
+MOE_CONFIGS: dict[str, dict] = {
+    "Mixtral": {**_MOE, "num_local_experts": 5},
+    "Qwen3Moe": {**_MOE, "head_dim": 8, "num_experts": 5, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "Olmoe": {**_MOE, "num_experts": 5, "intermediate_size": 24},
+    "DeepseekV3": {
+        **_MOE,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "GptOss": {**_MOE, "head_dim": 8, "num_local_experts": 5, "intermediate_size": 24, "sliding_window": 6},
+}
+
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> torch.nn.Module:
     """A random model whose weights are large enough that every block matters; evaluation mode."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**CONFIGS[name], **changes})
+    config = getattr(transformers, f"{name}Config")(**{**(CONFIGS | MOE_CONFIGS)[name], **changes})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
     return model.to(dtype).eval()
 

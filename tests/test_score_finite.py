@@ -60,6 +60,18 @@ def test_gradient_that_is_not_finite_names_example_and_block(model: nn.Module) -
         handle.remove()
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+def test_gradient_that_is_not_finite_inside_an_expert_names_example_and_block(segments: int) -> None:
+    """The expert saw few of the tokens: looked at is the next matrix below it that saw them all."""
+    model = build("Mixtral")
+    module = model.model.layers[1].mlp.experts
+    real = module._apply_gate
+    # More tokens than the self-check has; row 0 is a token of the first example that the expert was given.
+    module._apply_gate = lambda product: _PoisonGradient.apply(real(product), 0) if len(product) > 12 else real(product)
+    with pytest.raises(ScoringError, match=r"harm example \d+ .*block 1 \(model\.layers\.1\.self_attn\.o_proj"):
+        fastprune.score(model, CalibrationSet(HARM), harm="abs", segments=segments, progress=False)
+
+
 @pytest.mark.parametrize("whole, segments", [(False, 1), (False, 4), (True, 1)])
 def test_gradient_that_is_not_finite_in_the_last_place_that_is_looked_at(model, whole, segments) -> None:
     """Inside the lowest block, behind the one matrix of it that is checked: only the block's input shows it."""

@@ -7,6 +7,7 @@ harm, controls and transfer between harm types.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from fastprune.calibration import CalibrationSet
 from fastprune.evaluation import Evaluation, EvaluationSuite
 from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
+from fastprune.masking.apply import split_name
 from fastprune.scoring import Scores, score
 
 CRITERIA = ("signed", "signed_reverse", "abs_of_sum")
@@ -90,7 +92,7 @@ def sweep(
 
 
 def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[str, Any]:
-    """Pruned weights by block and matrix.
+    """Pruned weights by block and matrix; the experts of a block count together.
 
     Args:
         name: What the model is called.
@@ -98,17 +100,24 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
         block_of: Decoder block of each matrix, as in ``scores.provenance["block_of"]``.
     """
     layers = sorted(set(block_of.values()))
-    short = {key: key.removesuffix(".weight").rsplit(".", 1)[-1] for key in mask}
-    kinds = list(dict.fromkeys(short[key] for key in mask))
-    counts = {(block_of[key], short[key]): mask.counts[key] for key in mask}
-    sizes = {(block_of[key], short[key]): torch.Size(mask.shapes[key]).numel() for key in mask}
+    kinds = list(dict.fromkeys(map(_kind, mask)))
+    counts, sizes = Counter(), Counter()
+    for key, count in mask.counts.items():
+        counts[block_of[key], _kind(key)] += count
+        sizes[block_of[key], _kind(key)] += torch.Size(mask.shapes[key]).numel()
     return {
         "model": name,
         "layers": layers,
         "matrices": kinds,
-        "counts": [[counts.get((layer, kind), 0) for kind in kinds] for layer in layers],
-        "sizes": [[sizes.get((layer, kind), 0) for kind in kinds] for layer in layers],
+        "counts": [[counts[layer, kind] for kind in kinds] for layer in layers],
+        "sizes": [[sizes[layer, kind] for kind in kinds] for layer in layers],
     }
+
+
+def _kind(name: str) -> str:
+    """``up_proj`` for a Linear, ``experts.up_proj`` for every expert."""
+    parameter, expert = split_name(name)
+    return ".".join(parameter.removesuffix(".weight").split(".")[-1 if expert is None else -2 :])
 
 
 def transfer(

@@ -1,14 +1,16 @@
-"""Hooks that hand the input and the output gradient of each Linear to whoever forms statistics.
+"""Hooks that hand the input and the output gradient of each matrix to whoever forms statistics.
 
 In: the matrices of a segment and a sink. Out: ``sink.inputs(matrix, x)`` during a forward and
-``sink.gradients(matrix, x, dy)`` during the backward, with ``x`` and ``dy`` as ``(rows * tokens, features)``. Weights
-carry ``requires_grad=False``, so autograd forms ``dX`` only. Nothing here knows which statistics are formed.
+``sink.gradients(matrix, x, dy)`` during the backward, with ``x`` and ``dy`` as ``(n_tokens, features)``: the whole
+micro-batch for a Linear, the tokens that were routed to it for an expert. Weights carry ``requires_grad=False``, so
+autograd forms ``dX`` only. Nothing here knows which statistics are formed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -17,24 +19,27 @@ from torch import nn
 
 from fastprune.errors import ModelError
 from fastprune.model.eligible import Matrix
+from fastprune.model.experts import ExpertTokens, watched
 
 
 class Sink(Protocol):
-    """Receives what a Linear saw. ``per_example`` forbids what cannot be split by example."""
+    """Receives what a matrix saw. ``per_example`` forbids what cannot be split by example."""
 
     wants_inputs: bool
     wants_gradients: bool
     per_example: bool
 
-    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
-        """``x``: ``(n_tokens, in_features)``."""
+    def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
+        """``x``: ``(n_tokens, in_features)``; ``tokens``: which they are, ``None`` for the whole micro-batch."""
 
-    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """``x``: ``(n_tokens, in_features)``; ``dy``: ``(n_tokens, out_features)``."""
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
+        """``x`` and ``tokens`` as in :meth:`inputs`; ``dy``: ``(n_tokens, out_features)``."""
 
 
 class Capture:
     """Installs the hooks of some matrices for the length of a ``with`` block.
+
+    Experts are seen inside :func:`fastprune.model.experts.one_by_one` only, as a view runs them.
 
     Args:
         matrices: The matrices to watch.
@@ -43,73 +48,103 @@ class Capture:
 
     def __init__(self, matrices: Sequence[Matrix], sink: Sink) -> None:
         self._matrices = list(matrices)
+        self._of = {(matrix.module, matrix.attribute, matrix.expert): matrix for matrix in self._matrices}
+        self._first_of = {matrix.module: matrix for matrix in reversed(self._matrices)}
         self._sink = sink
-        self._n_tokens = 0
-        self._forwards: dict[str, int] = {}
-        self._backwards: dict[str, int] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._shape = (0, 0)
+        self._calls: Counter[nn.Module] = Counter()
+        self._forwards: Counter[str] = Counter()
+        self._backwards: Counter[str] = Counter()
+        self._installed = ExitStack()
 
     def __enter__(self) -> Capture:
         for matrix in self._matrices:
-            self._handles.append(matrix.module.register_forward_hook(self._forward_hook(matrix)))
+            if matrix.expert is None:
+                self._installed.callback(matrix.module.register_forward_hook(self._forward_hook(matrix)).remove)
+        for module in {matrix.module: None for matrix in self._matrices if matrix.expert is not None}:
+            self._installed.enter_context(watched(module, self))
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._installed.close()
 
     @contextmanager
-    def micro_batch(self, n_tokens: int) -> Iterator[None]:
-        """Watch one forward and backward over ``n_tokens`` (rows times padded length).
+    def micro_batch(self, shape: tuple[int, int]) -> Iterator[None]:
+        """Watch one forward and backward over ``shape``: rows and padded length.
+
+        An expert that no token was routed to sees nothing, and its gradient is zero.
 
         Raises:
             ModelError: A matrix was not reached, or, for per-example statistics, was used twice.
         """
-        self._n_tokens = n_tokens
-        self._forwards, self._backwards = {}, {}
+        self._shape = (shape[0], shape[1])
+        self._calls, self._forwards, self._backwards = Counter(), Counter(), Counter()
         yield
         for matrix in self._matrices:
-            forwards, backwards = self._forwards.get(matrix.name, 0), self._backwards.get(matrix.name, 0)
-            if forwards == 0:
+            if not self._calls[matrix.module]:
                 raise ModelError(
                     f"model: no input of {matrix.name} was seen in a forward pass; it is used without its module being "
                     "called, so it cannot be scored"
                 )
+            forwards, backwards = self._forwards[matrix.name], self._backwards[matrix.name]
             if self._sink.wants_gradients and backwards != forwards:
                 raise ModelError(
                     f"model: no gradient reached {matrix.name}: called {forwards} times, {backwards} with a gradient"
                 )
 
+    def called(self, module: nn.Module, n_tokens: int) -> int:
+        """An experts module begins; see :class:`fastprune.model.experts.Watcher`."""
+        self._count_call(self._first_of[module], n_tokens)
+        return self._shape[0]
+
+    def product(
+        self, module: nn.Module, attribute: str, expert: int, x: torch.Tensor, y: torch.Tensor, tokens: ExpertTokens
+    ) -> None:
+        """An expert has multiplied; see :class:`fastprune.model.experts.Watcher`."""
+        matrix = self._of.get((module, attribute, expert))
+        if matrix is not None:
+            self._see(matrix, x, y, tokens)
+
     def _forward_hook(self, matrix: Matrix):
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            x = args[0].detach()
-            uses = self._forwards[matrix.name] = self._forwards.get(matrix.name, 0) + 1
-            if uses > 1 and self._sink.per_example:
-                raise ModelError(
-                    f"model: {matrix.name} is used {uses} times in one forward; a per-example statistic would have to "
-                    "add the uses before the absolute value, which is not supported"
-                )
-            rows = x.reshape(-1, x.shape[-1])
-            if len(rows) != self._n_tokens:
-                raise ModelError(
-                    f"model: {matrix.name} saw {len(rows)} token rows where the micro-batch has {self._n_tokens}; "
-                    "tokens cannot be attributed to examples"
-                )
-            if self._sink.wants_inputs:
-                self._sink.inputs(matrix, rows)
-            if self._sink.wants_gradients and output.requires_grad:
-                version = args[0]._version
-
-                def on_gradient(dy: torch.Tensor) -> None:
-                    if args[0]._version != version:
-                        raise ModelError(
-                            f"model: the input of {matrix.name} was changed in place between forward and backward, "
-                            "so its gradient cannot be formed"
-                        )
-                    self._backwards[matrix.name] = self._backwards.get(matrix.name, 0) + 1
-                    self._sink.gradients(matrix, rows, dy.detach().reshape(-1, dy.shape[-1]))
-
-                output.register_hook(on_gradient)
+            self._count_call(matrix, args[0].numel() // args[0].shape[-1])
+            self._see(matrix, args[0], output, None)
 
         return hook
+
+    def _count_call(self, matrix: Matrix, n_tokens: int) -> None:
+        """Refuse, in the name of a matrix, a call of its module that cannot be attributed to examples."""
+        self._calls[matrix.module] += 1
+        uses, expected = self._calls[matrix.module], self._shape[0] * self._shape[1]
+        if uses > 1 and self._sink.per_example:
+            raise ModelError(
+                f"model: {matrix.name} is used {uses} times in one forward; a per-example statistic would have to "
+                "add the uses before the absolute value, which is not supported"
+            )
+        if n_tokens != expected:
+            raise ModelError(
+                f"model: {matrix.name} saw {n_tokens} token rows where the micro-batch has {expected}; "
+                "tokens cannot be attributed to examples"
+            )
+
+    def _see(self, matrix: Matrix, x: torch.Tensor, y: torch.Tensor, tokens: ExpertTokens | None) -> None:
+        """Hand on the input of one product now, and with the gradient of its output ``y`` when that is there."""
+        x = x.detach()  # shares the version counter, but not the graph
+        rows = x.reshape(-1, x.shape[-1])
+        self._forwards[matrix.name] += 1
+        if self._sink.wants_inputs:
+            self._sink.inputs(matrix, rows, tokens)
+        if not (self._sink.wants_gradients and y.requires_grad):
+            return
+        version = x._version
+
+        def on_gradient(dy: torch.Tensor) -> None:
+            if x._version != version:
+                raise ModelError(
+                    f"model: the input of {matrix.name} was changed in place between forward and backward, "
+                    "so its gradient cannot be formed"
+                )
+            self._backwards[matrix.name] += 1
+            self._sink.gradients(matrix, rows, dy.detach().reshape(-1, dy.shape[-1]), tokens)
+
+        y.register_hook(on_gradient)

@@ -1,4 +1,4 @@
-"""Which weights are scored: the matrices of every Linear inside the decoder blocks.
+"""Which weights are scored: the matrices of every Linear and every expert inside the decoder blocks.
 
 In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases and routers are left out;
 a weight that ought to be scored but that no hook could see is an error, never skipped.
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
+from fastprune.model.experts import follows_interface, fused_weights
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,21 +23,35 @@ class Matrix:
     """One eligible weight.
 
     Attributes:
-        name: Parameter name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
+        name: Parameter name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``; one expert of a fused parameter:
+            ``model.layers.0.mlp.experts.down_proj[3]``.
         block: Index of its decoder block.
         module: The module whose forward multiplies by it.
         input_major: ``True`` if the weight is stored ``(in_features, out_features)`` (GPT-2's Conv1D).
+        attribute: Name of the parameter in the module.
+        expert: Index in a fused parameter ``(experts, …)``; ``None`` if the parameter is the matrix.
     """
 
     name: str
     block: int
     module: nn.Module
     input_major: bool
+    attribute: str = "weight"
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that holds it, looked up each time: a streamed block's parameters are replaced."""
+        return getattr(self.module, self.attribute)
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight in its stored layout, detached; the same storage as the model's."""
-        return self.module.weight.detach()
+        return self.part_of(self.parameter.detach())
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What belongs to this matrix in a tensor of its parameter's shape, such as a gradient; a view."""
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -76,26 +91,35 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
         allow_meta: Accept weights without values, for planning.
 
     Raises:
-        ModelError: A block holds weights that cannot be scored (fused 3-D experts, quantised or meta tensors, a matrix
-            outside any Linear), or one weight serves two blocks.
+        ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
+            Linear and to no experts module), or one weight serves two blocks.
     """
     prefix, blocks = decoder_blocks(model)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
         owned: set[int] = set()
         for path, module in block.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D):
-                continue
-            name = ".".join(part for part in (prefix, str(index), path, "weight") if part)
-            owned.add(id(module.weight))
-            _check_weight(name, module, allow_meta)
-            if not _is_router(model, path, module):
-                matrices.append(Matrix(name, index, module, isinstance(module, Conv1D)))
+            stem = ".".join(part for part in (prefix, str(index), path) if part)
+            if isinstance(module, nn.Linear | Conv1D):
+                owned.add(id(module.weight))
+                _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
+                if not _is_router(model, path, module):
+                    matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
+            elif follows_interface(module):
+                for attribute in fused_weights(module):
+                    weight, bias = (getattr(module, name, None) for name in (attribute, f"{attribute}_bias"))
+                    owned |= {id(weight), id(bias)}
+                    _check_weight(f"{stem}.{attribute}", weight, 3, allow_meta)
+                    matrices.extend(
+                        Matrix(f"{stem}.{attribute}[{expert}]", index, module, module.is_transposed, attribute, expert)
+                        for expert in range(len(weight))
+                    )
         for path, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
                 raise ModelError(
                     f"model: {prefix}.{index}.{path} of shape {tuple(parameter.shape)} is a weight inside a decoder "
-                    "block that no Linear multiplies by (fused experts?), so it cannot be scored"
+                    "block that belongs to no Linear and to no module that follows transformers' experts interface "
+                    "(use_experts_implementation), so it cannot be scored"
                 )
     if not matrices:
         raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
@@ -103,14 +127,15 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
     return matrices
 
 
-def _check_weight(name: str, module: nn.Module, allow_meta: bool) -> None:
-    weight = module.weight
+def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta: bool) -> None:
+    if weight is None:
+        raise ModelError(f"model: there is no {name}, although its module follows transformers' experts interface")
     if weight.device.type == "meta" and not allow_meta:
         raise ModelError(
             f"model: {name} is on the meta device or offloaded, so its gradients would be lost; load the whole model "
             "(no device_map that offloads to CPU or disk) or pass the path of the checkpoint folder"
         )
-    if weight.dtype not in _FLOAT_DTYPES or weight.ndim != 2:
+    if weight.dtype not in _FLOAT_DTYPES or weight.ndim != dims:
         raise ModelError(
             f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
             "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
@@ -134,9 +159,9 @@ def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> b
 
 
 def _check_unshared(matrices: list[Matrix]) -> None:
-    seen: dict[int, str] = {}
+    seen: dict[tuple[int, int | None], str] = {}
     for matrix in matrices:
-        first = seen.setdefault(id(matrix.module.weight), matrix.name)
+        first = seen.setdefault((id(matrix.parameter), matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(
                 f"model: {first} and {matrix.name} are one shared weight; its per-example gradient cannot be split"

@@ -2,14 +2,14 @@
 
 In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
 both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
-gradient of one weight are compared. Catches what reading code cannot: blocks that share state, rows that see each
-other, padding that leaks. The model itself is used, which costs two passes over about ten tokens; of a streamed model
-the blocks of the first segment alone, as they are in memory then.
+gradients of one weight, and of one expert where there are any, are compared. Catches what reading code cannot: blocks
+that share state, rows that see each other, padding that leaks, experts that are run another way. The model itself is
+used, which costs two passes over about ten tokens; of a streamed model the blocks of the first segment alone, as they
+are in memory then.
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 
@@ -19,6 +19,7 @@ from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
+from fastprune.model.experts import ExpertTokens
 from fastprune.model.view import Batch, BlockView, WholeView
 from fastprune.model.weights import Weights
 
@@ -29,18 +30,18 @@ _LENGTHS = (6, 4)
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-class _OneGradient:
-    """A sink that keeps ``dy^T x`` of one matrix."""
+class _Gradients(dict[str, torch.Tensor]):
+    """A sink that keeps ``dy^T x`` of each watched matrix, by its name."""
 
     wants_inputs, wants_gradients, per_example = False, True, True
 
-    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
+    def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None) -> None:
         """Not asked for."""
 
-    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
-        """Form the gradient of the one watched matrix, in fp32."""
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None) -> None:
+        """Form the gradient of one matrix, in fp32."""
         left, right = (x, dy) if matrix.input_major else (dy, x)
-        self.gradient = left.float().T @ right.float()
+        self[matrix.name] = left.float().T @ right.float()
 
 
 def checked_view(weights: Weights, parts: Sequence[range], segments: int | None) -> BlockView | WholeView:
@@ -109,22 +110,38 @@ def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
+def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
+    """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any."""
+    # The first experts module: what enters it has the same bits both ways, so the same tokens reach each expert;
+    # further up, rounding may send a token elsewhere.
+    fused = next((matrix for matrix in view.matrices if matrix.expert is not None and matrix.block < depth), None)
+    firsts = [view.matrices[0], *([fused] if fused is not None else [])]
+    parameters = [matrix.parameter for matrix in firsts]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        logits = view.learn_return_type(batch)
+        loss = view.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    chosen = {view.matrices[0]: view.matrices[0].part_of(gradients[0])}
+    if fused is not None:
+        experts = [matrix for matrix in view.matrices if matrix.parameter is fused.parameter]
+        norms = gradients[1].flatten(1).norm(dim=1)  # not every expert is given one of so few tokens
+        busiest = experts[int(norms.argmax())]
+        chosen[busiest] = busiest.part_of(gradients[1])
+    return logits, chosen
+
+
 def _disagreement(
     view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...], parts: Sequence[range]
 ) -> str | None:
     """What differs between the parts and the whole, in words; ``None`` if nothing does."""
-    matrix = view.matrices[0]
-    weight = matrix.module.weight
-    tolerance = _TOLERANCE[weight.dtype]
+    tolerance = _TOLERANCE[view.matrices[0].weight.dtype]
     attended = batch.attention_mask.bool()
-
-    weight.requires_grad_(True)
-    try:
-        logits = view.learn_return_type(batch)
-        loss = view.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights).sum()
-        (gradient,) = torch.autograd.grad(loss, weight)
-    finally:
-        weight.requires_grad_(False)
+    logits, gradients = _reference(view, batch, parts[-1].stop)
 
     # As the engine does: forward from boundary to boundary, then each segment again from the boundary below it. What a
     # block leaves behind, or hands to another segment past the hidden states, shows in the gradient.
@@ -133,22 +150,27 @@ def _disagreement(
         boundaries = [hidden]
         for part in parts:
             boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
-        divided = view.epilogue(boundaries.pop()[attended])
-    sink, downstream = _OneGradient(), None
-    with Capture([matrix], sink) as capture:
-        for part in reversed(parts):
-            entering = boundaries.pop().detach().requires_grad_(True)
-            # the watched matrix belongs to the first segment
-            with capture.micro_batch(batch.input_ids.numel()) if part.start == 0 else contextlib.nullcontext():
-                leaving = view.run(part.start, part.stop, entering, arguments)
-                if downstream is None:
-                    _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
-                torch.autograd.backward(leaving, downstream)
-            downstream = entering.grad
+        left = boundaries.pop()[attended]
+    sink, downstream = _Gradients(), None
+    for part in reversed(parts):
+        entering = boundaries.pop().detach().requires_grad_(True)
+        watched = [matrix for matrix in gradients if matrix.block in part]
+        with Capture(watched, sink) as capture, capture.micro_batch(batch.input_ids.shape):
+            leaving = view.run(part.start, part.stop, entering, arguments)
+            if downstream is None:
+                _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
+            torch.autograd.backward(leaving, downstream)
+        downstream = entering.grad
+    with torch.no_grad():
+        divided = view.epilogue(left)
     if (error := _relative_error(divided, logits[attended])) > tolerance:
         return f"its logits differ by {error:.1e} (relative) from the untouched model's"
-    if (error := _relative_error(sink.gradient, gradient)) > tolerance:
-        return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
+    for matrix, gradient in gradients.items():
+        found = sink.get(matrix.name)
+        if found is None:
+            return f"no token reached {matrix.name}, although its gradient in the untouched model is not zero"
+        if (error := _relative_error(found, gradient)) > tolerance:
+            return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
     ids, mask, positions = left_padded
     with torch.no_grad():
         left_logits = view.forward(ids, mask, positions)

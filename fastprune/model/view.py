@@ -21,6 +21,7 @@ from torch import nn
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
 from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.experts import one_by_one
 from fastprune.model.weights import Weights
 
 # Logits of one chunk of the head, as fp32: 2**25 of them are 128 MiB, small beside the weights of any model whose
@@ -105,6 +106,7 @@ class _View:
         self.model = unwrap(weights.model)
         self.device = weights.device  # where token ids go
         self.matrices: list[Matrix] = eligible_matrices(self.model, allow_meta=weights.streamed)
+        self._experts = list({matrix.module: None for matrix in self.matrices if matrix.expert is not None})
         self.n_blocks = len(decoder_blocks(self.model)[1])
         self.accepted = set(inspect.signature(self.model.forward).parameters)
 
@@ -207,10 +209,11 @@ class BlockView(_View):
 
     def run(self, first: int, last: int, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
         """Run blocks ``first`` to ``last - 1``; hidden states in, hidden states out, ``(rows, tokens, hidden)``."""
-        for index in range(first, last):
-            args, kwargs = arguments.calls[index]
-            output = self.blocks[index](hidden, *args, **kwargs)
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
+        with one_by_one(self._experts):  # with and without a capture: a recomputed segment has the same bits
+            for index in range(first, last):
+                args, kwargs = arguments.calls[index]
+                output = self.blocks[index](hidden, *args, **kwargs)
+                hidden = output if isinstance(output, torch.Tensor) else output[0]
         return hidden
 
     def epilogue(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -311,7 +314,8 @@ class WholeView(_View):
             embedding = self.model.get_input_embeddings()
             hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
         try:
-            return self.forward(arguments.input_ids, arguments.attention_mask, arguments.position_ids)
+            with one_by_one(self._experts):
+                return self.forward(arguments.input_ids, arguments.attention_mask, arguments.position_ids)
         finally:
             if hook is not None:
                 hook.remove()

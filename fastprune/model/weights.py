@@ -37,7 +37,11 @@ class Resident:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
 
     @contextlib.contextmanager
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:

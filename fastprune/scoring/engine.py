@@ -230,7 +230,7 @@ class Pass:
         part, with_gradient = self._parts[number], statistics.wants_gradients
         entering = self._boundaries.take(f"boundary-{number}", item.number).detach().requires_grad_(with_gradient)
         statistics.begin(item.batch, item.names)
-        with capture.micro_batch(item.batch.input_ids.numel()):
+        with capture.micro_batch(item.batch.input_ids.shape):
             with torch.set_grad_enabled(with_gradient):
                 leaving = self._view.run(part.start, part.stop, entering, item.arguments)
             if not with_gradient:

@@ -106,13 +106,11 @@ def _bytes(parameters) -> int:
 
 
 def _share(model: nn.Module, matrix: Matrix) -> float:
-    """Of all tokens, the share that meets this matrix."""
-    if not matrix.name.endswith("]"):
+    """Which part of the tokens a matrix multiplies, on average; all of them where the config does not say."""
+    if matrix.expert is None:
         return 1.0
-    config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
-    return getattr(config, "num_experts_per_tok", experts) / experts
+    n_experts = len(matrix.parameter)
+    return min(1.0, (getattr(model.config.get_text_config(), "num_experts_per_tok", None) or n_experts) / n_experts)
 
 
 def activation_bound(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """The running statistics of one calibration set over the matrices of one segment.
 
-In: inputs and output gradients of each Linear, micro-batch by micro-batch (it is a sink of :class:`Capture`). Out: one
+In: inputs and output gradients of each matrix, micro-batch by micro-batch (it is a sink of :class:`Capture`). Out: one
 tensor for each matrix and statistic. Gradients arrive already weighted, each example by 1 / its scored tokens.
 """
 
@@ -13,6 +13,7 @@ import torch
 from fastprune import ops
 from fastprune.errors import ScoringError
 from fastprune.model.eligible import Matrix
+from fastprune.model.experts import ExpertTokens
 from fastprune.model.view import Batch
 from fastprune.scoring.criteria import GRADIENT_STATISTICS
 
@@ -57,20 +58,27 @@ class SegmentStatistics:
         # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so it may stay
         # in a sum of gradients; its inputs are meaningless and must stay out of a sum of inputs.
         padded = int(self._lengths.sum()) < rows * tokens
-        self._attended = batch.attention_mask.flatten().nonzero()[:, 0] if padded and self.wants_inputs else None
+        self._padding = batch.attention_mask.flatten() == 0 if padded and self.wants_inputs else None
+        self._attended = (~self._padding).nonzero()[:, 0] if self._padding is not None else None
         self._checks: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def inputs(self, matrix: Matrix, x: torch.Tensor) -> None:
+    def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
-        real = x if self._attended is None else x.index_select(0, self._attended.to(x.device))
+        if self._padding is None:
+            real = x
+        elif tokens is None:
+            real = x.index_select(0, self._attended.to(x.device))
+        else:  # zeros add nothing, and leaving rows out would wait for the device once an expert
+            real = x.masked_fill(self._padding.to(x.device)[tokens.indices].unsqueeze(1), 0.0)
         ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], real, backend=self._backend)
 
-    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor) -> None:
+    def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
         # Whatever is not finite inside a block is so in the gradient that leaves it downwards, so one matrix a block is
-        # looked at, the first on the way back.
-        if matrix.block not in self._checks:
+        # looked at, the first on the way back that sees every token.
+        if tokens is None and matrix.block not in self._checks:
             self._checks[matrix.block] = f"block {matrix.block} ({matrix.name})", self._sums(dy)
+        starts, lengths = (self._starts, self._lengths) if tokens is None else (tokens.starts, tokens.lengths)
         # dW is dy^T x in the usual layout and x^T dy where the weight is stored input-major.
         left, right = (x, dy) if matrix.input_major else (dy, x)
         for name, accumulator in self.of[matrix.name].items():
@@ -78,13 +86,9 @@ class SegmentStatistics:
                 case "grad_sum":
                     ops.accumulate_grad_sum(accumulator, left, right, backend=self._backend)
                 case "grad_abs_sum":
-                    ops.accumulate_grad_abs_sum(
-                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
-                    )
+                    ops.accumulate_grad_abs_sum(accumulator, left, right, starts, lengths, backend=self._backend)
                 case "grad_sq_sum":
-                    ops.accumulate_grad_sq_sum(
-                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
-                    )
+                    ops.accumulate_grad_sq_sum(accumulator, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
         """One number an example, finite only if every element is; enough to name a culprit later."""
