@@ -9,6 +9,7 @@ drops it after. What belongs to no group (norms, position tables) is small and s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -210,13 +211,17 @@ class Streamed:
         return moved
 
     def _drop(self, entries: Sequence[_Parameter]) -> None:
+        dropped = False
         for entry in entries:
             entry.users -= 1
             if entry.users == 0 and entry.loading is not None:
+                dropped = True
                 entry.loading.cancel()
                 entry.loading = None
                 for module, name in entry.places:
                     module._parameters[name] = entry.meta[id(module), name]
+        if dropped:
+            _return_freed_memory()
 
     @staticmethod
     def _place(entry: _Parameter, tensor: torch.Tensor) -> None:
@@ -226,3 +231,14 @@ class Streamed:
 
 
 Weights = Resident | Streamed
+
+
+def _return_freed_memory() -> None:
+    """Hand what was freed back to the system.
+
+    glibc keeps freed pieces of up to 32 MiB for later, in each thread's pool: weights that the reading thread allocated
+    and the main one freed would add up from segment to segment (160 MiB over four segments of a 0.3 B model). Other C
+    libraries have no such call and no such habit.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
