@@ -28,12 +28,12 @@ class Peak:
             self.before = torch.cuda.memory_allocated()
         elif self.known:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-            self.before = _status("VmRSS")
+            self.before = status_bytes("VmRSS")
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.known:
-            self.bytes = (torch.cuda.max_memory_allocated() if self.on_gpu else _status("VmHWM")) - self.before
+            self.bytes = (torch.cuda.max_memory_allocated() if self.on_gpu else status_bytes("VmHWM")) - self.before
 
     @property
     def mib(self) -> float:
@@ -41,7 +41,8 @@ class Peak:
         return round(self.bytes / 2**20, 1)
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
+    """A memory figure of this process (Linux), such as ``"VmRSS"``, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 

@@ -246,7 +246,8 @@ def _choose(
             for tier in tiers:
                 result = estimate.plan(choice, tier)
                 fits = budget is None or result.device_bytes <= budget
-                if fits and (host_budget is None or result.host_bytes <= host_budget) and (exact or choice == 1):
+                enough = fits and (host_budget is None or result.host_bytes <= host_budget)
+                if enough and (exact or choice in (1, segments)):
                     return result
         if not exact and budget is None and segments is None:
             return estimate.plan(1, tiers[0])
@@ -362,9 +363,11 @@ class _Estimate:
     def _read_bytes(self, segments: int, parts: Sequence[range]) -> int:
         if not self._streamed:
             return 0
-        sizes = self.sizes
-        twice = sum(sizes.block_bytes[: parts[-1].start])
-        return sizes.weight_bytes + twice + (sizes.embedding_bytes if sizes.tied else sizes.head_bytes)
+        if segments == 1:
+            return self.sizes.weight_bytes
+        # The last segment goes forward and backward in one; the head runs in the self-check and at the end.
+        twice = sum(self.sizes.block_bytes[: parts[-1].start]) + self.sizes.head_bytes
+        return self.sizes.weight_bytes + twice
 
     def _seconds(self, flops: float, read: int) -> float | None:
         compute, disk = self._rates

@@ -1,0 +1,94 @@
+"""Score or patch one checkpoint in a process of its own, and print seconds and peak memory as one JSON line.
+
+    python benchmarks/measured_run.py score FOLDER [--examples N] [--tokens T] [--memory 3GiB] [--segments S]
+                                            [--boundaries disk] [--resident]
+    python benchmarks/measured_run.py patch FOLDER OUT
+
+``peak_bytes`` is the highest resident memory (of a GPU: allocated memory too) above that after the imports. Both sets
+have N examples of T random tokens, the second half scored. ``planned_bytes`` is what ``fastprune.plan`` expects of
+``score``. Run by ``bench_streaming.py`` and the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from measure import status_bytes
+from transformers.models.llama import modeling_llama  # noqa: F401 - an import that must not count as a run's memory
+
+import fastprune
+from fastprune.calibration import CalibrationSet, Example
+from fastprune.masking import PruneMask
+from fastprune.model.checkpoint import load_config, load_model
+from fastprune.model.shards import stored_tensors
+
+
+def random_set(n_examples: int, n_tokens: int, vocabulary: int, seed: int) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, vocabulary, (n_examples, n_tokens), generator=generator).tolist()
+    context = n_tokens // 2
+    return CalibrationSet([Example(tuple(row), (*[-100] * context, *row[context:])) for row in rows])
+
+
+def score(arguments: argparse.Namespace) -> dict[str, object]:
+    n, tokens = arguments.examples, arguments.tokens
+    config = load_config(arguments.folder)
+    sets = [random_set(n, tokens, config.vocab_size, seed) for seed in (0, 1)]
+    limits = {name: getattr(arguments, name) for name in ("memory", "segments", "boundaries")}
+    model = load_model(arguments.folder) if arguments.resident else arguments.folder
+    start = time.perf_counter()
+    scores = fastprune.score(model, *sets, **limits, progress=False)
+    seconds = time.perf_counter() - start
+    planned = fastprune.plan(
+        model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=(n, tokens, n * (tokens // 2))
+    )
+    digest = scores.select(None, 1e-4).digest
+    return {"seconds": seconds, "planned_bytes": planned.peak_bytes, "segments": planned.segments, "mask": digest}
+
+
+def patch(arguments: argparse.Namespace) -> dict[str, object]:
+    stored = {name: tensor for name, tensor in stored_tensors(arguments.folder).items() if len(tensor.shape) == 2}
+    indices = {name: torch.arange(0, tensor.numel, 100_003) for name, tensor in stored.items()}
+    mask = PruneMask(indices, {name: tensor.shape for name, tensor in stored.items()})
+    start = time.perf_counter()
+    fastprune.patch_checkpoint(arguments.folder, mask, arguments.out)
+    return {"seconds": time.perf_counter() - start, "weights": mask.total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    of_score = commands.add_parser("score")
+    of_score.add_argument("folder", type=Path)
+    of_score.add_argument("--examples", type=int, default=8)
+    of_score.add_argument("--tokens", type=int, default=64)
+    of_score.add_argument("--memory")
+    of_score.add_argument("--segments", type=int)
+    of_score.add_argument("--boundaries")
+    of_score.add_argument("--resident", action="store_true", help="load the whole model first, not counted as time")
+    of_score.set_defaults(run=score)
+    of_patch = commands.add_parser("patch")
+    of_patch.add_argument("folder", type=Path)
+    of_patch.add_argument("out", type=Path)
+    of_patch.set_defaults(run=patch)
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.mm(torch.randn(256, 256), torch.randn(256, 256))  # the matrix library's own buffers
+    before = status_bytes("VmRSS")
+    result = arguments.run(arguments)
+    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    if torch.cuda.is_available():
+        result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    json.dump(result, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    main()

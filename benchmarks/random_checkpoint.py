@@ -1,0 +1,93 @@
+"""Write a checkpoint of random bf16 weights, shard by shard, so that it can be larger than memory.
+
+    python benchmarks/random_checkpoint.py DIR [--shape 3b|300m] [--blocks N]
+
+The weights are N(0, 0.02) from a fixed seed, as a fresh initialisation; norms are one. The shape ``3b`` is that of a
+Llama of 3.2 B parameters with tied embeddings (6 GiB on disk), ``300m`` one of 270 M (0.5 GiB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+SHAPES = {
+    "3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+    "300m": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 32_000,
+    },
+}
+
+
+def write_checkpoint(folder: Path, *, shard_bytes: int = 1 << 29, tied: bool = True, **shape: int) -> Path:
+    """Write a random bf16 Llama.
+
+    Args:
+        folder: Made if it does not exist.
+        shard_bytes: A shard is closed when it is as large; one shard and one tensor are in memory at a time.
+        tied: Whether the head is the embedding.
+        shape: Settings of ``LlamaConfig``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = transformers.LlamaConfig(
+        **shape, tie_word_embeddings=tied, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = {}
+    for number, shard in enumerate(_shards(dict(model.named_parameters()), shard_bytes)):
+        file = f"model-{number:05d}.safetensors"
+        save_file(shard, folder / file)
+        names |= dict.fromkeys(shard, file)
+    total = sum(parameter.numel() * 2 for parameter in model.parameters())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _shards(parameters: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        tensor = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        shard[name] = tensor if parameter.ndim == 1 else tensor.normal_(std=0.02, generator=generator)
+        if sum(part.numel() * 2 for part in shard.values()) >= shard_bytes:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--blocks", type=int, help="decoder blocks, instead of the shape's own")
+    arguments = parser.parse_args()
+    shape = dict(SHAPES[arguments.shape])
+    if arguments.blocks is not None:
+        shape["num_hidden_layers"] = arguments.blocks
+    print(write_checkpoint(arguments.folder, **shape))
+
+
+if __name__ == "__main__":
+    main()
