@@ -1,0 +1,186 @@
+"""Interrupted runs go on where they were and end with the same bits; journals of other inputs are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import BENIGN, HARM, build
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+from fastprune.errors import ArgumentError, ArtifactError, ScoringError
+from fastprune.model.view import BlockView
+from fastprune.model.weights import Streamed
+from fastprune.scoring import engine
+
+SETS = (CalibrationSet(HARM).loader(24), CalibrationSet(BENIGN).loader(24))
+SETTINGS = {"segments": 4, "progress": False}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build("Llama").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    return tmp_path / "model"
+
+
+def saved(scores: fastprune.Scores, path: Path) -> bytes:
+    return scores.save(path).read_bytes()
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
+    """Let the pass fail at the n-th call of a stage."""
+    real, calls = getattr(engine.Pass, stage), []
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == at:
+            raise RuntimeError("power failure")
+        return real(self, *args)
+
+    monkeypatch.setattr(engine.Pass, stage, failing)
+
+
+@pytest.mark.parametrize("how", ["random", "calls"])
+def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed_runs.py")
+    words = [str(folder), str(tmp_path / "journal"), str(tmp_path / "out"), "1", how]
+    process = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout.splitlines()[-1])
+    if how == "calls":
+        assert report["killed"] > 20 and len(set(report["lines"])) > 3  # kills met the journal in many states
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "out-timed").read_bytes()
+
+
+@pytest.mark.parametrize("boundaries", ["disk", "device"])
+@pytest.mark.parametrize(("stage", "at"), [("_prologue", 1), ("_forward", 3), ("_backward", 1), ("_backward", 3)])
+def test_resumed_runs_do_not_repeat_what_is_finished(
+    stage: str, at: int, boundaries: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = saved(fastprune.score(folder, *SETS, **SETTINGS), tmp_path / "expected")
+    journal = tmp_path / "journal"
+    with monkeypatch.context() as patched:
+        interrupt(patched, stage, at)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(folder, *SETS, resume=journal, boundaries=boundaries, **SETTINGS)
+    runs: list[tuple[str, int]] = []
+    for name in ("_forward", "_backward"):
+        real = getattr(engine.Pass, name)
+        monkeypatch.setattr(
+            engine.Pass,
+            name,
+            lambda self, n, *rest, real=real, name=name: runs.append((name, n)) or real(self, n, *rest),
+        )
+    found = fastprune.score(folder, *SETS, resume=journal, boundaries=boundaries, **SETTINGS)
+    assert saved(found, tmp_path / "found") == expected
+    end = 4 - (at - 1 if stage == "_backward" else 0)
+    done = {"_prologue": 0, "_forward": at - 1, "_backward": 3}[stage] if boundaries == "disk" else 0
+    assert runs == [*(("_forward", n) for n in range(done, end - 1)), *(("_backward", n) for n in reversed(range(end)))]
+
+
+def test_a_finished_run_is_only_read_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    names = {path.name for path in (tmp_path / "journal").iterdir()}
+    assert names == {"journal.jsonl", *(f"segment-{n}.safetensors" for n in range(4))}  # no hidden states are left
+    monkeypatch.setattr(engine.Pass, "_prologue", lambda *args: pytest.fail("the pass ran again"))
+    again = fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    assert saved(again, tmp_path / "b") == saved(first, tmp_path / "a")
+
+
+def test_resident_models_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("Gemma2")
+    expected = saved(fastprune.score(model, *SETS, **SETTINGS), tmp_path / "expected")
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 3)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    assert saved(fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS), tmp_path / "found") == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"harm": "abs"}, "criteria"),
+        ({"segments": 2}, "segments"),
+        ({"q_max": 0.5}, "fractions"),
+        ({"statistics_dtype": "float64"}, "statistics_dtype"),
+        ("data", "calibration"),
+        ("batches", "batch_tokens"),
+        ("weights", "weights"),
+        ("versions", "versions"),
+    ],
+)
+def test_a_journal_of_other_inputs_is_refused_by_name(
+    change: object, message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 2)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()}
+    sets, model, settings = SETS, folder, {**SETTINGS, **(change if isinstance(change, dict) else {})}
+    if change == "data":
+        sets = (CalibrationSet(HARM[1:]).loader(24), SETS[1])
+    elif change == "batches":
+        sets = (CalibrationSet(HARM).loader(16), SETS[1])
+    elif change == "weights":
+        model = tmp_path / "other"
+        build("Llama", seed=1).save_pretrained(model)
+    elif change == "versions":
+        monkeypatch.setattr(fastprune, "__version__", "99.0")
+    with pytest.raises(ArgumentError, match=f"resume.*another {message}"):
+        fastprune.score(model, *sets, resume=tmp_path / "journal", **settings)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()} == before
+
+
+def test_a_folder_that_is_in_use_or_holds_something_else(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    journal = tmp_path / "journal"
+
+    def again(self, *args):
+        with pytest.raises(ArgumentError, match="another process is at work"):
+            fastprune.score(folder, *SETS, resume=journal, **SETTINGS)
+        raise RuntimeError("enough")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.Pass, "_prologue", again)
+        with pytest.raises(RuntimeError, match="enough"):
+            fastprune.score(folder, *SETS, resume=journal, **SETTINGS)
+    with pytest.raises(ArgumentError, match="holds no journal"):
+        fastprune.score(folder, *SETS, resume=folder, **SETTINGS)
+    assert not (folder / "journal.jsonl").exists()
+
+
+def test_a_changed_file_is_not_read_as_whole(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    journal = tmp_path / "journal"
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 3)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(folder, *SETS, resume=journal, **SETTINGS)
+    for name in ("segment-3.safetensors", "gradient-2.bin"):
+        content = (journal / name).read_bytes()
+        (journal / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtifactError, match="changed"):
+            fastprune.score(folder, *SETS, resume=journal, **SETTINGS)
+        (journal / name).write_bytes(content)
+    with (journal / "journal.jsonl").open("ab") as file:
+        file.write(b"0123 {half a li")  # as a kill leaves it
+    fastprune.score(folder, *SETS, resume=journal, **SETTINGS)
+
+
+def test_an_error_leaves_a_journal_that_can_be_resumed(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            BlockView,
+            "losses_and_gradient",
+            lambda self, hidden, batch, *rest: (torch.full((len(hidden),), torch.nan), hidden),
+        )
+        patched.setattr("fastprune.scoring.score.checked_view", lambda weights, *rest: BlockView(weights))
+        with pytest.raises(ScoringError, match="no finite"):
+            fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    assert fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS).harm
+    assert isinstance(Streamed(folder, torch.device("cpu")), Streamed)
