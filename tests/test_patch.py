@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking import patch
+from fastprune.masking import locate, patch
 from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.patch import patch_checkpoint
+from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.model.fingerprint import fingerprint
 
 
@@ -64,10 +65,10 @@ def test_a_patched_folder_holds_the_masked_model(model, tmp_path, dtype, shard, 
     assert patch_checkpoint(tmp_path / "in", mask, tmp_path / "out", scale=scale) == tmp_path / "out"
 
     after = contents(tmp_path / "out")
-    assert contents(tmp_path / "in") == before and after.keys() == before.keys()
+    assert contents(tmp_path / "in") == before and after.keys() == before.keys() | {UNDO_NAME}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     patched = {}
-    for name in after:
+    for name in before:
         if not name.endswith(".safetensors"):
             assert after[name] == before[name]
             continue
@@ -149,20 +150,25 @@ def test_other_copies_of_the_weights_are_left_out(model, tmp_path):
         FastpruneWarning, match=r"left out .*: consolidated\.safetensors, original/a\.pth, pytorch_model\.bin"
     ):
         patch_checkpoint(tmp_path / "in", mask_for(model), tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(contents(tmp_path / "out")) == [
+        "config.json",
+        UNDO_NAME,
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_only_the_masked_numbers_are_read(model, tmp_path, monkeypatch):
     """Neither safetensors nor torch loads a tensor: what is read are samples and the masked numbers."""
     model.save_pretrained(tmp_path / "in")
     mask, sizes = mask_for(model), []
-    genuine = patch.ops.apply_sparse_
+    genuine = locate.ops.apply_sparse_
 
     def spy(weight, indices, scale):
         sizes.append(weight.numel())
         return genuine(weight, indices, scale)
 
-    monkeypatch.setattr(patch.ops, "apply_sparse_", spy)
+    monkeypatch.setattr(locate.ops, "apply_sparse_", spy)
     patch_checkpoint(tmp_path / "in", mask, tmp_path / "out")
     assert sizes == [5] * 6
 
@@ -248,11 +254,14 @@ def test_an_interrupt_leaves_no_folder_behind(model, tmp_path, monkeypatch, erro
     model.save_pretrained(tmp_path / "in", max_shard_size="6KB")
     calls = []
 
-    def fail(*args):
+    genuine = patch.hashes
+
+    def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise error
+        return genuine(*args, **kwargs)
 
-    monkeypatch.setattr(patch, "_scale_in_file", fail)
+    monkeypatch.setattr(patch, "hashes", fail)  # reads and writes one shard
     refused(tmp_path, error, None, mask_for(model))
     assert len(calls) == 3
