@@ -117,6 +117,23 @@ def test_one_expert_of_a_fused_tensor(tmp_path):
         patch_checkpoint(tmp_path / "in", far, tmp_path / "far")
 
 
+@pytest.mark.parametrize("apart", ["mlp.experts.3.gate_proj.weight", "block_sparse_moe.experts.0.w1.weight"])
+def test_experts_that_are_fused_in_memory_only_are_refused_with_the_reason(tmp_path, apart):
+    (tmp_path / "in").mkdir()
+    dense = "model.layers.0.self_attn.q_proj.weight"
+    tensors = {f"model.layers.0.{apart}": torch.ones(3, 2), dense: torch.ones(3, 2)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    shapes = {dense: (3, 2), "model.layers.0.mlp.experts.gate_up_proj[3]": (6, 2)}
+    mask = PruneMask({name: torch.tensor([0]) for name in shapes}, shapes)
+    reason = (
+        rf"stores each expert on its own \(model\.layers\.0\.{apart}\).*experts\.gate_up_proj when.*save_pretrained"
+    )
+    refused(tmp_path, MaskError, reason, mask)
+    with pytest.raises(MaskError, match="lacks 1 of the 1") as plain:  # a mask without experts gets no such reason
+        patch_checkpoint(tmp_path / "in", PruneMask({"h.w": torch.tensor([0])}, {"h.w": (3, 2)}), tmp_path / "out")
+    assert "expert" not in str(plain.value)
+
+
 @pytest.mark.parametrize(("on_disk", "in_mask"), [("model.l.w", "l.w"), ("l.w", "model.l.w"), ("a.b.l.w", "l.w")])
 def test_names_may_differ_by_one_prefix(tmp_path, on_disk, in_mask):
     (tmp_path / "in").mkdir()

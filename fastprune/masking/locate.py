@@ -114,8 +114,20 @@ def _prefixes(name: str, on_disk: Mapping[str, Stored]) -> list[tuple[str, str]]
 
 
 def _why_missing(names: Mapping[str, str], on_disk: Mapping[str, Stored]) -> str:
-    missing = [base for base in names.values() if base not in on_disk]
-    return f"the checkpoint lacks {len(missing)} of the {len(names)} matrices of the mask, the first is {missing[0]}"
+    missing = {name: base for name, base in names.items() if base not in on_disk}
+    message = (
+        f"the checkpoint lacks {len(missing)} of the {len(names)} matrices of the mask, the first is "
+        f"{next(iter(missing.values()))}"
+    )
+    fused = next((base for name, base in missing.items() if split_name(name)[1] is not None), None)
+    apart = next((name for name in on_disk if re.search(r"\.experts\.\d+\.", name)), None)
+    if fused is None or apart is None:
+        return message
+    return (
+        f"{message}; the reason: the checkpoint stores each expert on its own ({apart}), transformers fuses them into "
+        f"{fused} when it loads them, so the mask's indices are no places on disk. Load the model, mask.apply_(model), "
+        "model.save_pretrained(out_dir)"
+    )
 
 
 def _matrix(stored: Stored, name: str) -> Stored:
