@@ -13,6 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
+from fastprune.model.adapters import adapter_parts, plain_name
+from fastprune.model.adapters import unwrap as unwrap
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +24,7 @@ class Matrix:
     """One eligible weight.
 
     Attributes:
-        name: Parameter name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``.
+        name: Parameter name in the model without adapters, e.g. ``model.layers.0.mlp.up_proj.weight``.
         block: Index of its decoder block.
         module: The module whose forward multiplies by it.
         input_major: ``True`` if the weight is stored ``(in_features, out_features)`` (GPT-2's Conv1D).
@@ -37,11 +39,6 @@ class Matrix:
     def weight(self) -> torch.Tensor:
         """The weight in its stored layout, detached; the same storage as the model's."""
         return self.module.weight.detach()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -77,16 +74,17 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
 
     Raises:
         ModelError: A block holds weights that cannot be scored (fused 3-D experts, quantised or meta tensors, a matrix
-            outside any Linear), or one weight serves two blocks.
+            outside any Linear, adapters other than unmerged LoRA), or one weight serves two blocks.
     """
     prefix, blocks = decoder_blocks(model)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
-        owned: set[int] = set()
+        adapters = adapter_parts(f"{prefix}.{index}", block)
+        owned = {id(parameter) for part in adapters for parameter in part.parameters()}
         for path, module in block.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D):
+            if not isinstance(module, nn.Linear | Conv1D) or id(module.weight) in owned:
                 continue
-            name = ".".join(part for part in (prefix, str(index), path, "weight") if part)
+            name = plain_name(".".join(part for part in (prefix, str(index), path, "weight") if part))
             owned.add(id(module.weight))
             _check_weight(name, module, allow_meta)
             if not _is_router(model, path, module):

@@ -57,6 +57,7 @@ def score(
 
     Args:
         model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is loaded into memory.
+            With LoRA adapters (a ``PeftModel``), the base weights are scored under their plain names, adapters active.
         harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
             scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
             Or a CalibrationSet, or its ``loader()``.
