@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, plain_name
 from fastprune.model.adapters import unwrap as unwrap
+from fastprune.model.admission import check_not_quantised, check_resident
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,6 +78,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
             outside any Linear, adapters other than unmerged LoRA), or one weight serves two blocks.
     """
     prefix, blocks = decoder_blocks(model)
+    check_not_quantised(model, prefix, blocks)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
         adapters = adapter_parts(f"{prefix}.{index}", block)
@@ -97,6 +99,8 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                 )
     if not matrices:
         raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
+    if not allow_meta:
+        check_resident(model)
     _check_unshared(matrices)
     return matrices
 
