@@ -19,6 +19,7 @@ from fastprune.errors import ScoringError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
+from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
@@ -93,7 +94,7 @@ def run_pass(
         view: The model; its state is the caller's business (see :func:`fastprune.model.state.quiet`).
         sets: Calibration sets; each segment's weights serve all of them while they are there.
         segments: Number of runs of blocks, 1 … ``view.n_blocks``. One keeps everything resident and recomputes nothing.
-        dtype: Of the accumulators.
+        dtype: Of the accumulators; bfloat16 for comparison only, see :mod:`fastprune.scoring.rounded`.
         on_final: Called as ``on_final(role, matrix, statistics)`` for each set and matrix, last segment first.
         backend: Backend of the ops.
         progress: Show a bar (never when standard error is not a terminal).
@@ -116,12 +117,12 @@ def run_pass(
             bar.set_postfix_str(f"blocks {part.start}-{part.stop - 1}")
             matrices = [matrix for matrix in view.matrices if matrix.block in part or isinstance(view, WholeView)]
             for group in sets:
-                statistics = SegmentStatistics(matrices, group.statistics, dtype, backend)
+                statistics = segment_statistics(matrices, group.statistics, dtype, backend)
                 with Capture(matrices, statistics) as capture:
                     for item in work[group.role]:
                         _backward(view, item, part, capture, statistics, scale)
                         bar.update()
-                statistics.unscale(scale)
+                statistics.finish(scale)
                 for matrix in matrices:
                     on_final(group.role, matrix, statistics.of.pop(matrix.name))
 

@@ -30,7 +30,7 @@ from fastprune.scoring.keep import Keeper
 from fastprune.scoring.plan import MICRO_BATCH_TOKENS, plan
 from fastprune.scoring.scores import Scores
 
-_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def score(
@@ -70,7 +70,9 @@ def score(
         memory: Budget in bytes or ``"80GiB"`` on the model's device, weights included; decides the segments.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Reserved for interrupted runs; has to be ``None``.
-        statistics_dtype: ``"float32"`` or ``"float64"``.
+        statistics_dtype: ``"float32"`` or ``"float64"``. ``"bfloat16"`` is for comparison only: rounded gradients are
+            added to rounded sums, one example at a time, as the published code does; sums of absolute values come out
+            too low, and other weights are chosen (docs/precision.md).
         backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.

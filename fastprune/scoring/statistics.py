@@ -71,20 +71,23 @@ class SegmentStatistics:
         # looked at, the first on the way back.
         if matrix.block not in self._checks:
             self._checks[matrix.block] = f"block {matrix.block} ({matrix.name})", self._sums(dy)
+        starts, lengths = self._starts, self._lengths
         # dW is dy^T x in the usual layout and x^T dy where the weight is stored input-major.
         left, right = (x, dy) if matrix.input_major else (dy, x)
+        self._add(matrix, left, right, starts, lengths)
+
+    def _add(
+        self, matrix: Matrix, left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        """Add ``left^T right`` of each example, whose tokens ``starts`` and ``lengths`` give."""
         for name, accumulator in self.of[matrix.name].items():
             match name:
                 case "grad_sum":
                     ops.accumulate_grad_sum(accumulator, left, right, backend=self._backend)
                 case "grad_abs_sum":
-                    ops.accumulate_grad_abs_sum(
-                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
-                    )
+                    ops.accumulate_grad_abs_sum(accumulator, left, right, starts, lengths, backend=self._backend)
                 case "grad_sq_sum":
-                    ops.accumulate_grad_sq_sum(
-                        accumulator, left, right, self._starts, self._lengths, backend=self._backend
-                    )
+                    ops.accumulate_grad_sq_sum(accumulator, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
         """One number an example, finite only if every element is; enough to name a culprit later."""
@@ -109,8 +112,8 @@ class SegmentStatistics:
             "look at this example's text, or load the model in float32 or bfloat16"
         )
 
-    def unscale(self, scale: float) -> None:
-        """Take a loss scale out again: linear in gradients and absolute gradients, squared in squares."""
+    def finish(self, scale: float) -> None:
+        """Make the sums final: take a loss scale out again (a factor in gradients, its square in squares)."""
         if scale == 1.0:
             return
         for accumulators in self.of.values():
