@@ -109,6 +109,8 @@ def test_a_config_that_says_so_is_refused(config: dict, message: str, tmp_path, 
         file.write_text(json.dumps(contents))
         with pytest.raises(ModelError, match=f"model {tmp_path}: .*{message}"):
             checkpoint.load_model(tmp_path)
+        with pytest.raises(ModelError, match=f"model {tmp_path}: .*{message}"):
+            checkpoint.load_config(tmp_path)
         with pytest.raises(ModelError, match=message):
             fastprune.score(tmp_path, CalibrationSet(HARM), progress=False)
     file.write_text("{")

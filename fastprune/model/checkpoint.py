@@ -75,9 +75,10 @@ def load_config(path: str | Path) -> object:
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: transformers does not know this kind of model.
+        ModelError: Its weights are quantised, or transformers does not know this kind of model.
     """
     _check_folder(path)
+    _check_unquantised(path)
     from transformers import AutoConfig
 
     try:
