@@ -20,6 +20,8 @@ _HOME = {
     "score": "fastprune.scoring",
     "PruneMask": "fastprune.masking",
     "patch_checkpoint": "fastprune.masking",
+    "patch_in_place": "fastprune.masking",
+    "undo_patch": "fastprune.masking",
     "random_mask": "fastprune.masking",
     "available_backends": "fastprune.ops",
 }

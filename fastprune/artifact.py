@@ -22,7 +22,12 @@ VERSION = 1
 
 
 def write_artifact(
-    path: str | Path, kind: str, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]
+    path: str | Path,
+    kind: str,
+    tensors: Mapping[str, torch.Tensor],
+    content: Mapping[str, Any],
+    *,
+    durable: bool = False,
 ) -> Path:
     """Write a file under a temporary name and move it into place, so that no half-written file ever has the final name.
 
@@ -31,6 +36,7 @@ def write_artifact(
         kind: What it is, e.g. ``"mask"``.
         tensors: Named tensors on any device.
         content: Facts, JSON-able.
+        durable: Return only when file and name would survive a power cut.
 
     Returns:
         The path.
@@ -50,10 +56,23 @@ def write_artifact(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_tensors(temporary, tensors, metadata)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def sync(path: Path) -> None:
+    """Make the contents of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

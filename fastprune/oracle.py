@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.eligible import eligible_matrices, unwrap
 
 
 class _StayDouble(TorchFunctionMode):
@@ -58,7 +58,7 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         last is ``(in_features, 1)`` for a weight stored ``(in, out)``, so that it always broadcasts along the right
         axis.
     """
-    model = copy.deepcopy(model).double().eval()
+    model = copy.deepcopy(unwrap(model)).double().eval()
     matrices = eligible_matrices(model)
     parameters = list(dict.fromkeys(matrix.parameter.requires_grad_(True) for matrix in matrices))
     result = {

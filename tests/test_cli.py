@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastprune
 import fastprune.experiments
@@ -34,7 +36,7 @@ def test_tour_from_files_to_a_pruned_checkpoint(tmp_path: Path, data: dict[str, 
     score = ["score", model, "--harm", data["harm"], "--benign", data["benign"], "--format", "chat", "--out", scores]
     assert run(*score, "--segments", 2, "--dtype", "float32") == 0
     assert run("select", scores, "-p", 0.05, "-q", 0.003, "--out", mask) == 0
-    assert run("apply", model, mask, "--out", tmp_path / "pruned") == 0
+    assert run("patch", model, mask, "--out", tmp_path / "pruned") == 0
     files = ["--harm", data["eval_harm"], "--skills", data["eval_skills"], "--recognition", data["eval_recognition"]]
     assert run("eval", model, *files, "--mask", mask, "--format", "chat", "--out", tmp_path / "report") == 0
     assert run("eval", tmp_path / "pruned", *files, "--format", "chat", "--out", tmp_path / "again") == 0
@@ -90,12 +92,53 @@ def test_options_of_select(tmp_path: Path, data: dict[str, Path]) -> None:
     assert (first & second).total == 0
 
 
+def test_patch_in_place_and_undo(tmp_path: Path, capsys) -> None:
+    model, mask = tmp_path / "model", tmp_path / "mask.safetensors"
+    shutil.copytree(checkpoint_path("aligned"), model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = tuple(load_organism("aligned")[0].get_parameter(name).shape)
+    fastprune.PruneMask({name: torch.arange(40)}, {name: shape}).save(mask)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    assert run("patch", model, mask, "--in-place", "--backup", "--scale", -1) == 0
+    assert "40 weights scaled by -1" in capsys.readouterr().out
+    assert (model / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert (model / "model.safetensors.bak").read_bytes() == before["model.safetensors"]
+    assert run("patch", model, mask, "--in-place") == 1
+    assert "undo that first" in capsys.readouterr().err
+    assert run("patch", "--undo", model) == 0
+    (model / "model.safetensors.bak").unlink()
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("MASK",), "one of --out DIR, --in-place and --undo, got none of them"),
+        (("MASK", "--out", "x", "--in-place"), "got --out and --in-place"),
+        (("--in-place", "--undo"), "got --in-place and --undo"),
+        (("MASK", "--undo"), "--undo takes neither a MASK nor --scale"),
+        (("--undo", "--scale", 0), "--undo takes neither a MASK nor --scale"),
+        (("--out", "x"), "--out expects a MASK"),
+        (("--in-place",), "--in-place expects a MASK"),
+        (("MASK", "--out", "x", "--backup"), "--backup goes with --in-place only, got --out"),
+        (("--undo", "--backup"), "--backup goes with --in-place only, got --undo"),
+    ],
+)
+def test_contradictory_options_of_patch(words: tuple, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("patch", "model", *words) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("score", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
         (("select", "missing.safetensors", "-q", "0.1"), "missing.safetensors"),
-        (("apply", "nowhere", "missing.safetensors", "--out", "x"), "missing.safetensors"),
+        (("patch", "nowhere", "missing.safetensors", "--out", "x"), "missing.safetensors"),
+        (("patch", "nowhere", "--undo"), "nowhere"),
         (("eval", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
         (("plan", "nowhere"), "nowhere"),
     ],
@@ -127,7 +170,7 @@ def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "score", "select", "apply", "eval", "plan", "organism"])
+@pytest.mark.parametrize("command", ["demo", "score", "select", "patch", "eval", "plan", "organism"])
 def test_help_teaches(command: str, capsys) -> None:
     assert run(command, "--help") == 0
     assert len(capsys.readouterr().out) > 200

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking import patch
+from fastprune.masking import locate, patch
 from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.patch import patch_checkpoint
+from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.model.fingerprint import fingerprint
 
 
@@ -64,10 +65,10 @@ def test_a_patched_folder_holds_the_masked_model(model, tmp_path, dtype, shard, 
     assert patch_checkpoint(tmp_path / "in", mask, tmp_path / "out", scale=scale) == tmp_path / "out"
 
     after = contents(tmp_path / "out")
-    assert contents(tmp_path / "in") == before and after.keys() == before.keys()
+    assert contents(tmp_path / "in") == before and after.keys() == before.keys() | {UNDO_NAME}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     patched = {}
-    for name in after:
+    for name in before:
         if not name.endswith(".safetensors"):
             assert after[name] == before[name]
             continue
@@ -116,6 +117,23 @@ def test_one_expert_of_a_fused_tensor(tmp_path):
         patch_checkpoint(tmp_path / "in", far, tmp_path / "far")
 
 
+@pytest.mark.parametrize("apart", ["mlp.experts.3.gate_proj.weight", "block_sparse_moe.experts.0.w1.weight"])
+def test_experts_that_are_fused_in_memory_only_are_refused_with_the_reason(tmp_path, apart):
+    (tmp_path / "in").mkdir()
+    dense = "model.layers.0.self_attn.q_proj.weight"
+    tensors = {f"model.layers.0.{apart}": torch.ones(3, 2), dense: torch.ones(3, 2)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    shapes = {dense: (3, 2), "model.layers.0.mlp.experts.gate_up_proj[3]": (6, 2)}
+    mask = PruneMask({name: torch.tensor([0]) for name in shapes}, shapes)
+    reason = (
+        rf"stores each expert on its own \(model\.layers\.0\.{apart}\).*experts\.gate_up_proj when.*save_pretrained"
+    )
+    refused(tmp_path, MaskError, reason, mask)
+    with pytest.raises(MaskError, match="lacks 1 of the 1") as plain:  # a mask without experts gets no such reason
+        patch_checkpoint(tmp_path / "in", PruneMask({"h.w": torch.tensor([0])}, {"h.w": (3, 2)}), tmp_path / "out")
+    assert "expert" not in str(plain.value)
+
+
 @pytest.mark.parametrize(("on_disk", "in_mask"), [("model.l.w", "l.w"), ("l.w", "model.l.w"), ("a.b.l.w", "l.w")])
 def test_names_may_differ_by_one_prefix(tmp_path, on_disk, in_mask):
     (tmp_path / "in").mkdir()
@@ -149,20 +167,25 @@ def test_other_copies_of_the_weights_are_left_out(model, tmp_path):
         FastpruneWarning, match=r"left out .*: consolidated\.safetensors, original/a\.pth, pytorch_model\.bin"
     ):
         patch_checkpoint(tmp_path / "in", mask_for(model), tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(contents(tmp_path / "out")) == [
+        "config.json",
+        UNDO_NAME,
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_only_the_masked_numbers_are_read(model, tmp_path, monkeypatch):
     """Neither safetensors nor torch loads a tensor: what is read are samples and the masked numbers."""
     model.save_pretrained(tmp_path / "in")
     mask, sizes = mask_for(model), []
-    genuine = patch.ops.apply_sparse_
+    genuine = locate.ops.apply_sparse_
 
     def spy(weight, indices, scale):
         sizes.append(weight.numel())
         return genuine(weight, indices, scale)
 
-    monkeypatch.setattr(patch.ops, "apply_sparse_", spy)
+    monkeypatch.setattr(locate.ops, "apply_sparse_", spy)
     patch_checkpoint(tmp_path / "in", mask, tmp_path / "out")
     assert sizes == [5] * 6
 
@@ -248,11 +271,14 @@ def test_an_interrupt_leaves_no_folder_behind(model, tmp_path, monkeypatch, erro
     model.save_pretrained(tmp_path / "in", max_shard_size="6KB")
     calls = []
 
-    def fail(*args):
+    genuine = patch.hashes
+
+    def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise error
+        return genuine(*args, **kwargs)
 
-    monkeypatch.setattr(patch, "_scale_in_file", fail)
+    monkeypatch.setattr(patch, "hashes", fail)  # reads and writes one shard
     refused(tmp_path, error, None, mask_for(model))
     assert len(calls) == 3

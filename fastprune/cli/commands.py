@@ -28,7 +28,7 @@ app = typer.Typer(
 
     3. `fastprune eval MODEL --mask mask.safetensors --harm held_out.jsonl --skills skills.jsonl`
 
-    4. `fastprune apply MODEL mask.safetensors --out PRUNED_MODEL`
+    4. `fastprune patch MODEL mask.safetensors --out PRUNED_MODEL`
     """,
 )
 organism_app = typer.Typer(no_args_is_help=True, help="The synthetic model organism: data files and retraining.")
@@ -179,20 +179,56 @@ def select(
         slice=slice,
         protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
     )
-    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: fastprune apply MODEL {out} --out PRUNED_MODEL")
+    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: fastprune patch MODEL {out} --out PRUNED_MODEL")
 
 
 @app.command()
-def apply(
+def patch(
     model: ModelFolder,
-    mask: Annotated[Path, typer.Argument(help="File of `fastprune select`.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="New folder for the pruned copy.")],
-    scale: Annotated[float, typer.Option(help="Factor on the masked weights.")] = 0.0,
+    mask: Annotated[
+        Path | None, typer.Argument(help="File of `fastprune select`; not with --undo.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for a pruned copy; MODEL stays as it is.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the weights of MODEL itself.")] = False,
+    backup: Annotated[
+        bool, typer.Option("--backup", help="With --in-place: copy changed shards to <shard>.bak first.")
+    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the mask out of MODEL again, bit by bit.")] = False,
+    scale: Annotated[float | None, typer.Option(help="Factor on the masked weights.", show_default="0")] = None,
 ) -> None:
-    """Write a pruned copy of a checkpoint, shard by shard; the original stays as it is."""
-    chosen = fastprune.PruneMask.load(mask)
-    fastprune.patch_checkpoint(model, chosen, out, scale=scale)
-    typer.echo(f"{chosen.total:,} weights {'zeroed' if scale == 0 else f'scaled by {scale:g}'}; pruned model in {out}")
+    """Write a mask into a checkpoint, or into a copy of it, shard by shard; or take it out again.
+
+    A patched folder holds `fastprune.undo` with the original values, so --undo needs nothing else. A patch in place
+    that was killed half way is undone the same way.
+    """
+    _check_patch_options(mask, out, in_place, backup, undo, scale)
+    if undo:
+        fastprune.undo_patch(model)
+        typer.echo(f"{model} has its original weights again")
+        return
+    chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
+    if in_place:
+        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor)
+    else:
+        fastprune.patch_checkpoint(model, chosen, out, scale=factor)
+    done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
+    target = model if in_place else out
+    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
+
+
+def _check_patch_options(
+    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None
+) -> None:
+    given = [name for name, value in (("--out", out), ("--in-place", in_place), ("--undo", undo)) if value]
+    if len(given) != 1:
+        came = " and ".join(given) or "none of them"
+        raise ArgumentError(f"patch: expected one of --out DIR, --in-place and --undo, got {came}")
+    if undo and (mask is not None or scale is not None):
+        raise ArgumentError("patch: --undo takes neither a MASK nor --scale; what to put back is in the folder")
+    if not undo and mask is None:
+        raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
+    if backup and not in_place:
+        raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
 
 
 @app.command(name="eval")

@@ -19,6 +19,8 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError, ModelError
+from fastprune.model.adapters import check_unmerged, plain_name
+from fastprune.model.adapters import unwrap as unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
 
 if TYPE_CHECKING:
@@ -134,11 +136,6 @@ def _prepare(
     return weights, Undo(model, mask, weights)
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The module whose parameters have the plain names: what ``torch.compile`` returns holds the original one."""
-    return getattr(model, "_orig_mod", model)
-
-
 def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The weights that a mask names, as detached views that can be written.
 
@@ -148,14 +145,16 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
     Raises:
         MaskError: A parameter is missing or of another shape.
-        ModelError: A parameter is on the meta device, expanded, sharded, or not of a float type.
+        ModelError: A parameter is on the meta device, expanded, sharded, or not of a float type; or an adapter is
+            merged.
         ArgumentError: It is no module.
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    check_unmerged(model)
+    parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     missing = [name for name in shapes if split_name(name)[0] not in parameters]
     if missing:
         raise MaskError(

@@ -1,36 +1,29 @@
-"""A mask written into a copy of a checkpoint folder, without ever loading the model.
+"""A mask written into a checkpoint folder, or into a copy of one, without ever loading the model; and taken out again.
 
-In: a Hugging Face folder of safetensors shards, and a mask. Out: the same folder with the masked weights scaled; every
-other byte of every tensor is as it was. Each shard is copied as a file, and then the few masked numbers are changed
-where they stand. It must not know transformers or model classes.
+In: a Hugging Face folder of safetensors shards, and a mask. Out: the masked weights scaled where they stand, and beside
+them a file with what they were; every other byte of every tensor is as it was. One shard at a time is read, window by
+window. It must not know transformers or model classes.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from fastprune import ops
-from fastprune.errors import ArgumentError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking.apply import split_name
+from fastprune.artifact import sync
+from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
+from fastprune.masking.edits import hashes, scatter, sha256
+from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
-from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
-from fastprune.model.shards import DTYPES, INDEX, Stored, shard_names, stored_tensors
-
-# safetensors name -> integers of that width, as which values are moved: numpy has no bfloat16
-_INTEGERS = {"F64": "<i8", "F32": "<i4", "F16": "<i2", "BF16": "<i2"}
+from fastprune.masking.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo
+from fastprune.model.shards import INDEX, shard_names, stored_tensors
 
 # Other copies of the weights: they would be the unpruned model inside the pruned one's folder.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pdparams"}
+_BACKUP = ".bak"
 
 
 def patch_checkpoint(
@@ -39,10 +32,12 @@ def patch_checkpoint(
     """Copy a checkpoint folder with a mask applied.
 
     Configuration and tokenizer files are copied as they are; other copies of the weights (``.bin``, ``.gguf``, …) are
-    left out. The folder appears under its name when it is complete.
+    left out. Beside the weights lies ``fastprune.undo`` with the original values: :func:`undo_patch` on the copy gives
+    the weights of ``in_dir`` again. The folder appears under its name when it is complete.
 
     Args:
-        in_dir: Folder with ``model.safetensors`` or shards and ``model.safetensors.index.json``.
+        in_dir: Folder with ``model.safetensors`` or shards and ``model.safetensors.index.json``. It may have been
+            patched itself: the undo file of the copy then leads back to that state and no further.
         mask: The mask; its names must be those on disk, or differ by one common prefix.
         out_dir: Must not exist or be empty.
         scale: Factor for the masked weights; 0 writes +0.
@@ -54,34 +49,36 @@ def patch_checkpoint(
     Raises:
         NotFoundError: ``in_dir``, its weights, or the folder to write into do not exist.
         ArgumentError: ``out_dir`` is not empty, or ``scale`` is not finite.
-        ArtifactError: A shard or the index is truncated or not what its name says.
+        ArtifactError: A shard or the index is truncated or not what its name says, or an earlier patch of ``in_dir``
+            in place was interrupted.
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
 
     Warns:
         FastpruneWarning: Other copies of the weights were left out.
     """
     source, target = Path(in_dir), Path(out_dir)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
-    if not source.is_dir():
-        raise NotFoundError(f"in_dir {source} does not exist or is not a folder")
+    _check_scale(scale)
+    _check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
         raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArgumentError(f"out_dir {target} must not exist or be an empty folder")
     shards = shard_names(source)
-    stored = _locate(mask, stored_tensors(source))
-    _check_fit(mask, stored, source, strict)
+    changes = changes_of(mask, stored_tensors(source), source, strict)
+    check_whole(source)
     files, left_out = _other_files(source, shards)
 
+    edits = edits_of(changes, scale)
+    found: dict[Path, Hashes] = {}
     work = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         for file in [*shards, *files]:
             (work / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, work / file)
-        for name, tensor in stored.items():
-            if len(mask[name]):
-                _scale_in_file(work / tensor.path.name, tensor, mask[name], scale)
+            if (edit := edits.get(source / file)) is None:
+                shutil.copyfile(source / file, work / file)
+            else:
+                found[source / file] = Hashes(*hashes(source / file, edit.offsets, edit.new, copy_to=work / file))
+        write_undo(work, Undo(mask.digest, scale, changes, found))
         work.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -91,103 +88,149 @@ def patch_checkpoint(
     return target
 
 
-def _locate(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Mask name to what is stored of it; the names of the two may differ by one prefix, the same for all."""
-    names = {name: split_name(name)[0] for name in mask}
-    if not names:
-        raise MaskError("the mask is over no matrices")
-    fits = []
-    for removed, added in _prefixes(next(iter(names.values())), on_disk):
-        found = {
-            name: on_disk.get(added + base.removeprefix(removed)) if base.startswith(removed) else None
-            for name, base in names.items()
-        }
-        if None not in found.values():
-            fits.append(found)
-    if not fits:
-        missing = [base for base in names.values() if base not in on_disk]
-        raise MaskError(
-            f"the checkpoint lacks {len(missing)} of the {len(names)} matrices of the mask, the first is {missing[0]}"
+def patch_in_place(
+    folder: str | Path, mask: PruneMask, *, backup: bool = False, scale: float = 0.0, strict: bool = True
+) -> Path:
+    """Apply a mask to the weights of a checkpoint folder where they lie; :func:`undo_patch` takes it out again.
+
+    Safe against a crash at any moment: before the first weight is written, ``fastprune.undo`` is on the disk with every
+    original value and with the hash of every shard before and after. A process that is killed half way leaves some
+    masked weights old and some new, and everything else as it was. Which is which need not be known: the undo puts
+    every old value back, after it has seen that each masked byte is the old or the new one and that the shard with the
+    old ones has the hash of the original. The same holds for an undo that is killed. An exception or Ctrl-C takes the
+    patch out before it leaves this call.
+
+    Args:
+        folder: As ``in_dir`` of :func:`patch_checkpoint`. Its shards must be files of its own, no links.
+        mask: As there.
+        backup: First copy each shard that is changed to ``<shard>.bak``, which loaders ignore. Nothing here reads or
+            removes these copies.
+        scale: Factor for the masked weights; 0 writes +0.
+        strict: Refuse a checkpoint with another fingerprint than the mask's.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        NotFoundError: The folder or its weights do not exist.
+        ArgumentError: The folder is patched already, a shard is a link or cannot be written, another backup is there,
+            or ``scale`` is not finite.
+        ArtifactError: A shard or the index is truncated or not what its name says.
+        MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
+
+    Warns:
+        FastpruneWarning: There are other copies of the weights in the folder; they are not pruned.
+    """
+    folder = Path(folder)
+    _check_scale(scale)
+    _check_folder("folder", folder)
+    if (folder / UNDO_NAME).exists():
+        raise ArgumentError(
+            f"folder {folder} holds {UNDO_NAME}: a mask was patched into it, wholly or in part; undo that first, or "
+            "remove the file to keep that patch for good"
         )
-    if len(fits) > 1:
-        raise MaskError(
-            f"the names of the mask fit {len(fits)} sets of tensors in the checkpoint, under different prefixes"
-        )
-    return {name: _expert_of(stored, name) for name, stored in fits[0].items()}
+    shards = shard_names(folder)
+    changes = changes_of(mask, stored_tensors(folder), folder, strict)
+    edits = edits_of(changes, scale)
+    for path in edits:
+        _check_own(path)
+    undo = Undo(
+        mask.digest, scale, changes, {path: Hashes(*hashes(path, e.offsets, e.new)) for path, e in edits.items()}
+    )
+    if backup:
+        for path, expected in undo.hashes.items():
+            _back_up(path, expected.original)
+    try:
+        write_undo(folder, undo)
+        for path, edit in edits.items():
+            scatter(path, edit.offsets, edit.new)
+    except BaseException:
+        if (folder / UNDO_NAME).exists():
+            undo_patch(folder)
+        raise
+    other = [name for name in _other_files(folder, shards)[1] if not name.endswith(_BACKUP)]
+    if other:
+        message = f"{folder}: other copies of the weights in it are not pruned: {', '.join(other)}"
+        warnings.warn(message, FastpruneWarning, stacklevel=2)
+    return folder
 
 
-def _prefixes(name: str, on_disk: Mapping[str, Stored]) -> list[tuple[str, str]]:
-    """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question."""
-    if name in on_disk:
-        return [("", "")]
-    added = [("", other.removesuffix(name)) for other in on_disk if other.endswith(f".{name}")]
-    heads = [name[: dot.end()] for dot in re.finditer(r"\.", name)]
-    return added + [(head, "") for head in heads if name.removeprefix(head) in on_disk]
+def undo_patch(folder: str | Path) -> Path:
+    """Put the original bytes back into a patched folder and remove its undo file.
+
+    It works on what :func:`patch_checkpoint` and :func:`patch_in_place` made, and on what either a patch in place or an
+    undo left behind when it was killed. All shards are checked before any is written.
+
+    Args:
+        folder: The patched folder.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        NotFoundError: The folder, its undo file, or a shard that this names does not exist.
+        ArgumentError: A shard is a link or cannot be written.
+        ArtifactError: A shard was changed or replaced since it was patched, or the undo file is damaged; the message
+            names it, and nothing is written.
+    """
+    folder = Path(folder)
+    _check_folder("folder", folder)
+    undo = read_undo(folder)
+    edits = undo.edits()
+    for path, edit in edits.items():
+        _check_own(path)
+        check_undoable(path, edit, undo.hashes[path])
+    for path, edit in edits.items():
+        scatter(path, edit.offsets, edit.old)
+        if sha256(path) != undo.hashes[path].original:
+            raise ArtifactError(f"{path} does not read as it was written, its disk may fail; {UNDO_NAME} is kept")
+    (folder / UNDO_NAME).unlink()
+    sync(folder)
+    return folder
 
 
-def _expert_of(stored: Stored, name: str) -> Stored:
-    expert = split_name(name)[1]
-    if expert is None:
-        return stored
-    if len(stored.shape) < 2 or expert >= stored.shape[0]:
-        raise MaskError(
-            f"{name}: the tensor has the shape {stored.shape} in the checkpoint, so there is no such expert"
-        )
-    shape = stored.shape[1:]
-    return replace(stored, shape=shape, start=stored.start + expert * math.prod(shape) * _width(stored))
+def _check_scale(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
 
 
-def _check_fit(mask: PruneMask, stored: Mapping[str, Stored], source: Path, strict: bool) -> None:
-    for name, tensor in stored.items():
-        if tensor.shape != mask.shapes[name]:
-            raise MaskError(
-                f"{name} has the shape {tensor.shape} in the checkpoint and {mask.shapes[name]} in the mask"
-            )
-    expected = mask.metadata.get("fingerprint")
-    if not strict or expected is None:
+def _check_folder(argument: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise NotFoundError(f"{argument} {folder} does not exist or is not a folder")
+
+
+def _check_own(path: Path) -> None:
+    """Other names of the same bytes (the hub's cache is made of links) would be changed unseen."""
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        raise ArgumentError(f"{path} shares its bytes with another name (a link); patch a copy instead")
+    if not os.access(path, os.W_OK):
+        raise ArgumentError(f"{path} cannot be written to")
+
+
+def _back_up(path: Path, original: str) -> None:
+    target = path.with_name(path.name + _BACKUP)
+    if target.exists():  # of an earlier run, stopped or undone
+        if not target.is_file() or sha256(target) != original:
+            raise ArgumentError(f"backup: {target} exists and is no copy of {path.name}; move it away")
         return
-    samples = {name: (tensor.shape, _sample(tensor)) for name, tensor in stored.items()}
-    found = fingerprint_of_samples(samples)
-    if found != expected:
-        raise MaskError(
-            f"the mask was made for a model with the fingerprint {expected[:12]}…, {source} has {found[:12]}…; "
-            "strict=False applies it all the same"
-        )
-
-
-def _width(stored: Stored) -> int:
-    if stored.dtype not in DTYPES:
-        raise MaskError(f"weights of the type {stored.dtype} cannot be patched, expected one of {sorted(DTYPES)}")
-    return DTYPES[stored.dtype].itemsize
-
-
-def _bits(path: Path, tensor: Stored, mode: str) -> np.memmap:
-    """The tensor in its file as integers of its width, ``(numel,)``; what was touched leaves memory with the object."""
-    _width(tensor)
-    return np.memmap(path, dtype=_INTEGERS[tensor.dtype], mode=mode, offset=tensor.start, shape=(tensor.numel,))
-
-
-def _sample(tensor: Stored) -> torch.Tensor:
-    positions = sample_positions(tensor.numel).numpy()
-    return torch.from_numpy(np.array(_bits(tensor.path, tensor, "r")[positions])).view(DTYPES[tensor.dtype])
-
-
-def _scale_in_file(path: Path, tensor: Stored, indices: torch.Tensor, scale: float) -> None:
-    bits = _bits(path, tensor, "r+")
-    chosen = torch.from_numpy(np.array(bits[indices.numpy()]))
-    # through the same op as a resident model, so that both get the same bits
-    ops.apply_sparse_(chosen.view(DTYPES[tensor.dtype]), torch.arange(len(chosen)), scale)
-    bits[indices.numpy()] = chosen.numpy()
-    bits.flush()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, temporary)
+        sync(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _other_files(source: Path, shards: list[str]) -> tuple[list[str], list[str]]:
-    """Files to copy as they are, and files that may hold weights; hidden ones are neither."""
+    """Files to copy as they are, and files that may hold weights; hidden ones and an undo file are neither."""
     files, left_out = [], []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
-        if not path.is_file() or str(name) in shards or any(part.startswith(".") for part in name.parts):
+        if str(name) in [*shards, UNDO_NAME] or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        holds_weights = path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and str(name) != INDEX)
+        holds_weights = path.suffix in {*_WEIGHTS, _BACKUP} or (
+            path.name.endswith(".index.json") and str(name) != INDEX
+        )
         (left_out if holds_weights else files).append(str(name))
     return files, left_out

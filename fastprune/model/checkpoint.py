@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
 
 from fastprune.errors import ModelError, NotFoundError
+from fastprune.model.admission import check_config
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:
@@ -19,9 +21,10 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: transformers cannot build the model from it.
+        ModelError: Its weights are quantised, or transformers cannot build the model from it.
     """
     _check_folder(path)
+    _check_unquantised(path)
     from transformers import AutoModelForCausalLM
 
     try:
@@ -30,6 +33,15 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
         ).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model: {path} cannot be loaded as a causal language model: {error}") from error
+
+
+def _check_unquantised(path: str | Path) -> None:
+    """By the folder's config alone: reading many gigabytes of weights only to refuse them would be unkind."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model: {path}/config.json cannot be read: {error}") from error
+    check_config(config, f"model {path}")
 
 
 def load_tokenizer(path: str | Path) -> object:
@@ -63,9 +75,10 @@ def load_config(path: str | Path) -> object:
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: transformers does not know this kind of model.
+        ModelError: Its weights are quantised, or transformers does not know this kind of model.
     """
     _check_folder(path)
+    _check_unquantised(path)
     from transformers import AutoConfig
 
     try:

@@ -13,6 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
+from fastprune.model.adapters import adapter_parts, plain_name
+from fastprune.model.adapters import unwrap as unwrap
+from fastprune.model.admission import check_not_quantised, check_resident
 from fastprune.model.experts import follows_interface, fused_weights
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,8 +26,8 @@ class Matrix:
     """One eligible weight.
 
     Attributes:
-        name: Parameter name in the model, e.g. ``model.layers.0.mlp.up_proj.weight``; one expert of a fused parameter:
-            ``model.layers.0.mlp.experts.down_proj[3]``.
+        name: Parameter name in the model without adapters, e.g. ``model.layers.0.mlp.up_proj.weight``; one expert of a
+            fused parameter: ``model.layers.0.mlp.experts.down_proj[3]``.
         block: Index of its decoder block.
         module: The module whose forward multiplies by it.
         input_major: ``True`` if the weight is stored ``(in_features, out_features)`` (GPT-2's Conv1D).
@@ -52,11 +55,6 @@ class Matrix:
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """What belongs to this matrix in a tensor of its parameter's shape, such as a gradient; a view."""
         return tensor if self.expert is None else tensor[self.expert]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -92,14 +90,18 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
 
     Raises:
         ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
-            Linear and to no experts module), or one weight serves two blocks.
+            Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two blocks.
     """
     prefix, blocks = decoder_blocks(model)
+    check_not_quantised(model, prefix, blocks)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
-        owned: set[int] = set()
+        adapters = adapter_parts(f"{prefix}.{index}", block)
+        owned = {id(parameter) for part in adapters for parameter in part.parameters()}
         for path, module in block.named_modules():
-            stem = ".".join(part for part in (prefix, str(index), path) if part)
+            stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
+            if id(getattr(module, "weight", None)) in owned:
+                continue
             if isinstance(module, nn.Linear | Conv1D):
                 owned.add(id(module.weight))
                 _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
@@ -123,6 +125,8 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                 )
     if not matrices:
         raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
+    if not allow_meta:
+        check_resident(model)
     _check_unshared(matrices)
     return matrices
 

@@ -25,6 +25,7 @@ from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
 from fastprune.scoring.hidden import HiddenStates
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
@@ -108,7 +109,7 @@ class Pass:
         weights: Where its weights come from.
         sets: Calibration sets; each segment's weights serve all of them while they are there.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
-        dtype: Of the accumulators.
+        dtype: Of the accumulators; bfloat16 for comparison only, see :mod:`fastprune.scoring.rounded`.
         boundaries: Store of the hidden states.
         gradients: Store of their gradients; on disk if there is a journal.
         ranks: The processes that share the examples.
@@ -210,12 +211,12 @@ class Pass:
                 groups = needs(self._parts, number, backward=True)
                 stack.enter_context(self._weights.held(groups, then=following))
             for group in self._sets:
-                statistics = SegmentStatistics(matrices, group.statistics, self._dtype, self._backend)
+                statistics = segment_statistics(matrices, group.statistics, self._dtype, self._backend)
                 with self._ranks.together(), Capture(matrices, statistics) as capture:
                     for item in self._work[group.role]:
                         self._one_micro_batch(number, item, capture, statistics)
                         bar.update()
-                    statistics.unscale(self._scale)
+                    statistics.finish(self._scale)
                 for index, matrix in of_part:
                     for tensor in statistics.of[matrix.name].values():
                         self._ranks.sum_to(self._ranks.owner(index), tensor)

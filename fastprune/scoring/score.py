@@ -33,7 +33,7 @@ from fastprune.scoring.plan import MICRO_BATCH_TOKENS, plan
 from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.scores import Scores
 
-_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 _WEIGHT_DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -72,6 +72,7 @@ def score(
     Args:
         model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is streamed: its
             weights are read as they are needed, twice in all, and are in memory together only if there is room.
+            With LoRA adapters (a ``PeftModel``), the base weights are scored under their plain names, adapters active.
         harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
             scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
             Or a CalibrationSet, or its ``loader()``.
@@ -85,7 +86,9 @@ def score(
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
             has the bits of an uninterrupted run. Remove the folder when the scores are saved.
-        statistics_dtype: ``"float32"`` or ``"float64"``.
+        statistics_dtype: ``"float32"`` or ``"float64"``. ``"bfloat16"`` is for comparison only: rounded gradients are
+            added to rounded sums, one example at a time, as the published code does; sums of absolute values come out
+            too low, and other weights are chosen (docs/precision.md).
         backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.

@@ -81,6 +81,12 @@ class SegmentStatistics:
         starts, lengths = (self._starts, self._lengths) if tokens is None else (tokens.starts, tokens.lengths)
         # dW is dy^T x in the usual layout and x^T dy where the weight is stored input-major.
         left, right = (x, dy) if matrix.input_major else (dy, x)
+        self._add(matrix, left, right, starts, lengths)
+
+    def _add(
+        self, matrix: Matrix, left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        """Add ``left^T right`` of each example, whose tokens ``starts`` and ``lengths`` give."""
         for name, accumulator in self.of[matrix.name].items():
             match name:
                 case "grad_sum":
@@ -113,8 +119,8 @@ class SegmentStatistics:
             "look at this example's text, or load the model in float32 or bfloat16"
         )
 
-    def unscale(self, scale: float) -> None:
-        """Take a loss scale out again: linear in gradients and absolute gradients, squared in squares."""
+    def finish(self, scale: float) -> None:
+        """Make the sums final: take a loss scale out again (a factor in gradients, its square in squares)."""
         if scale == 1.0:
             return
         for accumulators in self.of.values():

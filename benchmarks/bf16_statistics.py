@@ -1,0 +1,105 @@
+"""What adding in bfloat16 costs: the weights that are chosen, the sums, and ties, against float64 sums.
+
+Runs on the shipped model organism with 412 + 412 examples, in half a minute on one core. One JSON line for each run,
+set and fraction; docs/precision.md shows them as tables. ``--out FILE`` appends the lines to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from measure import write_lines
+
+from fastprune.calibration import CalibrationSet, load_calibration
+from fastprune.organism import SKILLS, Language, load_organism
+from fastprune.scoring import Scores, score
+from fastprune.scoring.keep import Kept
+
+N_EXAMPLES = 412  # of each set, as in the paper
+FRACTIONS = {"harm": (3e-3, 1e-3), "benign": (5e-2, 1e-3)}  # q of the signed score, p of the absolute one
+RUNS = {  # name -> (dtype of the model, dtype of the sums)
+    "bfloat16 sums": (torch.float32, "bfloat16"),
+    "float32 sums": (torch.float32, "float32"),
+    "bfloat16 model, float32 sums": (torch.bfloat16, "float32"),
+    "bfloat16 model, bfloat16 sums": (torch.bfloat16, "bfloat16"),
+}
+
+
+def calibration(tokenizer: object) -> tuple[CalibrationSet, CalibrationSet]:
+    language = Language()
+    each = -(-N_EXAMPLES // len(SKILLS))
+    by_skill = [language.rows(skill, each) for skill in SKILLS]
+    benign = [row for rows in zip(*by_skill, strict=True) for row in rows][:N_EXAMPLES]
+    rows = (language.rows("harm", N_EXAMPLES), benign)
+    return tuple(load_calibration(part, tokenizer, format="chat") for part in rows)
+
+
+def lists(scores: Scores, role: str) -> dict[str, Kept]:
+    return scores.harm if role == "harm" else scores.benign
+
+
+def dense(kept: Kept) -> torch.Tensor:
+    """Every score of a matrix by flat index, float32."""
+    return torch.empty(kept.numel).scatter_(0, kept.indices, kept.values)
+
+
+def tied(values: torch.Tensor) -> int:
+    """How many of these have the very value of another one."""
+    counts = values.unique(return_counts=True)[1]
+    return int(counts[counts > 1].sum())
+
+
+def compare(exact: Scores, other: Scores) -> Iterator[dict[str, object]]:
+    for role, fractions in FRACTIONS.items():
+        pairs = [(kept, lists(other, role)[name]) for name, kept in lists(exact, role).items()]
+        for fraction in fractions:
+            best = [(a.prefix(int(fraction * a.numel)), b.prefix(int(fraction * b.numel))) for a, b in pairs]
+            weights = sum(len(a) for a, _ in best)
+            common = sum(int(torch.isin(a.indices, b.indices).sum()) for a, b in best)
+            line = {"role": role, "fraction": fraction, "weights": weights, "overlap": round(common / weights, 4)}
+            line |= {"tied": sum(tied(b.values) for _, b in best), "tied_exact": sum(tied(a.values) for a, _ in best)}
+            if role == "benign":  # signed sums have no such ratio: they cancel
+                ratios = [dense(b)[a.indices] / a.values for a, b in pairs]
+                of_best = [ratio[: len(a)] for ratio, (a, _) in zip(ratios, best, strict=True)]
+                line |= {"median_ratio": round(float(torch.cat(ratios).nanmedian()), 4)}
+                line |= {"median_ratio_of_best": round(float(torch.cat(of_best).nanmedian()), 4)}
+            yield line
+    p, q = FRACTIONS["benign"][0], FRACTIONS["harm"][0]
+    one, two = (scores.select(p, q) for scores in (exact, other))
+    line = {"role": "pruned", "fraction": q, "weights": one.total}
+    yield {**line, "overlap": round((one & two).total / one.total, 4), "jaccard": round(one.jaccard(two), 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = load_organism("aligned")
+    harm, benign = calibration(tokenizer)
+
+    def run(model_dtype: torch.dtype, statistics_dtype: str) -> Scores:
+        # the organism's weights are stored in bfloat16, so that both models have the same ones
+        options = {"p_max": 1.0, "q_max": 1.0, "statistics_dtype": statistics_dtype, "progress": False}
+        return score(model.to(model_dtype), harm, benign, **options)
+
+    exact = run(torch.float32, "float64")
+    lines = [
+        {
+            "benchmark": "bf16_statistics",
+            "torch": torch.__version__,
+            "run": name,
+            "n_harm": len(harm),
+            "n_benign": len(benign),
+            **line,
+        }
+        for name, dtypes in RUNS.items()
+        for line in compare(exact, run(*dtypes))
+    ]
+    write_lines(lines, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Models that cannot be scored as they were loaded: quantised and offloaded ones. Every error says the way out.
+
+In: a config, or a resident model. Out: nothing, or an error. No quantisation package is imported: what they leave in a
+config, in names and in dtypes is enough to know them. A quantised weight has no gradient, and zeroing it means
+something else in each format.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprune.errors import ModelError
+
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PACKED_NAMES = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
+_DEQUANTISING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+
+
+def check_config(config: Any, what: str) -> None:
+    """Raise ModelError if a config says that the weights are quantised.
+
+    Args:
+        config: A Hugging Face config, or the dict of a ``config.json``.
+        what: Whose config, for the message.
+    """
+    quantisation = _value(config, "quantization_config")
+    quantisation = quantisation or _value(_value(config, "text_config"), "quantization_config")
+    if not quantisation:
+        return
+    method = _value(quantisation, "quant_method")
+    method = str(getattr(method, "value", method) or "unknown")
+    raise ModelError(
+        f"{what}: its config has a quantization_config (method {method}); quantised weights cannot be scored. "
+        + _way_out(method)
+    )
+
+
+def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleList) -> None:
+    """Raise ModelError if a model's config, or a weight in its decoder blocks, is quantised.
+
+    Args:
+        model: A causal LM with a config.
+        block_names: Name of the list of its decoder blocks.
+        blocks: That list.
+    """
+    check_config(model.config, "model")
+    for path, module in blocks.named_modules():
+        for name, tensor in _own_tensors(module):
+            if _is_quantised(name, tensor):
+                raise ModelError(
+                    f"model: {block_names}.{path}.{name} of a {type(module).__name__} is stored as {tensor.dtype} of "
+                    f"shape {tuple(tensor.shape)}; quantised weights cannot be scored. "
+                    + _way_out("mxfp4" if name.endswith("_blocks") else "fp8" if tensor.is_floating_point() else "")
+                )
+
+
+def check_resident(model: nn.Module) -> None:
+    """Raise ModelError if some weight is on the meta device, where accelerate leaves what it offloads."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise ModelError(
+            f"model: {len(away)} of its weights are on the meta device or offloaded, the first is {away[0]}; gradients "
+            "through them would be lost. Load the whole model (no device_map that offloads to CPU or disk) or pass the "
+            "path of the checkpoint folder"
+        )
+
+
+def _way_out(method: str) -> str:
+    text = "Load the model dequantised: an unquantised checkpoint with dtype=torch.bfloat16 and no quantization_config"
+    if method in _DEQUANTISING:
+        return f"{text}, or this one with quantization_config={_DEQUANTISING[method]}(dequantize=True)"
+    return text
+
+
+def _value(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+
+
+def _is_quantised(name: str, tensor: torch.Tensor) -> bool:
+    if name in _PACKED_NAMES:
+        return True
+    # A buffer of integers may be a table of positions or a mask; a parameter of them is a weight.
+    narrow = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)
+    return narrow and tensor.ndim >= 2 and tensor.dtype not in _FLOAT_DTYPES

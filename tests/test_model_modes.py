@@ -1,0 +1,97 @@
+"""How a model happens to be set up (training, checkpointing, compiled, tied) changes no bit of its scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import BENIGN, CONFIGS, HARM, build
+from test_engine import FP32_ERROR, engine_statistics, kept, relative_error
+from torch import nn
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+from fastprune.oracle import oracle_statistics
+
+DROPOUT = {
+    "GPT2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "OPT": {"dropout": 0.5, "attention_dropout": 0.5},
+    "GPTNeoX": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "Phi3": {"resid_pdrop": 0.5, "attention_dropout": 0.5},
+}
+
+
+def scored(model: nn.Module, **options: object) -> dict:
+    return kept(fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, **options))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_train_mode_with_dropout_gives_the_same_bits(name: str) -> None:
+    reference = scored(build(name))
+    model = build(name, **DROPOUT.get(name, {"attention_dropout": 0.5})).train()
+    assert scored(model, segments=2) == reference
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT", "Gemma2"])
+def test_gradient_checkpointing_is_off_while_scoring_and_on_again_after(name: str, reentrant: bool) -> None:
+    """Hooks would fire twice in a block that is computed again in the backward pass."""
+    reference = scored(build(name))
+    model = build(name).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.config.use_cache = False
+    flags = {path: getattr(module, "gradient_checkpointing", None) for path, module in model.named_modules()}
+    assert sum(map(bool, flags.values())) >= 4
+    calls = []
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            genuine = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = lambda *args, genuine=genuine: calls.append(1) or genuine(*args)
+    for segments in (1, 3):
+        assert scored(model, segments=segments) == reference
+    assert not calls
+    assert {p: getattr(module, "gradient_checkpointing", None) for p, module in model.named_modules()} == flags
+    model(torch.tensor([[3, 4, 5]]))
+    assert calls  # the model itself still uses it
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "each block in place"])
+def test_compiled_models(how: str) -> None:
+    reference = scored(build("Llama"))
+    model = plain = build("Llama")
+    match how:
+        case "wrapped":
+            model = torch.compile(plain)
+        case "in place":
+            plain.compile()
+        case "each block in place":
+            for block in plain.model.layers:
+                block.compile()
+    assert scored(model, segments=2) == reference
+    mask = fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01)
+    before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
+    with mask.applied(model):
+        key = next(name for name, indices in mask.items() if len(indices))
+        assert plain.get_parameter(key).take(mask[key]).abs().max() == 0
+        assert fastprune.random_mask(model, like=mask).keys() == mask.keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in plain.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "GPT2", "OPT"])
+def test_a_head_tied_to_the_embedding(name: str, tmp_path) -> None:
+    """It is not scored, it is stored once, and what goes through it reaches the blocks as in any model."""
+    model = build(name, tie_word_embeddings=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    found, exact = engine_statistics(model, segments=2, batch_tokens=24), oracle_statistics(model, HARM)
+    assert set(found) == set(exact) and not any("head" in key or "embed" in key or "wte" in key for key in found)
+    for matrix, statistics in exact.items():
+        for key, value in statistics.items():
+            assert relative_error(found[matrix][key], value) < FP32_ERROR, (matrix, key)
+    model.save_pretrained(tmp_path / "model")
+    mask = fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01)
+    assert mask == fastprune.score(tmp_path / "model", CalibrationSet(HARM), progress=False).select(None, 0.01)
+    fastprune.patch_checkpoint(tmp_path / "model", mask, tmp_path / "pruned")
+    loaded = type(model).from_pretrained(tmp_path / "pruned")
+    with mask.applied(model), torch.no_grad():
+        ids = torch.tensor([[3, 4, 5]])
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -1,0 +1,379 @@
+"""A patch taken out again: the same bytes back, whatever stopped it, and only from the weights that it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_patch import contents, mask_for
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import fastprune
+from fastprune.artifact import read_artifact
+from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
+from fastprune.masking import edits, patch
+from fastprune.masking.mask import PruneMask
+from fastprune.masking.undo_file import UNDO_NAME
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+@pytest.fixture
+def folder(model: LlamaForCausalLM, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model", max_shard_size="6KB")
+    return tmp_path / "model"
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("shard", ["10GB", "6KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_patch_and_undo_give_the_same_bytes(model, tmp_path, shard, dtype, in_place):
+    model.to(dtype).save_pretrained(tmp_path / "model", max_shard_size=shard)
+    before, mask = contents(tmp_path / "model"), mask_for(model)
+    fastprune.patch_checkpoint(tmp_path / "model", mask, tmp_path / "copy", scale=-0.3)
+    patched = tmp_path / "copy"
+    if in_place:
+        assert fastprune.patch_in_place(str(tmp_path / "model"), mask, scale=-0.3) == tmp_path / "model"
+        one, other = contents(tmp_path / "model"), contents(tmp_path / "copy")
+        del one[UNDO_NAME], other[UNDO_NAME]  # safetensors writes its metadata in any order
+        assert one == other
+        patched = tmp_path / "model"
+
+    with mask.applied(model, scale=-0.3), torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(patched, dtype=dtype)
+        ids = torch.tensor([[1, 2, 3]])
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert contents(patched) != before
+    assert fastprune.undo_patch(str(patched)) == patched
+    assert contents(patched) == before
+
+
+def test_what_the_undo_file_says(model, folder):
+    mask, original = mask_for(model), {path.name: path.read_bytes() for path in shards(folder)}
+    fastprune.patch_in_place(folder, mask, scale=0.5)
+    tensors, content = read_artifact(folder / UNDO_NAME, "undo")
+    assert content["mask"] == mask.digest and content["scale"] == 0.5
+    weights = model.state_dict()
+    for name, indices in mask.items():
+        assert (f"indices:{name}" in tensors) == (len(indices) > 0)
+        if len(indices):
+            assert torch.equal(tensors[f"indices:{name}"], indices)
+            assert torch.equal(tensors[f"old:{name}"], weights[name].take(indices))
+    changed = {name for name, data in original.items() if (folder / name).read_bytes() != data}
+    assert set(content["shards"]) == changed and 1 < len(changed) < len(original)
+    for name, entry in content["shards"].items():
+        assert entry["original"] == hashlib.sha256(original[name]).hexdigest()
+        assert entry["patched"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def test_experts_of_one_tensor_are_undone_together(tmp_path):
+    fused = torch.arange(1.0, 25, dtype=torch.float16).reshape(4, 2, 3)
+    save_file({"m.down_proj": fused}, tmp_path / "model.safetensors")
+    before = contents(tmp_path)
+    shapes = {f"m.down_proj[{expert}]": (2, 3) for expert in (3, 0)}
+    mask = PruneMask({name: torch.tensor([0, 5]) for name in shapes}, shapes)
+    fastprune.patch_in_place(tmp_path, mask)
+    tensors, _ = read_artifact(tmp_path / UNDO_NAME, "undo")
+    assert tensors["indices:m.down_proj"].tolist() == [0, 5, 18, 23]
+    assert load_file(tmp_path / "model.safetensors")["m.down_proj"].flatten().nonzero().numel() == 20
+    fastprune.undo_patch(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_bytes_across_windows_and_at_odd_offsets(tmp_path, monkeypatch):
+    """Elements that straddle two windows, in a file whose header has an odd length and names the later tensor first."""
+    monkeypatch.setattr(edits, "_WINDOW_BYTES", 7)
+    monkeypatch.setattr(edits, "_STREAM_BYTES", 11)
+    values = torch.randn(90, dtype=torch.float64)
+    entries = {"v": {"dtype": "F64", "shape": [9, 5]}, "w": {"dtype": "F64", "shape": [9, 5]}}
+    entries["v"]["data_offsets"], entries["w"]["data_offsets"] = [360, 720], [0, 360]
+    header = json.dumps(entries).encode()
+    header += b" " * (1 - len(header) % 2)
+    assert len(header) % 2 == 1
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + values.numpy().tobytes())
+    before = contents(tmp_path)
+    every_other = torch.arange(0, 45, 2)
+    fastprune.patch_in_place(tmp_path, PruneMask({"v": every_other, "w": every_other[:3]}, {"v": (9, 5), "w": (9, 5)}))
+    found = torch.frombuffer(bytearray(file.read_bytes()[8 + len(header) :]), dtype=values.dtype)
+    values[45::2], values[0:6:2] = 0, 0
+    assert torch.equal(found, values)
+    fastprune.undo_patch(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_mask_of_no_weights(model, folder):
+    mask = PruneMask({"lm_head.weight": torch.empty(0, dtype=torch.int64)}, {"lm_head.weight": (20, 16)})
+    before = contents(folder)
+    fastprune.patch_in_place(folder, mask)
+    fastprune.undo_patch(folder)
+    assert contents(folder) == before
+
+
+def test_a_second_patch(model, folder, tmp_path):
+    mask = mask_for(model)
+    more = PruneMask({"lm_head.weight": torch.arange(7)}, {"lm_head.weight": (20, 16)})
+    fastprune.patch_in_place(folder, mask)
+    once = contents(folder)
+    with pytest.raises(ArgumentError, match=f"holds {UNDO_NAME}: .* undo that first"):
+        fastprune.patch_in_place(folder, more)
+    assert contents(folder) == once
+    fastprune.patch_checkpoint(folder, more, tmp_path / "copy")
+    assert contents(folder) == once
+    assert read_artifact(tmp_path / "copy" / UNDO_NAME, "undo")[1]["mask"] == more.digest
+    fastprune.undo_patch(tmp_path / "copy")
+    del once[UNDO_NAME]  # back to the folder that was copied, and no further
+    assert contents(tmp_path / "copy") == once
+
+
+def test_a_copy_of_a_half_patched_folder_is_refused(model, folder, tmp_path):
+    mask = mask_for(model)
+    original = contents(folder)
+    fastprune.patch_in_place(folder, mask)
+    changed = next(name for name in original if contents(folder)[name] != original[name])
+    (folder / changed).write_bytes(original[changed])
+    with pytest.raises(ArtifactError, match=rf"{changed} is not as .*interrupted"):
+        fastprune.patch_checkpoint(folder, mask, tmp_path / "copy", strict=False)
+    assert not (tmp_path / "copy").exists()
+    fastprune.undo_patch(folder)
+    assert contents(folder) == original
+
+
+def assert_refused(folder: Path, error: type[Exception], message: str) -> None:
+    before = contents(folder)
+    with pytest.raises(error, match=message):
+        fastprune.undo_patch(folder)
+    assert contents(folder) == before
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_changed_shards_are_refused_by_name(model, folder):
+    fastprune.patch_in_place(folder, mask_for(model))
+    tensors, content = read_artifact(folder / UNDO_NAME, "undo")
+    last = folder / max(content["shards"])
+    whole, old = last.read_bytes(), next(iter(content["tensors"].values()))
+    for offset in (len(whole) - 1, 20):  # a weight; a letter of the header
+        flip(last, offset)
+        assert_refused(folder, ArtifactError, rf"{last.name} is")
+        last.write_bytes(whole)
+    # a masked weight that is neither the old nor the new one
+    name = next(name for name, entry in content["tensors"].items() if entry["shard"] == last.name)
+    stored = patch.stored_tensors(folder)[name]
+    flip(last, stored.start + 4 * int(tensors[f"indices:{name}"][0]))
+    assert_refused(folder, ArtifactError, f"{last.name} is not as the patch left it")
+    for content_now in (whole[:-1], whole[: len(whole) // 2], b""):
+        last.write_bytes(content_now)
+        assert_refused(folder, ArtifactError, f"{last.name} is")
+    save_file({"other": torch.ones(2)}, last)
+    assert_refused(folder, ArtifactError, f"{last.name} is not as the patch left it: {name}")
+    last.unlink()
+    assert_refused(folder, NotFoundError, f"names the shard {last.name}, which does not exist")
+    last.write_bytes(whole)
+    fastprune.undo_patch(folder)
+    assert old["dtype"] == "F32"
+
+
+def test_damaged_undo_files_are_refused(model, folder):
+    fastprune.patch_in_place(folder, mask_for(model))
+    file = folder / UNDO_NAME
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], b"no artifact"):
+        file.write_bytes(damaged)
+        assert_refused(folder, ArtifactError, f"{UNDO_NAME} is truncated")
+    for old, new in ((b"model-0", b"../el-0"), (b"original", b"origina1"), (b"F32\\", b"F99\\")):
+        assert old in whole
+        file.write_bytes(whole.replace(old, new))
+        assert_refused(folder, ArtifactError, UNDO_NAME if old != b"F32\\" else "should be F99")
+    file.write_bytes(whole)
+    flip(file, len(whole) - 1)  # an old value, or an index
+    assert_refused(folder, ArtifactError, r"is not as the patch left it|is damaged")
+    file.unlink()
+    assert_refused(folder, NotFoundError, f"holds no {UNDO_NAME}")
+    with pytest.raises(NotFoundError, match="does not exist"):
+        fastprune.undo_patch(folder / "nowhere")
+
+
+def test_links_are_not_written_through(model, folder, tmp_path):
+    mask, linked = mask_for(model), tmp_path / "linked"
+    for link in (os.symlink, os.link):
+        linked.mkdir()
+        for path in folder.iterdir():
+            link(path, linked / path.name)
+        before = contents(tmp_path)
+        with pytest.raises(ArgumentError, match="shares its bytes with another name"):
+            fastprune.patch_in_place(linked, mask)
+        assert contents(tmp_path) == before
+        for path in linked.iterdir():
+            path.unlink()
+        linked.rmdir()
+
+
+def test_a_mask_that_does_not_fit_changes_nothing(model, folder):
+    mask, before = mask_for(model), contents(folder)
+    foreign = PruneMask(mask, mask.shapes, {"fingerprint": "0"})
+    for error, message, call in (
+        (MaskError, "fingerprint", lambda: fastprune.patch_in_place(folder, foreign, backup=True)),
+        (ArgumentError, "scale must be", lambda: fastprune.patch_in_place(folder, mask, scale=math.nan)),
+        (NotFoundError, "folder .*none does not", lambda: fastprune.patch_in_place(folder / "none", mask)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert contents(folder) == before
+
+
+def test_backups(model, folder, tmp_path):
+    mask, before = mask_for(model), contents(folder)
+    fastprune.patch_in_place(folder, mask, backup=True)
+    changed = {name for name in before if contents(folder)[name] != before[name]}
+    assert changed and {path.name for path in folder.glob("*.bak")} == {f"{name}.bak" for name in changed}
+    assert all((folder / f"{name}.bak").read_bytes() == before[name] for name in changed)
+    AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(FastpruneWarning, match=r"left out .*\.safetensors\.bak"):
+        fastprune.patch_checkpoint(folder, mask, tmp_path / "copy", strict=False)
+    assert not list((tmp_path / "copy").glob("*.bak"))
+    fastprune.undo_patch(folder)
+    assert {name: data for name, data in contents(folder).items() if not name.endswith(".bak")} == before
+    fastprune.patch_in_place(folder, mask, backup=True)  # the backups that are there are the right ones
+    fastprune.undo_patch(folder)
+    other = folder / f"{min(changed)}.bak"
+    other.write_bytes(b"mine")
+    with pytest.raises(ArgumentError, match=f"{other.name} exists and is no copy"):
+        fastprune.patch_in_place(folder, mask, backup=True)
+    assert other.read_bytes() == b"mine" and not (folder / UNDO_NAME).exists()
+
+
+def test_other_copies_of_the_weights_are_pointed_out(model, folder):
+    (folder / "pytorch_model.bin").write_text("x")
+    with pytest.warns(FastpruneWarning, match=r"not pruned: pytorch_model\.bin"):
+        fastprune.patch_in_place(folder, mask_for(model))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_error_takes_the_patch_out_again(model, folder, monkeypatch, error, call):
+    before, genuine, calls = contents(folder), os.pwrite, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return genuine(*args)
+
+    monkeypatch.setattr(edits.os, "pwrite", fail)
+    with pytest.raises(error):
+        fastprune.patch_in_place(folder, mask_for(model))
+    assert contents(folder) == before
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+import fastprune
+from fastprune.masking import edits
+from fastprune.masking.undo_file import UNDO_NAME
+
+edits._WINDOW_BYTES = 64
+root, action = Path(sys.argv[1]), sys.argv[2]
+mask = fastprune.PruneMask.load(root / "mask")
+original = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
+work, real, killed, mixed = root / "work", {"pwrite": os.pwrite, "fsync": os.fsync}, 0, 0
+while True:
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(root / "model", work)
+    if action == "undo":
+        fastprune.patch_in_place(work, mask)
+    if (child := os.fork()) == 0:
+        calls = 0
+        def count(name):
+            def call(*args):
+                global calls
+                calls += 1
+                if calls == killed + 1:
+                    if name == "pwrite":  # half of a window
+                        real[name](args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real[name](*args)
+            return call
+        os.pwrite, os.fsync = count("pwrite"), count("fsync")
+        fastprune.patch_in_place(work, mask) if action == "patch" else fastprune.undo_patch(work)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    killed += 1
+    now = {path.name: path.read_bytes() for path in work.iterdir() if not path.name.startswith(".")}
+    if UNDO_NAME in now:
+        mixed += any(now[name] != data for name, data in original.items())
+        fastprune.undo_patch(work)
+    now = {path.name: path.read_bytes() for path in work.iterdir() if not path.name.startswith(".")}
+    assert now == original, (action, killed)
+print(killed, mixed)
+"""
+
+
+@pytest.mark.parametrize("action", ["patch", "undo"])
+def test_kill_at_any_write_can_be_undone(model, folder, action):
+    """The process dies by SIGKILL at each write and each flush in turn, in the middle of the write."""
+    mask_for(model).save(folder.parent / "mask")
+    command = [sys.executable, "-c", KILLED, str(folder.parent), action]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    killed, mixed = map(int, done.stdout.split())
+    assert killed > 20 and mixed > 10
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import torch, fastprune
+from fastprune.masking import patch_checkpoint, patch_in_place, undo_patch
+
+def peak():  # of this program; ru_maxrss would begin at that of the one that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
+
+mask = fastprune.PruneMask.load(sys.argv[1] + "/mask")
+before = peak()
+patch_checkpoint(sys.argv[1] + "/model", mask, sys.argv[1] + "/copy")
+patch_in_place(sys.argv[1] + "/model", mask)
+undo_patch(sys.argv[1] + "/copy")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_a_window_and_not_a_shard(tmp_path):
+    """Two shards of 100 MB; a loaded or mapped one would show. The limit has to hold for shards of any size."""
+    (tmp_path / "model").mkdir()
+    shapes, where = {f"layer.{index}.weight": (2500, 2500) for index in range(8)}, {}
+    for shard in range(2):
+        names = list(shapes)[4 * shard : 4 * shard + 4]
+        save_file({name: torch.randn(2500, 2500) for name in names}, tmp_path / "model" / f"model-{shard}.safetensors")
+        where |= dict.fromkeys(names, f"model-{shard}.safetensors")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    mask = PruneMask({name: torch.randperm(6_250_000)[:300].sort().values for name in shapes}, shapes)
+    mask.save(tmp_path / "mask")
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 33, f"{done.stdout} MiB"  # a sixth of the checkpoint, as 100 MiB are of 600

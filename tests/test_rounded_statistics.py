@@ -1,0 +1,73 @@
+"""The mode that adds in bfloat16: bit by bit what a loop over examples gives, and no other mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import BENIGN, HARM, build
+from test_engine import STATISTICS, engine_statistics, relative_error
+
+import fastprune
+from fastprune.calibration import CalibrationSet, micro_batches
+
+GRADIENTS = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_sums_are_those_of_a_loop_that_rounds_every_step(name: str, segments: int) -> None:
+    model, rows = build(name), HARM * 3
+    found = engine_statistics(model, segments=segments, batch_tokens=1, dtype=torch.bfloat16, rows=rows)
+    order = [index for batch in micro_batches(rows, 1) for index in batch.example_indices]
+    assert sorted(order) == list(range(len(rows))) != order
+    alone = [engine_statistics(model, segments=1, batch_tokens=1, rows=[row]) for row in HARM]
+    exact = engine_statistics(model, segments=1, batch_tokens=1, dtype=torch.float64, rows=rows)
+    for matrix in found:
+        sums = {key: torch.zeros_like(found[matrix][key], dtype=torch.bfloat16) for key in GRADIENTS}
+        for index in order:
+            gradient = alone[index % len(HARM)][matrix]["grad_sum"].to(torch.bfloat16)
+            sums["grad_sum"] = sums["grad_sum"] + gradient
+            sums["grad_abs_sum"] = sums["grad_abs_sum"] + gradient.abs()
+            sums["grad_sq_sum"] = sums["grad_sq_sum"] + gradient * gradient
+        for key in GRADIENTS:
+            assert found[matrix][key].dtype == torch.float32
+            assert torch.equal(found[matrix][key], sums[key].float()), (matrix, key)
+            assert relative_error(found[matrix][key], exact[matrix][key]) < 0.05
+        assert relative_error(found[matrix]["act_sq_sum"], exact[matrix]["act_sq_sum"]) < 1e-5
+
+
+def test_micro_batches_of_several_padded_examples_keep_them_apart() -> None:
+    model = build("Llama")
+    one = engine_statistics(model, segments=2, batch_tokens=1, dtype=torch.bfloat16)
+    many = engine_statistics(model, segments=2, batch_tokens=4096, dtype=torch.bfloat16)
+    for matrix in one:
+        for key in GRADIENTS:  # gradients differ by float32's rounding, which decides some of bfloat16's
+            assert relative_error(many[matrix][key], one[matrix][key].double()) < 2e-3, (matrix, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(dtype: torch.dtype) -> None:
+    """The loss scale of float16 is a power of two, and bfloat16 has float32's range: it leaves no trace."""
+    model = build("Llama", dtype=dtype)
+    found = engine_statistics(model, segments=2, batch_tokens=24, dtype=torch.bfloat16)
+    exact = engine_statistics(model, segments=2, batch_tokens=24)
+    for matrix in found:
+        for key in STATISTICS:
+            assert relative_error(found[matrix][key], exact[matrix][key].double()) < 0.02, (matrix, key)
+
+
+def test_it_is_a_statistics_dtype_of_score() -> None:
+    model = build("Llama")
+    results = {
+        dtype: fastprune.score(
+            model, CalibrationSet(HARM), CalibrationSet(BENIGN), statistics_dtype=dtype, q_max=1, progress=False
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    rounded = results["bfloat16"]
+    assert rounded.provenance["statistics_dtype"] == "bfloat16"
+    sums = engine_statistics(model, segments=1, batch_tokens=4096, dtype=torch.bfloat16)
+    for matrix, kept in rounded.harm.items():
+        score = -model.get_parameter(matrix).detach() * sums[matrix]["grad_sum"]
+        assert torch.equal(kept.values, score.flatten()[kept.indices]), matrix
+        assert not torch.equal(kept.values, results["float32"].harm[matrix].values)
