@@ -1,5 +1,8 @@
 """The files of this package: one safetensors file each, with its kind, version and facts as JSON in the metadata.
 
+All of these are one entry of the metadata: the format's writer puts several in any order, and equal runs are to give
+equal files.
+
 In: tensors and a JSON-able dict. Out: the same again, or an error that says what the file is instead. Nothing is
 unpickled. It must not know what the tensors mean.
 """
@@ -19,6 +22,7 @@ from safetensors.torch import save_file
 from fastprune.errors import ArtifactError, NotFoundError
 
 VERSION = 1
+_ENTRY = "fastprune"
 
 
 def write_artifact(
@@ -49,13 +53,12 @@ def write_artifact(
     if not path.parent.is_dir():
         raise NotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     try:
-        text = json.dumps(content)
+        text = json.dumps({"kind": kind, "version": VERSION, "content": content})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: its metadata is not JSON-able ({error})") from error
-    metadata = {"format": "fastprune", "kind": kind, "version": str(VERSION), "content": text}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_tensors(temporary, tensors, metadata)
+        save_tensors(temporary, tensors, {_ENTRY: text})
         if durable:
             sync(temporary)
         temporary.replace(path)
@@ -103,23 +106,21 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor],
         raise NotFoundError(f"{kind} file {path} does not exist or is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_metadata(metadata, kind, path)
-            content = json.loads(metadata["content"])
+            content = _content(file.metadata() or {}, kind, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except SafetensorError as error:
         raise ArtifactError(f"{path} is truncated or no safetensors file ({error})") from error
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: the metadata of this {kind} file cannot be read ({error})") from error
     return tensors, content
 
 
-def _check_metadata(metadata: Mapping[str, str], kind: str, path: Path) -> None:
-    if metadata.get("format") != "fastprune":
-        raise ArtifactError(
-            f"{path} was not written by fastprune (format {metadata.get('format')!r}); expected a {kind} file"
-        )
-    if metadata.get("kind") != kind:
-        raise ArtifactError(f"{path} is a {metadata.get('kind')} file, expected a {kind} file")
-    if metadata.get("version") != str(VERSION):
-        raise ArtifactError(f"{path} has version {metadata.get('version')}, this fastprune reads version {VERSION}")
+def _content(metadata: Mapping[str, str], kind: str, path: Path) -> dict[str, Any]:
+    if _ENTRY not in metadata:
+        raise ArtifactError(f"{path} was not written by fastprune; expected a {kind} file")
+    found = json.loads(metadata[_ENTRY])
+    if found["kind"] != kind:
+        raise ArtifactError(f"{path} is a {found['kind']} file, expected a {kind} file")
+    if found["version"] != VERSION:
+        raise ArtifactError(f"{path} has version {found['version']}, this fastprune reads version {VERSION}")
+    return found["content"]

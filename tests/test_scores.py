@@ -235,6 +235,12 @@ def test_truncated_files_are_refused(tmp_path):
             Scores.load(tmp_path / "cut")
 
 
+def test_equal_scores_are_equal_files(tmp_path):
+    """Guards the order of the metadata, which the format's writer draws anew for every file."""
+    files = {make_scores().save(tmp_path / str(number)).read_bytes() for number in range(8)}
+    assert len(files) == 1
+
+
 def test_foreign_files_are_refused(tmp_path):
     scores, path = make_scores(), tmp_path / "f"
     path.write_text("prompt,response\na,b\n")
@@ -249,13 +255,16 @@ def test_foreign_files_are_refused(tmp_path):
     PruneMask({"a": torch.tensor([0])}, {"a": (1, 2)}).save(path)
     with pytest.raises(ArtifactError, match="is a mask file, expected a scores file"):
         Scores.load(path)
-    save_file({"a": torch.ones(2)}, path, {"format": "fastprune", "kind": "scores", "version": "99", "content": "{}"})
+    save_file({"a": torch.ones(2)}, path, {"fastprune": '{"kind": "scores", "version": 99, "content": {}}'})
     with pytest.raises(ArtifactError, match="has version 99, this fastprune reads version 1"):
         Scores.load(path)
+    for entry in ("3", "[]", "{}"):
+        save_file({"a": torch.ones(2)}, path, {"fastprune": entry})
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            Scores.load(path)
     for content in ("{}", "[]", '{"shapes": 3}', "{"):
-        save_file(
-            {"a": torch.ones(2)}, path, {"format": "fastprune", "kind": "scores", "version": "1", "content": content}
-        )
+        entry = '{"kind": "scores", "version": 1, "content": ' + content + "}"
+        save_file({"a": torch.ones(2)}, path, {"fastprune": entry})
         with pytest.raises(ArtifactError):
             Scores.load(path)
     with pytest.raises(NotFoundError, match=r"missing\.safetensors does not exist"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastprune.artifact import read_artifact, write_artifact
+from fastprune.artifact import read_artifact, sync, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError
 from fastprune.scoring.hidden import HiddenStates
 from fastprune.scoring.ranks import Ranks
@@ -47,6 +47,9 @@ class Journal:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         self.folder.mkdir(exist_ok=True)
+        names = {path.name for path in self.folder.iterdir()}
+        if names and _LINES not in names:
+            raise ArgumentError(f"resume: {self.folder} is not empty and holds no journal; name another folder")
         self._noted: dict[str, torch.Tensor] = {}
         self._segments: dict[int, dict[str, Any]] = {}
         self._boundary_records: dict[str, dict[str, Any]] = {}
@@ -111,9 +114,8 @@ class Journal:
 
     def add_segment(self, number: int, gradients: HiddenStates, gradient: str | None) -> None:
         """Record a finished segment: what was noted, and the gradients at its lower boundary."""
-        path = write_artifact(self.folder / f"segment-{number}.safetensors", "segment", self._noted, {"number": number})
-        _to_disk(path)
-        _to_disk(self.folder)
+        path = self.folder / f"segment-{number}.safetensors"
+        write_artifact(path, "segment", self._noted, {"number": number}, durable=True)
         sealed = gradients.sealed(gradient) if gradient is not None and gradients.holds(gradient) else None
         self._append(
             {"kind": "segment", "number": number, "file": path.name, "sha256": _digest(path), "gradient": sealed}
@@ -142,12 +144,10 @@ class Journal:
             else:
                 self._segments[record["number"]] = record
             valid += len(line)
-        if not begun and (valid or any(path.name != _LINES for path in self.folder.iterdir())):
-            raise ArgumentError(f"resume: {self.folder} is not empty and holds no journal; name another folder")
         self._file.truncate(valid)
         if not begun:
             self._append({"kind": "start", "key": key})
-            _to_disk(self.folder)
+            sync(self.folder)
 
     def _check_key(self, found: Any, key: Mapping[str, Any]) -> None:
         if not isinstance(found, dict):
@@ -177,12 +177,3 @@ def _line_digest(payload: str) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
