@@ -165,7 +165,8 @@ def plan(
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
             fifths of what is free beside it, or no limit for a config.
-        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit.
+        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit. Given with a config, it
+            says that the device is a GPU.
         segments: Fix the number instead of choosing the smallest that fits.
         boundaries: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
             choosing the first that fits.
@@ -195,7 +196,7 @@ def plan(
     estimate = _Estimate(
         model if model is not None else skeleton_of(source),
         streamed=not isinstance(source, nn.Module),
-        on_cpu=device is None or device.type == "cpu",
+        on_cpu=host_memory is None if device is None else device.type == "cpu",
         tokens=n_examples * n_tokens,
         # Of unknown data: two sets alike, and every token scored.
         micro_batch=micro_batch or _micro_batch(math.ceil(n_examples / 2), n_tokens),
