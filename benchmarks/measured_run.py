@@ -1,12 +1,14 @@
 """Score or patch one checkpoint in a process of its own, and print seconds and peak memory as one JSON line.
 
     python benchmarks/measured_run.py score FOLDER [--examples N] [--tokens T] [--memory 3GiB] [--segments S]
-                                            [--boundaries disk] [--resident]
+                                            [--host-memory 100GiB] [--boundaries disk] [--resident]
+                                            [--shared-blocks]
     python benchmarks/measured_run.py patch FOLDER OUT
 
 ``peak_bytes`` is the highest resident memory (of a GPU: allocated memory too) above that after the imports. Both sets
 have N examples of T random tokens, the second half scored. ``planned_bytes`` is what ``fastprune.plan`` expects of
-``score``. Run by ``bench_streaming.py`` and the tests.
+``score``. With ``--shared-blocks`` the first block's file is read for every block. Run by ``bench_streaming.py`` and by
+tests.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - an import t
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
 from fastprune.masking import PruneMask
+from fastprune.model import skeleton, weights
 from fastprune.model.checkpoint import load_config, load_model
-from fastprune.model.shards import stored_tensors
+from fastprune.model.shards import Stored, stored_tensors
 
 
 def random_set(n_examples: int, n_tokens: int, vocabulary: int, seed: int) -> CalibrationSet:
@@ -41,7 +44,9 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     n, tokens = arguments.examples, arguments.tokens
     config = load_config(arguments.folder)
     sets = [random_set(n, tokens, config.vocab_size, seed) for seed in (0, 1)]
-    limits = {name: getattr(arguments, name) for name in ("memory", "segments", "boundaries")}
+    limits = {name: getattr(arguments, name) for name in ("memory", "host_memory", "segments", "boundaries")}
+    if arguments.shared_blocks:
+        share_blocks(config.num_hidden_layers)
     model = load_model(arguments.folder) if arguments.resident else arguments.folder
     start = time.perf_counter()
     scores = fastprune.score(model, *sets, **limits, progress=False)
@@ -49,8 +54,23 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     planned = fastprune.plan(
         model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=(n, tokens, n * (tokens // 2))
     )
-    digest = scores.select(None, 1e-4).digest
+    digest = scores.select(None, 1e-3).digest
     return {"seconds": seconds, "planned_bytes": planned.peak_bytes, "segments": planned.segments, "mask": digest}
+
+
+def share_blocks(n_blocks: int) -> None:
+    """Let the tensors of block 0 on disk stand for those of all blocks."""
+
+    def with_aliases(folder: Path) -> dict[str, Stored]:
+        stored = stored_tensors(folder)
+        first = {name: tensor for name, tensor in stored.items() if name.startswith("model.layers.0.")}
+        return stored | {
+            name.replace("layers.0.", f"layers.{index}."): tensor
+            for index in range(1, n_blocks)
+            for name, tensor in first.items()
+        }
+
+    skeleton.stored_tensors = weights.stored_tensors = with_aliases
 
 
 def patch(arguments: argparse.Namespace) -> dict[str, object]:
@@ -70,7 +90,9 @@ def main() -> None:
     of_score.add_argument("--examples", type=int, default=8)
     of_score.add_argument("--tokens", type=int, default=64)
     of_score.add_argument("--memory")
+    of_score.add_argument("--host-memory")
     of_score.add_argument("--segments", type=int)
+    of_score.add_argument("--shared-blocks", action="store_true")
     of_score.add_argument("--boundaries")
     of_score.add_argument("--resident", action="store_true", help="load the whole model first, not counted as time")
     of_score.set_defaults(run=score)

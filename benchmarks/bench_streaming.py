@@ -1,0 +1,133 @@
+"""Streamed scoring against resident scoring: time and peak memory, each run in a process of its own.
+
+    python benchmarks/bench_streaming.py [--device cpu|cuda] [--large] [--rounds N] [--out FILE] [--dry-run]
+
+On the CPU a random bf16 Llama of 0.27 B parameters with 8 + 8 examples of 64 tokens, in memory and from disk, then the
+same with 4, 8 and 16 blocks one at a time; ``--large`` adds one of 3.2 B parameters (6 GiB on disk) on a budget of
+3 GiB, and patches it. On a GPU the shape of Llama-3.1-8B on 24 GiB, and with ``--large`` that of a Llama of 70 B, whose
+blocks are all read from one file, on 80 GiB with 100 GiB of host memory. Files are in the page cache after the first
+run, which is not counted. The pruned sets of streamed and resident runs must be equal. One JSON line a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from measure import write_lines
+from random_checkpoint import SHAPES, write_checkpoint
+
+HERE = Path(__file__).parent
+TINY = {**SHAPES["300m"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 97}
+
+
+def run(*words: object) -> dict:
+    """One measured run."""
+    command = [sys.executable, str(HERE / "measured_run.py"), *map(str, words)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode != 0:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def line(method: str, shape: str, runs: list[dict], **more: object) -> dict[str, object]:
+    """What is reported of some runs of one thing."""
+    median = statistics.median(one["seconds"] for one in runs)
+    gpu = (
+        {"peak_gpu_mib": round(max(one["peak_gpu_bytes"] for one in runs) / 2**20)} if torch.cuda.is_available() else {}
+    )
+    planned = {"planned_mib": round(runs[-1]["planned_bytes"] / 2**20)} if "planned_bytes" in runs[-1] else {}
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "benchmark": "streaming",
+        "method": method,
+        "shape": shape,
+        "device": name,
+        "torch": torch.__version__,
+        "seconds_median": round(median, 3),
+        "rounds": len(runs),
+        "peak_extra_mib": round(max(one["peak_bytes"] for one in runs) / 2**20),
+        **planned,
+        **gpu,
+        **more,
+    }
+
+
+def against_resident(folder: Path, shape: str, rounds: int) -> list[dict]:
+    """Alternating runs of one checkpoint, in memory and from disk."""
+    methods = {"resident, 1 segment": ("--resident", "--segments", 1), "streamed, 5 segments": ("--segments", 5)}
+    methods["streamed, a block at a time"] = ("--segments", 20)
+    if shape.startswith("dry"):
+        methods = {"resident, 1 segment": ("--resident", "--segments", 1), "streamed, 4 segments": ("--segments", 4)}
+    runs: dict[str, list[dict]] = {method: [] for method in methods}
+    run("score", folder, *methods["resident, 1 segment"])  # into the page cache
+    for _ in range(rounds):
+        for method, words in methods.items():
+            runs[method].append(run("score", folder, *words))
+    if len({one["mask"] for of_method in runs.values() for one in of_method}) > 1:
+        raise SystemExit("streamed and resident runs prune other weights; refusing to report times")
+    base = statistics.median(one["seconds"] for one in runs["resident, 1 segment"])
+    return [
+        line(method, shape, found, times_resident=round(statistics.median(one["seconds"] for one in found) / base, 3))
+        for method, found in runs.items()
+    ]
+
+
+def main() -> None:
+    """Write checkpoints to a temporary folder, run, and print the lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--large", action="store_true", help="also the large model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    parser.add_argument("--dry-run", action="store_true", help="a toy model, one round: figures mean nothing")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fastprune-bench-") as name:
+        folder = Path(name)
+        if options.dry_run:
+            lines = against_resident(write_checkpoint(folder / "dry", **TINY), "dry run", 1)
+        elif options.device == "cuda":
+            lines = on_gpu(folder, options.large)
+        else:
+            lines = on_cpu(folder, options.large, options.rounds)
+    write_lines(lines, options.out)
+
+
+def on_cpu(folder: Path, large: bool, rounds: int) -> list[dict]:
+    small = write_checkpoint(folder / "300m", **SHAPES["300m"])
+    lines = against_resident(small, "llama 0.27 B, 20 blocks, bf16", rounds)
+    for blocks in (4, 8, 16):
+        of_blocks = write_checkpoint(folder / str(blocks), **{**SHAPES["300m"], "num_hidden_layers": blocks})
+        words = ("--segments", blocks, "--boundaries", "disk")
+        runs = [run("score", of_blocks, *words) for _ in range(rounds + 1)][1:]
+        lines.append(line("streamed, a block at a time", f"llama of {blocks} blocks, bf16", runs))
+    if large:
+        checkpoint = write_checkpoint(folder / "3b", **SHAPES["3b"])
+        shape = "llama 3.2 B, 28 blocks, bf16"
+        runs = [run("score", checkpoint, "--memory", "3GiB")]
+        lines.append(line("streamed, budget 3 GiB", shape, runs, segments=runs[0]["segments"]))
+        lines.append(line("patch", shape, [run("patch", checkpoint, folder / "patched")]))
+    return lines
+
+
+def on_gpu(folder: Path, large: bool) -> list[dict]:
+    data = ("--examples", 412, "--tokens", 250)
+    checkpoint = write_checkpoint(folder / "8b", **SHAPES["8b"], shared_blocks=True)
+    runs = [run("score", checkpoint, *data, "--memory", "24GiB", "--host-memory", "100GiB", "--shared-blocks")]
+    lines = [line("streamed, budget 24 GiB", "llama 8 B, 32 blocks, bf16", runs, segments=runs[0]["segments"])]
+    if large:
+        checkpoint = write_checkpoint(folder / "70b", **SHAPES["70b"], shared_blocks=True)
+        runs = [run("score", checkpoint, *data, "--memory", "72GiB", "--host-memory", "100GiB", "--shared-blocks")]
+        lines.append(line("streamed", "llama 70 B, 80 blocks, bf16", runs, segments=runs[0]["segments"]))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
