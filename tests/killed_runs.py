@@ -2,11 +2,12 @@
 
     python killed_runs.py CHECKPOINT WORK SEED random|calls
 
-``random``: each child is killed with SIGKILL after a random time. ``calls``: each child kills itself at a later write,
-rename or flush of a file than the one before, so that every state of the files is seen. Several rounds, each with a
-journal of its own. Prints, as JSON, how many children were killed, how many lines the journal had each time, and
-whether every round ended with the bytes of an uninterrupted run. Children are forked from a process that has imported
-everything and computed nothing, so that one takes less than a second.
+``random``: each child is killed with SIGKILL after a random time, in several rounds, each with a journal of its own.
+``calls``: in round n the first child kills itself at its n-th rename or flush of a file and the second goes on from
+there, until a first child has fewer of them: every state that the files can be left in is seen. Prints, as JSON, how
+many children were killed, how many lines the journal had each time, and whether every round ended with the bytes of an
+uninterrupted run. Children are forked from a process that has imported everything and computed nothing, so that one
+takes less than a second.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from architectures import BENIGN, HARM
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.model.skeleton import skeleton
-from fastprune.scoring import hidden
 
 SETTINGS = {"harm": ("signed", "wanda"), "segments": 4, "progress": False}
 
@@ -51,8 +51,7 @@ def die_at(call: int) -> None:
 
     os.fsync = counted(os.fsync)
     Path.replace = counted(Path.replace)
-    hidden.HiddenStates.put = counted(hidden.HiddenStates.put)
-    hidden.HiddenStates.drop = counted(hidden.HiddenStates.drop)
+    Path.unlink = counted(Path.unlink)
 
 
 def attempt(checkpoint: str, folder: str, out: str, *, call: int | None, seconds: float | None) -> bool:
@@ -85,17 +84,18 @@ def main() -> None:
         start = time.monotonic()
         attempt(checkpoint, str(work / name), str(work / f"{name}.out"), call=None, seconds=None)
         whole = time.monotonic() - start
-    # One round of calls steps through all of them; the others meet later ones with less done before.
-    for number, step in enumerate((1, 1, 1, 1, 1, 1, 1, 1) if how == "random" else (1, 5, 13)):
-        folder, out, call = work / f"journal-{number}", work / f"{number}.out", 0
+    for number in range(1, 9 if how == "random" else 1000):
+        folder, out, call = work / f"journal-{number}", work / f"{number}.out", number if how == "calls" else None
+        killed = len(lines)
         while True:
-            call += step
             seconds = draw.uniform(0.1, 0.95) * whole if how == "random" else None
-            if attempt(checkpoint, str(folder), str(out), call=call if how == "calls" else None, seconds=seconds):
+            if attempt(checkpoint, str(folder), str(out), call=call, seconds=seconds):
                 break
-            journal_file = folder / "journal.jsonl"
+            journal_file, call = folder / "journal.jsonl", None
             lines.append(len(journal_file.read_bytes().splitlines()) if journal_file.exists() else 0)
         same.append(out.read_bytes() == (work / "whole.out").read_bytes())
+        if how == "calls" and killed == len(lines):
+            break
     print(json.dumps({"killed": len(lines), "lines": lines, "same": all(same), "rounds": len(same)}))
 
 
