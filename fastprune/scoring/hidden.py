@@ -104,12 +104,13 @@ class HiddenStates:
         Returns:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
+        self._path(name).touch()  # a process that was given no micro-batch has put nothing
         with self._path(name).open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         slots = {
             str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
-            for item, slot in self._slots[name].items()
+            for item, slot in self._slots.setdefault(name, {}).items()
         }
         return {"name": name, "sha256": digest, "slots": slots}
 
