@@ -192,6 +192,7 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
     output = capsys.readouterr().out
     assert "2 (2 blocks at a time)" in output
     assert "on the host" in output
+    assert "(the device's)" not in output
     # 2 FLOP x 655,360 weights x 6,400 tokens x (forward, dX, dW and half of the forward again), a million a second
     assert f"{2 * 655_360 * 6_400 * 3.5 / 1e6:,.1f} s at the given rates" in output
     assert run("plan", config, "--memory", "1KiB") == 1

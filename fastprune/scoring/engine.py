@@ -239,7 +239,8 @@ class Pass:
                 _check_losses(losses, item.names)
             else:
                 gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
-            torch.autograd.backward(leaving, gradient)
+            # Of a model on several devices, host memory and disk give everything back on the first of them.
+            torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
             if number:
                 self._gradients.put(f"gradient-{number}", item.number, entering.grad)

@@ -60,12 +60,14 @@ class HiddenStates:
             self._write(name, item, tensor)
         elif self.tier == "host" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensors.setdefault(name, {})[item] = host.copy_(tensor, non_blocking=True)
+            # In turn with what reads it again only on the device's own stream: any other has to be waited for.
+            host.copy_(tensor, non_blocking=tensor.device == self.device)
+            self._tensors.setdefault(name, {})[item] = host
         else:
             self._tensors.setdefault(name, {})[item] = tensor
 
     def get(self, name: str, item: int) -> torch.Tensor:
-        """The tensor, on the device, with the bits that were kept."""
+        """The tensor with the bits that were kept, on the device (the tier ``"device"``: where it was)."""
         if self.tier != "disk":
             return self._on_device(self._tensors[name][item])
         slot = self._slots[name][item]
