@@ -129,6 +129,8 @@ def score(
             raise ArgumentError(
                 f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
             )
+        if statistics_dtype == "bfloat16" and ranks.size > 1:
+            raise ArgumentError("statistics_dtype: bfloat16 sums depend on the examples' order; score in one process")
         needed = {name for names in criteria.values() for name in statistics_of(names)}
         backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
         if harm_loader is None:
