@@ -184,6 +184,81 @@ def test_plan_and_version(capsys) -> None:
     assert fastprune.__version__ in output
 
 
+def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "config.json"
+    shutil.copy(checkpoint_path("aligned") / "config.json", config)
+    words = ["--examples", 64, "--tokens", 100, "--segments", 2, "--boundaries", "host", "--host-memory", "1GiB"]
+    assert run("plan", config, "--memory", "1GiB", *words, "--tflops", 1e-6, "--read-gbps", 1) == 0
+    output = capsys.readouterr().out
+    assert "2 (2 blocks at a time)" in output
+    assert "on the host" in output
+    assert "(the device's)" not in output
+    # 2 FLOP x 655,360 weights x 6,400 tokens x (forward, dX, dW and half of the forward again), a million a second
+    assert f"{2 * 655_360 * 6_400 * 3.5 / 1e6:,.1f} s at the given rates" in output
+    assert run("plan", config, "--memory", "1KiB") == 1
+    assert "memory: 0.0 MiB is not enough" in capsys.readouterr().err
+
+
+def test_score_streams_the_folder_and_goes_on_from_a_journal(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("fastprune.model.checkpoint.load_model")
+    score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--format", "chat"]
+    settings = ["--segments", 4, "--boundaries", "disk", "--host-memory", "1GiB", "--device", "cpu"]
+    plain, journaled = tmp_path / "plain.safetensors", tmp_path / "journaled.safetensors"
+    assert run(*score, *settings, "--out", plain) == 0
+    for _ in range(2):  # the second time from the journal alone
+        assert run(*score, *settings, "--resume", tmp_path / "journal", "--out", journaled) == 0
+        monkeypatch.setattr("fastprune.scoring.engine.Pass._backward", None)
+    assert (tmp_path / "journal" / "journal.jsonl").is_file()
+    found, expected = (fastprune.Scores.load(path).harm for path in (journaled, plain))
+    for name, kept in expected.items():
+        assert torch.equal(found[name].indices, kept.indices)
+        assert torch.equal(found[name].values, kept.values)
+
+
+def test_torchrun_gives_the_same_scores_once(tmp_path: Path, data: dict[str, Path]) -> None:
+    score = [
+        "score",
+        checkpoint_path("aligned"),
+        "--harm",
+        data["harm"],
+        "--benign",
+        data["benign"],
+        "--format",
+        "chat",
+    ]
+    score += ["--batch-tokens", 512, "--device", "cpu", "--out"]
+    assert run(*score, tmp_path / "one.safetensors") == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastprune"]
+    root = str(Path(fastprune.__file__).parent.parent)
+    done = subprocess.run(
+        [*launcher, *map(str, score), str(tmp_path / "two.safetensors")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: fastprune select") == 1
+    one, two = (fastprune.Scores.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert two.select(0.05, 0.003) == one.select(0.05, 0.003)
+
+
+def test_other_commands_refuse_several_processes(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("plan", checkpoint_path("aligned")) == 1
+    assert "plan: runs in one process, and 2 were started" in capsys.readouterr().err
+    score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--out", tmp_path / "scores.safetensors"]
+    assert run(*score, "--device", "cuda:0") == 1
+    assert "device: expected cuda or cpu for several processes" in capsys.readouterr().err
+    assert run(*score, "--device", "cpu") == 1
+    assert "WORLD_SIZE is 2, but the processes cannot meet" in capsys.readouterr().err
+
+
 def test_import_is_light_and_the_program_starts_without_typer() -> None:
     code = (
         "import fastprune, sys; "

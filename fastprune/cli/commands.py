@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import fastprune
+from fastprune.cli.processes import is_first, process_group, started
 from fastprune.errors import ArgumentError, FastpruneWarning
 
 app = typer.Typer(
@@ -49,6 +50,14 @@ class Scope(StrEnum):
     all = "global"
 
 
+class Boundaries(StrEnum):
+    """Where hidden states between segments lie."""
+
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
 class AttackName(StrEnum):
     """Attacks that bear on harm during an evaluation."""
 
@@ -66,18 +75,46 @@ class HarmJudge(StrEnum):
 ModelFolder = Annotated[
     Path, typer.Argument(help="Checkpoint folder (config, safetensors, tokenizer).", show_default=False)
 ]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="Budget on the model's device, such as 80GiB, of each process; decides the segments.")
+]
+HostMemoryOption = Annotated[
+    str | None, typer.Option(help="Budget in host memory beside a GPU, such as 128GiB, of each process.")
+]
+SegmentsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut the blocks into so many runs, 1 to all: more take less memory, and up to a third more time."
+    ),
+]
+BoundariesOption = Annotated[
+    Boundaries | None,
+    typer.Option(help="Where hidden states between segments lie; by default the first that has room."),
+]
 FormatOption = Annotated[Format, typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.")]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(f"fastprune {fastprune.__version__}")
         raise typer.Exit
-    # One line each, without the place in the library's code that a warning otherwise shows.
-    warnings.showwarning = lambda message, category, *rest: typer.echo(
-        f"fastprune: {'note' if issubclass(category, FastpruneWarning) else category.__name__}: {message}", err=True
-    )
+    if started() > 1 and context.invoked_subcommand != "score":
+        raise ArgumentError(
+            f"{context.invoked_subcommand}: runs in one process, and {started()} were started; only score shares its "
+            "work between several"
+        )
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+    """One line, without the place in the library's code that a warning otherwise shows; once, not once a process."""
+    if is_first():
+        kind = "note" if issubclass(category, FastpruneWarning) else category.__name__
+        typer.echo(f"fastprune: {kind}: {message}", err=True)
 
 
 @app.command()
@@ -120,35 +157,60 @@ def score(
     q_max: Annotated[float, typer.Option(help="Largest q that `select` can ask for.")] = 1e-3,
     max_length: Annotated[int | None, typer.Option(help="Leave out longer rows (tokens); nothing is ever cut.")] = None,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a micro-batch.")] = 4096,
-    memory: Annotated[str | None, typer.Option(help="Budget such as 80GiB; decides the segments.")] = None,
-    segments: Annotated[int | None, typer.Option(help="Runs of blocks: more take less memory, and time.")] = None,
+    memory: MemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    segments: SegmentsOption = None,
+    boundaries: BoundariesOption = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a journal. Run the same command again after an interruption, and it goes on."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU if there is one.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Dtype of the weights: auto (as on disk), float32, bfloat16, float16.")
     ] = "auto",
 ) -> None:
-    """Score every weight, in one pass over both sets."""
+    """Score every weight for harm and for benign use, in one pass over both sets.
+
+    The model is read from its folder as it is needed, twice in all, so it may be larger than memory: `fastprune plan`
+    says what a pass takes.
+
+    Several processes share the examples, on one node or more. Rank 0 writes the file:
+
+    `torchrun --nproc-per-node=8 -m fastprune score MODEL --harm harm.jsonl --benign benign.jsonl`
+
+    After an interruption, the same command with the same `--resume` folder goes on where it was; the result has the
+    same bits. Remove the folder when the scores are written.
+    """
     from fastprune.model.checkpoint import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    sets = [
-        None
-        if path is None
-        else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
-        for path in (harm, benign)
-    ]
-    _writable(out)
-    scores = fastprune.score(
-        _load(model, device, dtype),
-        *(None if group is None else group.loader(batch_tokens) for group in sets),
-        harm=tuple(harm_criterion.split(",")),
-        benign=tuple(benign_criterion.split(",")),
-        p_max=p_max,
-        q_max=q_max,
-        memory=memory,
-        segments=segments,
-    )
-    typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} -p 5e-5 -q 1e-5")
+    with process_group(device):
+        if is_first():
+            _writable(out)
+        tokenizer = load_tokenizer(model)
+        sets = [
+            None
+            if path is None
+            else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
+            for path in (harm, benign)
+        ]
+        scores = fastprune.score(
+            model,
+            *(None if group is None else group.loader(batch_tokens) for group in sets),
+            harm=tuple(harm_criterion.split(",")),
+            benign=tuple(benign_criterion.split(",")),
+            p_max=p_max,
+            q_max=q_max,
+            memory=memory,
+            host_memory=host_memory,
+            segments=segments,
+            boundaries=boundaries and boundaries.value,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+        )
+        if is_first():
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} -p 5e-5 -q 1e-5")
 
 
 @app.command()
@@ -294,15 +356,44 @@ def evaluate(
 
 @app.command()
 def plan(
-    model: ModelFolder,
+    model: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or a config.json alone: no weight is read.", show_default=False)
+    ],
     examples: Annotated[int, typer.Option(help="Examples of both sets together.")] = 824,
     tokens: Annotated[int, typer.Option(help="Mean tokens of an example.")] = 250,
-    memory: Annotated[str | None, typer.Option(help="Budget such as 80GiB.")] = None,
+    memory: MemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    segments: SegmentsOption = None,
+    boundaries: BoundariesOption = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="What your device reaches in matrix products, TFLOP/s; gives the time.")
+    ] = None,
+    read_gbps: Annotated[
+        float | None, typer.Option(help="What your disk delivers, GB/s; without it reading counts as free.")
+    ] = None,
 ) -> None:
-    """What a pass would take, from the config alone: segments, memory, work."""
+    """Say what a pass of `fastprune score` would take, without running it: segments, memory, work, time.
+
+    Without `--memory` there is no limit. With `--host-memory` the device is a GPU beside the host, which takes the
+    hidden states that the GPU has no room for; without it, the pass runs on a CPU.
+
+    `fastprune plan config.json --memory 80GiB --host-memory 128GiB --tflops 600 --read-gbps 5`
+    """
     from fastprune.model.checkpoint import load_config
 
-    typer.echo(fastprune.plan(load_config(model), examples, tokens, memory=memory))
+    typer.echo(
+        fastprune.plan(
+            load_config(model),
+            examples,
+            tokens,
+            memory=memory,
+            host_memory=host_memory,
+            segments=segments,
+            boundaries=boundaries and boundaries.value,
+            flops_per_second=None if tflops is None else tflops * 1e12,
+            read_bytes_per_second=None if read_gbps is None else read_gbps * 1e9,
+        )
+    )
 
 
 @organism_app.command("train")

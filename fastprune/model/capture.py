@@ -130,7 +130,8 @@ class Capture:
     def _see(self, matrix: Matrix, x: torch.Tensor, y: torch.Tensor, tokens: ExpertTokens | None) -> None:
         """Hand on the input of one product now, and with the gradient of its output ``y`` when that is there."""
         x = x.detach()  # shares the version counter, but not the graph
-        rows = x.reshape(-1, x.shape[-1])
+        # A hook of accelerate's may have moved the input after this one saw it, to where the weight is.
+        rows = x.reshape(-1, x.shape[-1]).to(y.device)
         self._forwards[matrix.name] += 1
         if self._sink.wants_inputs:
             self._sink.inputs(matrix, rows, tokens)

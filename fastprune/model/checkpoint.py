@@ -36,11 +36,14 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
 
 
 def _check_unquantised(path: str | Path) -> None:
-    """By the folder's config alone: reading many gigabytes of weights only to refuse them would be unkind."""
+    """By the config alone: reading many gigabytes of weights only to refuse them would be unkind."""
+    file = Path(path) if Path(path).is_file() else Path(path) / "config.json"
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
     except ValueError as error:
-        raise ModelError(f"model: {path}/config.json cannot be read: {error}") from error
+        raise ModelError(f"model: {file} cannot be read as a config: {error}") from error
     check_config(config, f"model {path}")
 
 
@@ -71,13 +74,14 @@ def _check_folder(path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> object:
-    """Read the config of a checkpoint folder.
+    """Read the config of a checkpoint folder, or a config file on its own.
 
     Raises:
-        NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: Its weights are quantised, or transformers does not know this kind of model.
+        NotFoundError: There is no such folder or file, or the folder holds no ``config.json``.
+        ModelError: The weights are quantised, or transformers does not know this kind of model.
     """
-    _check_folder(path)
+    if not Path(path).is_file():
+        _check_folder(path)
     _check_unquantised(path)
     from transformers import AutoConfig
 

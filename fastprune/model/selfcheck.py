@@ -106,7 +106,8 @@ def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
 
 
 def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    value, truth = value.detach().double(), truth.detach().double()
+    truth = truth.detach().double()
+    value = value.detach().to(truth)
     return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
@@ -150,7 +151,8 @@ def _disagreement(
         boundaries = [hidden]
         for part in parts:
             boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
-        left = boundaries.pop()[attended]
+        left = boundaries.pop()
+        left = left[attended.to(left.device)]
     sink, downstream = _Gradients(), None
     for part in reversed(parts):
         entering = boundaries.pop().detach().requires_grad_(True)

@@ -38,7 +38,7 @@ class BlockArguments:
 
 @dataclass
 class Batch:
-    """One micro-batch on the model's device. All tensors are ``(rows, tokens)``; padding is on the right."""
+    """One micro-batch, where the model's token ids go. All tensors are ``(rows, tokens)``; padding is on the right."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -118,16 +118,16 @@ class _View:
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """The model's own forward; logits ``(rows, tokens, vocab)``."""
+        """The model's own forward; logits ``(rows, tokens, vocab)``, where token ids go whatever the head's device."""
         extra = {"position_ids": position_ids, "use_cache": False}
         extra = {name: value for name, value in extra.items() if name in self.accepted}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.to(self.device)
 
     @staticmethod
     def weighted_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each scored token times its weight, in fp32 (fp64 for a float64 model): ``(n_scored,)``."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(logits, targets.to(logits.device), reduction="none") * weights.to(logits)
+        return F.cross_entropy(logits, targets, reduction="none") * weights.to(logits)
 
 
 class BlockView(_View):
@@ -265,8 +265,8 @@ class BlockView(_View):
             Losses, fp32 (fp64 for a float64 model) ``(rows,)``, unscaled; and ``scale`` times the gradient of their sum
             with respect to ``hidden``, in its dtype, or ``None``.
         """
-        hidden = hidden.detach()
-        states = hidden[batch.scored]
+        hidden, scored = hidden.detach(), batch.scored.to(hidden.device)
+        states = hidden[scored]
         gradient = torch.zeros_like(states) if need_gradient else None
         losses: list[torch.Tensor] = []
         step = max(1, LOGITS_PER_CHUNK // self.vocab_size)
@@ -281,12 +281,11 @@ class BlockView(_View):
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(token_losses.sum() * scale, chunk)
         per_token = torch.cat(losses)
-        rows = batch.rows_of_scored.to(per_token.device)
-        per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, rows, per_token)
+        per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, batch.rows_of_scored, per_token)
         if gradient is None:
             return per_example, None
         full = torch.zeros_like(hidden)
-        full[batch.scored] = gradient
+        full[scored] = gradient
         return per_example, full
 
 
@@ -327,8 +326,7 @@ class WholeView(_View):
         logits = hidden.detach().requires_grad_(need_gradient)
         with torch.set_grad_enabled(need_gradient):
             per_token = self.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights)
-        rows = batch.rows_of_scored.to(per_token.device)
-        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, rows, per_token.detach())
+        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
         if not need_gradient:
             return per_example, None
         (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)

@@ -8,7 +8,6 @@ segment's weights are asked for before it runs, for both sets together: twice in
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,7 +169,7 @@ class Pass:
                 self._backward(number, on_final, bar)
                 if journal is not None:
                     journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
-                    self._ranks.gather(None)  # nobody frees what another one's unfinished segment would need again
+                    self._ranks.meet()  # nobody frees what another one's unfinished segment would need again
                 self._boundaries.drop(f"boundary-{number}")
                 self._gradients.drop(f"gradient-{number + 1}")
 
@@ -180,22 +179,24 @@ class Pass:
     @torch.no_grad()
     def _prologue(self, ready: int, end: int) -> None:
         following = needs(self._parts, ready if ready < end - 1 else end - 1, backward=ready >= end - 1)
-        with self._ranks.together(), self._weights.held((EMBEDDING,), then=following):
+        with self._weights.held((EMBEDDING,), then=following):
             for item in self._items():
                 hidden, item.arguments = self._view.prologue(item.batch)
                 self._boundaries.put("boundary-0", item.number, hidden)
+        self._ranks.meet()
 
     @torch.no_grad()
     def _forward(self, number: int, end: int, bar: tqdm) -> None:
         """Bring every micro-batch to the upper boundary of a segment; the last one runs in :meth:`_backward` only."""
         part = self._parts[number]
         following = needs(self._parts, number + 1, backward=number + 2 == end)
-        with self._ranks.together(), self._weights.held(needs(self._parts, number, backward=False), then=following):
+        with self._weights.held(needs(self._parts, number, backward=False), then=following):
             for item in self._items():
                 hidden = self._boundaries.get(f"boundary-{number}", item.number)
                 leaving = self._view.run(part.start, part.stop, hidden, item.arguments)
                 self._boundaries.put(f"boundary-{number + 1}", item.number, leaving)
                 bar.update()
+        self._ranks.meet()
 
     def _backward(self, number: int, on_final: OnFinal, bar: tqdm) -> None:
         part = self._parts[number]
@@ -206,25 +207,22 @@ class Pass:
         ]
         matrices = [matrix for _, matrix in of_part]
         following = needs(self._parts, number - 1, backward=True)
-        with contextlib.ExitStack() as stack:
-            with self._ranks.together():
-                groups = needs(self._parts, number, backward=True)
-                stack.enter_context(self._weights.held(groups, then=following))
+        with self._weights.held(needs(self._parts, number, backward=True), then=following):
             for group in self._sets:
                 statistics = segment_statistics(matrices, group.statistics, self._dtype, self._backend)
-                with self._ranks.together(), Capture(matrices, statistics) as capture:
+                with Capture(matrices, statistics) as capture:
                     for item in self._work[group.role]:
                         self._one_micro_batch(number, item, capture, statistics)
                         bar.update()
                     statistics.finish(self._scale)
+                self._ranks.meet()  # a sum would wait for a process that failed
                 for index, matrix in of_part:
                     for tensor in statistics.of[matrix.name].values():
                         self._ranks.sum_to(self._ranks.owner(index), tensor)
-                with self._ranks.together():
-                    for index, matrix in of_part:
-                        found = statistics.of.pop(matrix.name)
-                        if self._ranks.owner(index) == self._ranks.rank:
-                            on_final(group.role, matrix, found)
+                for index, matrix in of_part:
+                    found = statistics.of.pop(matrix.name)
+                    if self._ranks.owner(index) == self._ranks.rank:
+                        on_final(group.role, matrix, found)
 
     def _one_micro_batch(self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics) -> None:
         """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it."""
@@ -241,7 +239,8 @@ class Pass:
                 _check_losses(losses, item.names)
             else:
                 gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
-            torch.autograd.backward(leaving, gradient)
+            # Of a model on several devices, host memory and disk give everything back on the first of them.
+            torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
             if number:
                 self._gradients.put(f"gradient-{number}", item.number, entering.grad)

@@ -60,12 +60,14 @@ class HiddenStates:
             self._write(name, item, tensor)
         elif self.tier == "host" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensors.setdefault(name, {})[item] = host.copy_(tensor, non_blocking=True)
+            # In turn with what reads it again only on the device's own stream: any other has to be waited for.
+            host.copy_(tensor, non_blocking=tensor.device == self.device)
+            self._tensors.setdefault(name, {})[item] = host
         else:
             self._tensors.setdefault(name, {})[item] = tensor
 
     def get(self, name: str, item: int) -> torch.Tensor:
-        """The tensor, on the device, with the bits that were kept."""
+        """The tensor with the bits that were kept, on the device (the tier ``"device"``: where it was)."""
         if self.tier != "disk":
             return self._on_device(self._tensors[name][item])
         slot = self._slots[name][item]
@@ -104,12 +106,13 @@ class HiddenStates:
         Returns:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
+        self._path(name).touch()  # a process that was given no micro-batch has put nothing
         with self._path(name).open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         slots = {
             str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
-            for item, slot in self._slots[name].items()
+            for item, slot in self._slots.setdefault(name, {}).items()
         }
         return {"name": name, "sha256": digest, "slots": slots}
 

@@ -81,7 +81,10 @@ class Journal:
             if record is None or boundaries.tier != "disk" or not boundaries.reopen(record):
                 break
             number += 1
-        return min(self._ranks.gather(number))
+        common = min(self._ranks.gather(number))
+        for further in range(common + 1, number + 1):  # formed again; what is put must not meet what was
+            boundaries.drop(f"boundary-{further}")
+        return common
 
     def finished(self, end: int, gradients: HiddenStates) -> list[dict[str, torch.Tensor]]:
         """What was noted for each finished segment, the last segment first; the gradients below them are taken over.

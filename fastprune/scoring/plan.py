@@ -153,6 +153,7 @@ def plan(
     boundaries: str | None = None,
     statistics: int = 1,
     micro_batch: tuple[int, int, int] | None = None,
+    processes: int = 1,
     flops_per_second: float | None = None,
     read_bytes_per_second: float | None = None,
 ) -> Plan:
@@ -165,13 +166,14 @@ def plan(
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
             fifths of what is free beside it, or no limit for a config.
-        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit. Given with a config, it
-            says that the device is a GPU.
+        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit. Beside a config it says
+            that the device is one; without it the pass is planned for a CPU.
         segments: Fix the number instead of choosing the smallest that fits.
         boundaries: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
             choosing the first that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
         micro_batch: Rows, tokens of each and scored tokens of the largest micro-batch, if the data are known.
+        processes: How many of them share the device's free memory, each with a pass like this one.
         flops_per_second: Rate of matrix products, for the time.
         read_bytes_per_second: Rate of the disk, for the time; without it reading counts as free.
 
@@ -192,11 +194,12 @@ def plan(
         raise ArgumentError(f"boundaries: expected one of {', '.join(TIERS)}, got {boundaries!r}")
     source = model_or_config
     model = source if isinstance(source, nn.Module) else source.model if isinstance(source, Streamed) else None
-    device = source.device if isinstance(source, Streamed) else _device_of(model)
+    # Of a model on several devices, all that a segment needs may fall to the one with the least room.
+    devices = {source.device} if isinstance(source, Streamed) else _devices_of(model)
     estimate = _Estimate(
         model if model is not None else skeleton_of(source),
         streamed=not isinstance(source, nn.Module),
-        on_cpu=host_memory is None if device is None else device.type == "cpu",
+        on_cpu=all(device.type == "cpu" for device in devices) if devices else host_memory is None,
         tokens=n_examples * n_tokens,
         # Of unknown data: two sets alike, and every token scored.
         micro_batch=micro_batch or _micro_batch(math.ceil(n_examples / 2), n_tokens),
@@ -211,9 +214,9 @@ def plan(
             f"segments: expected 1 … {n_blocks} (the model has {n_blocks} decoder blocks), got {segments!r}"
         )
     budget = parse_bytes("memory", memory) if memory is not None else None
-    if budget is None and device is not None:
+    if budget is None and devices:
         held = 0 if isinstance(source, Streamed) else estimate.sizes.weight_bytes
-        budget = held + int(_USABLE * _available(device))
+        budget = held + int(_USABLE * min(map(_available, devices)) / processes)
     host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
     return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
 
@@ -223,8 +226,8 @@ def _micro_batch(examples: int, length: int) -> tuple[int, int, int]:
     return rows, length, rows * length
 
 
-def _device_of(model: nn.Module | None) -> torch.device | None:
-    return None if model is None else next(model.parameters()).device
+def _devices_of(model: nn.Module | None) -> set[torch.device]:
+    return set() if model is None else {parameter.device for parameter in model.parameters()}
 
 
 def _choose(

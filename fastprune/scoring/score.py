@@ -7,29 +7,28 @@ In: a causal LM and calibration data. Out: :class:`Scores`. This file validates,
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import fastprune
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError
 from fastprune.model.eligible import eligible_matrices, unwrap
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
-from fastprune.model.view import BlockView, WholeView
+from fastprune.model.view import BlockView
 from fastprune.model.weights import EMBEDDING, HEAD, Resident, Streamed, Weights
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.criteria import parse_criteria, statistics_of
 from fastprune.scoring.engine import Pass, ScoringSet, needs, split_blocks
 from fastprune.scoring.hidden import HiddenStates
 from fastprune.scoring.journal import Journal
-from fastprune.scoring.plan import MICRO_BATCH_TOKENS, plan
+from fastprune.scoring.plan import MICRO_BATCH_TOKENS, Plan, plan
+from fastprune.scoring.provenance import inputs_of, provenance_of
 from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.scores import Scores
 
@@ -83,6 +82,7 @@ def score(
         p_max: Largest fraction of weights, in (0, 1], that a later ``select(p=…)`` can ask for.
         q_max: The same for ``q``.
         memory: Budget in bytes or ``"80GiB"`` on the model's device, weights included; decides the segments.
+            ``None``: most of what is free.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
             has the bits of an uninterrupted run. Remove the folder when the scores are saved.
@@ -99,8 +99,11 @@ def score(
             each its own), otherwise the CPU.
         dtype: Of a checkpoint folder's weights, e.g. ``"bfloat16"``; ``None`` keeps the one on disk.
 
-    Under an initialised ``torch.distributed`` process group, the processes share the examples between them; each
-    returns the same scores.
+    Under an initialised ``torch.distributed`` process group, each of its processes makes this call with the same model,
+    data and settings; they share the examples between them, and each returns the same scores. Budgets are of each
+    process; what nobody stated is shared by those on one device. On GPUs the group needs NCCL for the sums, and
+    ``backend="cpu:gloo,cuda:nccl"`` is best: with NCCL alone, everything else goes through the current device, which
+    ``torch.cuda.set_device`` has to have set, and a process that was killed is noticed only by the group's timeout.
 
     Returns:
         The kept scores, on the CPU, with their provenance.
@@ -115,41 +118,39 @@ def score(
         ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or another
             process of the run failed.
     """
-    criteria = {"harm": parse_criteria("harm", harm)}
-    if benign_loader is not None:
-        criteria["benign"] = parse_criteria("benign", benign)
-    fractions = {"harm": _fraction("q_max", q_max), "benign": _fraction("p_max", p_max)}
-    if statistics_dtype not in _STATISTICS_DTYPES:
-        raise ArgumentError(
-            f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
-        )
-    needed = {name for names in criteria.values() for name in statistics_of(names)}
-    backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
-    if harm_loader is None:
-        raise ArgumentError("harm_loader: expected an iterable of batches, got None")
     ranks = Ranks()
-    weights = _weights(model, device, dtype)
-    eligible_matrices(weights.model, allow_meta=weights.streamed)  # refuses what cannot be scored before data is read
-    sets = [
-        _scoring_set(role, loader, criteria[role], weights.model)
-        for role, loader in (("harm", harm_loader), ("benign", benign_loader))
-        if loader is not None
-    ]
-    n_examples = sum(len(group.examples) for group in sets)
-    n_tokens = sum(len(example) for group in sets for example in group.examples)
-    chosen = plan(
-        weights if isinstance(weights, Streamed) else weights.model,
-        n_examples,
-        max(1, n_tokens // n_examples),
-        memory=memory,
-        host_memory=host_memory,
-        segments=segments,
-        boundaries="disk" if boundaries is None and resume is not None else boundaries,
-        statistics=max(len(group.statistics) for group in sets),
-        micro_batch=max(group.largest() for group in sets),
-    )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ranks.together())
+        criteria = {"harm": parse_criteria("harm", harm)}
+        if benign_loader is not None:
+            criteria["benign"] = parse_criteria("benign", benign)
+        fractions = {"harm": _fraction("q_max", q_max), "benign": _fraction("p_max", p_max)}
+        if statistics_dtype not in _STATISTICS_DTYPES:
+            raise ArgumentError(
+                f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
+            )
+        if statistics_dtype == "bfloat16" and ranks.size > 1:
+            raise ArgumentError("statistics_dtype: bfloat16 sums depend on the examples' order; score in one process")
+        needed = {name for names in criteria.values() for name in statistics_of(names)}
+        backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
+        if harm_loader is None:
+            raise ArgumentError("harm_loader: expected an iterable of batches, got None")
+        weights = _weights(model, device, dtype)
         stack.callback(weights.close)
+        # Refuses what cannot be scored before any data is read.
+        matrices = eligible_matrices(weights.model, allow_meta=weights.streamed)
+        ranks.check_device(weights.device)
+        sets = [
+            _scoring_set(role, loader, criteria[role], weights.model)
+            for role, loader in (("harm", harm_loader), ("benign", benign_loader))
+            if loader is not None
+        ]
+        key = inputs_of(weights.model, matrices, sets, criteria, fractions, statistics_dtype)
+        if ranks.size > 1 or resume is not None:
+            key["weights"] = weights.identity()
+        ranks.check_same({**key, "segments": segments, "resume": resume is not None})
+        budgets = {"memory": memory, "host_memory": host_memory}
+        chosen = _plan(weights, sets, ranks, segments, _tier(boundaries, resume), budgets)
         stack.enter_context(quiet(weights.model))
         parts = split_blocks(chosen.n_blocks, chosen.segments)
         if weights.streamed:
@@ -159,10 +160,8 @@ def score(
         else:
             view = checked_view(weights, parts, segments)
         parts = parts if isinstance(view, BlockView) else [range(view.n_blocks)]
-        key = _journal_key(view, sets, criteria, fractions, len(parts), statistics_dtype)
-        if ranks.size > 1 or resume is not None:
-            key["weights"] = weights.identity()
-        ranks.check_same(key)
+        key["segments"] = len(parts)
+        ranks.check_same({"segments": len(parts)})  # a check that fails on one of them alone
         journal = Journal(resume, key, ranks) if resume is not None else None
         if journal is not None:
             stack.callback(journal.close)
@@ -185,16 +184,50 @@ def score(
             backend=backend,
             progress=progress,
         ).run(collector.add, journal)
-    collector.merge(ranks)
-    kept = collector.lists()
-    return Scores(
-        harm=kept["harm"],
-        benign=kept.get("benign", {}),
-        shapes=collector.shapes,
-        provenance=_provenance(view, sets, criteria, statistics_dtype, collector.fingerprint()),
-        p_max=p_max,
-        q_max=q_max,
+        collector.merge(ranks)
+        kept = collector.lists()
+        return Scores(
+            harm=kept["harm"],
+            benign=kept.get("benign", {}),
+            shapes=collector.shapes,
+            provenance=provenance_of(
+                view.model, view.matrices, sets, criteria, statistics_dtype, collector.fingerprint()
+            ),
+            p_max=p_max,
+            q_max=q_max,
+        )
+
+
+def _plan(
+    weights: Weights,
+    sets: Sequence[ScoringSet],
+    ranks: Ranks,
+    segments: int | None,
+    boundaries: str | None,
+    budgets: Mapping[str, int | str | None],
+) -> Plan:
+    """The plan for these sets; of several processes, with as many segments as the one with the least memory needs."""
+    n_examples = sum(len(group.examples) for group in sets)
+    n_tokens = sum(len(example) for group in sets for example in group.examples)
+    plan_for = functools.partial(
+        plan,
+        weights if isinstance(weights, Streamed) else weights.model,
+        n_examples,
+        max(1, n_tokens // n_examples),
+        boundaries=boundaries,
+        statistics=max(len(group.statistics) for group in sets),
+        micro_batch=max(group.largest() for group in sets),
+        processes=ranks.sharing(weights.device),
+        **budgets,
     )
+    chosen = plan_for(segments=segments)
+    most = max(ranks.gather(chosen.segments))
+    return chosen if chosen.segments == most else plan_for(segments=most)
+
+
+def _tier(boundaries: str | None, resume: str | Path | None) -> str | None:
+    """Where hidden states lie unless the plan decides: what a journal names has to outlive the process."""
+    return "disk" if boundaries is None and resume is not None else boundaries
 
 
 def _weights(
@@ -217,6 +250,9 @@ def _weights(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+    if device.type == "cuda" and device.index is None:
+        # "cuda" is whichever device is a thread's current one, and the thread that reads the weights has its own.
+        device = torch.device("cuda", torch.cuda.current_device())
     return Streamed(model, device, dtype)
 
 
@@ -231,66 +267,3 @@ def _scoring_set(role: str, loader: Iterable, criteria: tuple[str, ...], model: 
     examples: CalibrationSet = collect(loader, f"{role}_loader", vocab_size)
     budget = getattr(loader, "batch_tokens", MICRO_BATCH_TOKENS)
     return ScoringSet(role, examples, budget, statistics_of(criteria))
-
-
-def _journal_key(
-    view: BlockView | WholeView,
-    sets: list[ScoringSet],
-    criteria: dict[str, tuple[str, ...]],
-    fractions: dict[str, float],
-    segments: int,
-    statistics_dtype: str,
-) -> dict[str, Any]:
-    """Everything that the bits of the result depend on, besides the weights."""
-    return {
-        "architecture": type(view.model).__name__,
-        "dtype": str(view.matrices[0].weight.dtype).removeprefix("torch."),
-        "calibration": {group.role: group.examples.hash for group in sets},
-        "batch_tokens": {group.role: group.batch_tokens for group in sets},
-        "criteria": {role: list(names) for role, names in criteria.items()},
-        "fractions": fractions,
-        "segments": segments,
-        "statistics_dtype": statistics_dtype,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "fastprune": fastprune.__version__,
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-    }
-
-
-def _provenance(
-    view: BlockView | WholeView,
-    sets: list[ScoringSet],
-    criteria: dict[str, tuple[str, ...]],
-    statistics_dtype: str,
-    fingerprint: str,
-) -> dict[str, Any]:
-    """What a reader of the scores needs to know to form them again; no times, so that equal runs give equal files."""
-    config = view.model.config
-    return {
-        "model": {
-            "id": getattr(config, "_name_or_path", "") or type(view.model).__name__,
-            "revision": getattr(config, "_commit_hash", None),
-            "architecture": type(view.model).__name__,
-            "fingerprint": fingerprint,
-            "dtype": str(view.matrices[0].weight.dtype).removeprefix("torch."),
-        },
-        "criteria": {role: list(names) for role, names in criteria.items()},
-        "calibration": {
-            group.role: {
-                "hash": group.examples.hash,
-                "n_examples": len(group.examples),
-                "n_tokens": sum(len(example) for example in group.examples),
-                "n_scored_tokens": sum(example.scored for example in group.examples),
-            }
-            for group in sets
-        },
-        "block_of": {matrix.name: matrix.block for matrix in view.matrices},
-        "statistics_dtype": statistics_dtype,
-        "versions": _versions(),
-    }

@@ -1,0 +1,75 @@
+"""A command that torchrun has started several times: its process group, and which process speaks for all.
+
+In: the environment that torchrun sets. Out: a ``torch.distributed`` group for the length of a ``with`` block. It must
+not know what the command does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+from fastprune.errors import ArgumentError
+
+# A process that ends is noticed at once by its closed connection, so this is not how long a failure goes unseen. It has
+# to exceed the longest wait of one process for another: a whole pass over a large model on a CPU where there are fewer
+# micro-batches than processes.
+_TIMEOUT = datetime.timedelta(days=1)
+
+
+def started() -> int:
+    """How many processes the launcher has started, on all nodes; 1 without one."""
+    return _number("WORLD_SIZE", 1)
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return started() == 1 or _number("RANK", 0) == 0
+
+
+@contextlib.contextmanager
+def process_group(device: str | None) -> Iterator[None]:
+    """The group of all processes that were started; nothing if there is one.
+
+    Each takes the GPU of its ``LOCAL_RANK``. Sums of a GPU go through NCCL, everything else through gloo, which notices
+    at once when a process is gone.
+
+    Args:
+        device: What the user asked for; ``None``: a GPU if there is one.
+
+    Raises:
+        ArgumentError: All were sent to one GPU, or the launcher's environment is incomplete.
+    """
+    if started() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if device is not None and ":" in device:
+        raise ArgumentError(
+            f"device: expected cuda or cpu for several processes, each of which takes a GPU of its own, got {device!r}"
+        )
+    if on_gpu:
+        number, there = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if number >= there:
+            raise ArgumentError(f"device: process {number} of this node needs a GPU of its own, and there are {there}")
+        torch.cuda.set_device(number)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    except ValueError as error:
+        raise ArgumentError(
+            f"WORLD_SIZE is {started()}, but the processes cannot meet: {error}; use torchrun"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else default

@@ -1,0 +1,81 @@
+"""What a result depends on, in words and hashes: the key of a journal, and the provenance of scores.
+
+In: the sets, the settings and the model's config. Out: JSON-able mappings without times, so that equal runs give equal
+files. It must not know how scores are formed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastprune
+from fastprune.model.eligible import Matrix
+from fastprune.scoring.engine import ScoringSet
+
+
+def inputs_of(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    sets: Sequence[ScoringSet],
+    criteria: Mapping[str, tuple[str, ...]],
+    fractions: Mapping[str, float],
+    statistics_dtype: str,
+) -> dict[str, Any]:
+    """Everything that the bits of the result depend on, besides the weights and the number of segments."""
+    return {
+        "architecture": type(model).__name__,
+        "dtype": str(matrices[0].weight.dtype).removeprefix("torch."),
+        "calibration": {group.role: group.examples.hash for group in sets},
+        "batch_tokens": {group.role: group.batch_tokens for group in sets},
+        "criteria": {role: list(names) for role, names in criteria.items()},
+        "fractions": dict(fractions),
+        "statistics_dtype": statistics_dtype,
+        "versions": _versions(),
+    }
+
+
+def provenance_of(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    sets: Sequence[ScoringSet],
+    criteria: Mapping[str, tuple[str, ...]],
+    statistics_dtype: str,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """What a reader of the scores needs to know to form them again."""
+    config = model.config
+    return {
+        "model": {
+            "id": getattr(config, "_name_or_path", "") or type(model).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+            "architecture": type(model).__name__,
+            "fingerprint": fingerprint,
+            "dtype": str(matrices[0].weight.dtype).removeprefix("torch."),
+        },
+        "criteria": {role: list(names) for role, names in criteria.items()},
+        "calibration": {
+            group.role: {
+                "hash": group.examples.hash,
+                "n_examples": len(group.examples),
+                "n_tokens": sum(len(example) for example in group.examples),
+                "n_scored_tokens": sum(example.scored for example in group.examples),
+            }
+            for group in sets
+        },
+        "block_of": {matrix.name: matrix.block for matrix in matrices},
+        "statistics_dtype": statistics_dtype,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastprune": fastprune.__version__,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }

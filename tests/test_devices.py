@@ -1,0 +1,95 @@
+"""Models in memory whose parts lie on several devices, or are driven by accelerate's hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from architectures import BENIGN, HARM, build
+from torch import nn
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+
+gpu = pytest.mark.gpu
+
+
+def masks(model: nn.Module, **settings: Any) -> list[fastprune.PruneMask]:
+    """Selections under criteria that between them need every statistic, of more segments than one."""
+    sets = (CalibrationSet(rows).loader(24) for rows in (HARM, BENIGN))
+    criteria = {"harm": ("signed", "wanda"), "benign": ("abs", "fisher")}
+    scores = fastprune.score(model, *sets, **criteria, **{"segments": 3, "progress": False, **settings})
+    return [
+        scores.select(0.05, 0.01),
+        scores.select(0.05, 0.01, harm="wanda", benign="fisher", scope="global"),
+    ]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def spread(model: nn.Module, first: str, second: str) -> nn.Module:
+    """A Llama with the upper half of its blocks and its head on ``second``, as ``device_map`` spreads one.
+
+    By hand: accelerate takes a device map of GPU and CPU for offloading.
+    """
+    model.to(first)
+    upper = [*model.model.layers[2:], model.model.norm, model.lm_head]
+    for module in upper:
+        module.to(second)
+    for module, device in [(block, first) for block in model.model.layers[:2]] + [(module, second) for module in upper]:
+
+        def move(module: nn.Module, args: tuple, kwargs: dict, device: str = device) -> tuple[tuple, dict]:
+            return _moved(args, torch.device(device)), _moved(kwargs, torch.device(device))
+
+        module.register_forward_pre_hook(move, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("boundaries", ["device", "host", "disk"])
+@pytest.mark.parametrize(
+    "devices",
+    [
+        ("cpu", "cpu"),
+        pytest.param(("cuda:0", "cpu"), marks=gpu),
+        pytest.param(("cpu", "cuda:0"), marks=gpu),
+        pytest.param(("cuda:0", "cuda:1"), marks=gpu),
+    ],
+    ids="-".join,
+)
+def test_a_model_on_two_devices_has_the_same_pruned_sets(devices: tuple[str, str], boundaries: str) -> None:
+    if "cuda:1" in devices and torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device on this machine")
+    # In float64 nothing that two devices round differently comes near a threshold.
+    model = build("Llama", dtype=torch.float64)
+    expected = masks(model, statistics_dtype="float64")
+    assert masks(spread(model, *devices), statistics_dtype="float64", boundaries=boundaries) == expected
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])
+def test_accelerates_hooks_make_no_difference(name: str) -> None:
+    model = build(name)
+    expected = masks(model)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert sum(hasattr(module, "_hf_hook") for module in model.modules()) > len(expected)
+    forwards = {module: module.__dict__.get("forward") for module in model.modules()}
+    assert masks(model) == expected
+    assert {module: module.__dict__.get("forward") for module in model.modules()} == forwards
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_map_over_two_gpus() -> None:
+    model = build("Llama", dtype=torch.float64)
+    expected = masks(model, statistics_dtype="float64")
+    upper = [f"model.layers.{index}" for index in (2, 3)]
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 0}
+    places |= dict.fromkeys([*upper, "model.norm", "lm_head"], 1)
+    assert masks(accelerate.dispatch_model(model, places), statistics_dtype="float64") == expected
