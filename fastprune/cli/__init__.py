@@ -6,6 +6,7 @@ purpose are one line on standard error; anything else is a bug and shows its tra
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from fastprune.errors import FastpruneError, require
@@ -20,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         require("typer", "cli")
         require("rich", "cli")
-        from fastprune.cli.commands import app
+        for commands in ("organism", "pruning", "measuring"):  # which register themselves; the order of the help
+            importlib.import_module(f"fastprune.cli.{commands}")
+        from fastprune.cli.app import app
 
         app(args=arguments)
     except FastpruneError as error:

@@ -39,12 +39,6 @@ class Recipe:
     sources: dict[str, list[Stored]] = field(default_factory=dict)
     converter: Any = None
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that are read from disk."""
-        parts = (part for parts in self.sources.values() for part in parts)
-        return sum(part.numel * DTYPES[part.dtype].itemsize if part.dtype in DTYPES else 0 for part in parts)
-
     def read(self, model: nn.Module) -> torch.Tensor:
         """The tensor, on the CPU.
 

@@ -77,8 +77,7 @@ class Streamed:
         dtype: Of the weights; ``None`` keeps the one on disk.
 
     Attributes:
-        model: The model, its parameters on the meta device while they are not held.
-        bytes_read: Bytes read from disk so far.
+        model: The model; its parameters are on the meta device while they are not held.
 
     Raises:
         NotFoundError, ArtifactError, ModelError: As :func:`fastprune.model.skeleton.skeleton`.
@@ -90,7 +89,6 @@ class Streamed:
         self.folder, self.device = Path(folder), device
         self.model, recipes = skeleton(folder, dtype)
         self._stored = stored_tensors(self.folder)
-        self.bytes_read = 0
         self._groups: dict[Group, list[_Parameter]] = {}
         self._reserved: list[_Parameter] = []
         # One reader: groups arrive in the order in which they were asked for, and a disk is read from front to back.
@@ -173,17 +171,6 @@ class Streamed:
         self._reserved = []
         self._reader.shutdown(cancel_futures=True)
 
-    def sizes(self) -> dict[Group, int]:
-        """Bytes in memory of each group."""
-        return {
-            group: sum(
-                parameter.numel() * parameter.element_size()
-                for entry in entries
-                for parameter in [next(iter(entry.meta.values()))]
-            )
-            for group, entries in self._groups.items()
-        }
-
     def _of(self, groups: Iterable[Group]) -> list[_Parameter]:
         return [entry for group in groups for entry in self._groups.get(group, ())]
 
@@ -201,7 +188,6 @@ class Streamed:
         self._place(entry, tensor)
 
     def _read(self, recipe: Recipe) -> torch.Tensor:
-        self.bytes_read += recipe.stored_bytes
         tensor = recipe.read(self.model)
         if self._stream is None:
             return tensor.to(self.device)

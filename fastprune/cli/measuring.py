@@ -1,0 +1,90 @@
+"""``eval``: what a model can do, unpruned and with masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastprune
+from fastprune.cli.app import app, quiet_loading
+from fastprune.cli.options import AttackName, Format, FormatOption, HarmJudge, ModelFolder
+from fastprune.errors import ArgumentError
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelFolder,
+    harm: Annotated[
+        Path | None, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")
+    ] = None,
+    skills: Annotated[Path | None, typer.Option(help="Benign rows with a column `skill`.")] = None,
+    recognition: Annotated[Path | None, typer.Option(help="Yes/no rows: is this request harmful?")] = None,
+    mask: Annotated[
+        list[Path] | None, typer.Option(help="Masks to measure beside the unpruned model; repeatable.")
+    ] = None,
+    attack: Annotated[AttackName, typer.Option(help="Attack behind the harm rate.")] = AttackName.prefilling,
+    judge: Annotated[
+        HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
+    ] = HarmJudge.exact,
+    neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
+    format: FormatOption = Format.raw,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length of answers; the reference's and one more by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows that go through the model together.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and record.json.")] = None,
+) -> None:
+    """Measure harm, refusal, skills and recognition, unpruned and with each mask."""
+    from fastprune.evaluation import EvaluationSuite, exact_match, keyword_refusal
+    from fastprune.experiments.btap import measure_controls
+    from fastprune.experiments.demo import environment
+    from fastprune.model.checkpoint import load_tokenizer
+    from fastprune.reporting import print_results, write_report
+
+    refused = keyword_refusal()
+    judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
+    suite = EvaluationSuite(
+        load_tokenizer(model),
+        harm_rows=harm,
+        skill_rows=skills,
+        recognition_rows=recognition,
+        format=format.value,
+        attack=attack.value,
+        judges=judges if harm is not None else None,
+        neighbour_skill=neighbour,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    masks = {path.stem: fastprune.PruneMask.load(path) for path in mask or ()}
+    if len(masks) < len(mask or ()):
+        raise ArgumentError("mask: two of the mask files have the same name, so their rows could not be told apart")
+    results, by_skill = measure_controls(model.name, _load(model, device, dtype), suite, masks)
+    record = {
+        "schema": 1,
+        "title": f"Evaluation of {model.name}",
+        "environment": environment(),
+        "settings": {"attack": attack.value, "judge": judge.value, "format": format.value},
+        "results": results,
+        "skills": by_skill,
+    }
+    print_results(record, files=write_report(record, out) if out is not None else None)
+
+
+def _load(folder: Path, device: str | None, dtype: str):
+    import torch
+
+    from fastprune.model.checkpoint import load_model
+
+    quiet_loading()
+    names = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in names:
+        raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
+    model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
+    try:
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device: {device!r} cannot hold the model: {error}") from error

@@ -1,0 +1,61 @@
+"""The synthetic model organism: ``demo``, ``organism train`` and ``organism export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastprune.cli.app import app, organism_app, quiet_loading
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, pictures and artifacts.")] = Path("demo"),
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder of `organism train`; the shipped checkpoints by default.")
+    ] = None,
+    q: Annotated[float, typer.Option("-q", help="Harm fraction of each matrix.")] = 3e-3,
+    p: Annotated[float, typer.Option("-p", help="Protected fraction of each matrix.")] = 5e-2,
+    seed: Annotated[int, typer.Option(help="Of the drawn rows and the random mask.")] = 0,
+) -> None:
+    """See the effect and its controls on a tiny model that was really trained (about a minute)."""
+    from fastprune.experiments import DemoSettings, run_demo
+    from fastprune.reporting import print_results, write_report
+
+    quiet_loading()
+    settings = DemoSettings(p=p, q=q, seed=seed, checkpoints=checkpoints)
+    out.mkdir(parents=True, exist_ok=True)
+    result = run_demo(out / "data", settings)
+    files = write_report(result.record, out)
+    files["scores"] = result.scores.save(out / "scores.safetensors")
+    files["mask"] = result.mask.save(out / "mask.safetensors")
+    print_results(result.record, files=files)
+    typer.echo(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
+
+
+@organism_app.command("train")
+def organism_train(
+    out: Annotated[Path, typer.Option(help="Folder for base, sft and aligned.")],
+    seed: Annotated[int, typer.Option(help="Of initialisation and data.")] = 1,
+) -> None:
+    """Train base, SFT control and aligned model from scratch (a few minutes on two cores)."""
+    from fastprune.organism import train_organism
+
+    train_organism(seed, out)
+    typer.echo(f"written to {out}\nnext: fastprune demo --checkpoints {out}")
+
+
+@organism_app.command("export")
+def organism_export(
+    out: Annotated[Path, typer.Option(help="Folder for the files.")],
+    seed: Annotated[int, typer.Option(help="Of the drawn rows.")] = 0,
+) -> None:
+    """Write the organism's calibration and evaluation rows as JSONL, to try the other commands on."""
+    from fastprune.organism import checkpoint_path, export_data
+
+    for name, path in export_data(out, seed=seed).items():
+        typer.echo(f"{name:>18}  {path}")
+    model = checkpoint_path("aligned")
+    typer.echo(f"{'model':>18}  {model}")

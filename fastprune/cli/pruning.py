@@ -1,0 +1,235 @@
+"""From rows to a pruned checkpoint: ``score``, ``select``, ``patch``, and ``plan``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fastprune
+from fastprune.cli.app import app
+from fastprune.cli.options import (
+    BoundariesOption,
+    Format,
+    FormatOption,
+    HostMemoryOption,
+    MemoryOption,
+    ModelFolder,
+    Scope,
+    SegmentsOption,
+)
+from fastprune.cli.processes import is_first, process_group
+from fastprune.errors import ArgumentError
+
+
+@app.command()
+def score(
+    model: ModelFolder,
+    harm: Annotated[
+        Path, typer.Option(help="Rows of the behaviour to remove: CSV or JSONL with prompt, response[, prefill].")
+    ],
+    benign: Annotated[Path | None, typer.Option(help="Rows of the behaviour to keep.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.safetensors"),
+    format: FormatOption = Format.raw,
+    harm_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "signed",
+    benign_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "abs",
+    p_max: Annotated[float, typer.Option(help="Largest p that `select` can ask for.")] = 1e-3,
+    q_max: Annotated[float, typer.Option(help="Largest q that `select` can ask for.")] = 1e-3,
+    max_length: Annotated[int | None, typer.Option(help="Leave out longer rows (tokens); nothing is ever cut.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a micro-batch.")] = 4096,
+    memory: MemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    segments: SegmentsOption = None,
+    boundaries: BoundariesOption = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a journal. Run the same command again after an interruption, and it goes on."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: auto (as on disk), float32, bfloat16, float16.")
+    ] = "auto",
+) -> None:
+    """Score every weight for harm and for benign use, in one pass over both sets.
+
+    The model is read from its folder as it is needed, twice in all, so it may be larger than memory: `fastprune plan`
+    says what a pass takes.
+
+    Several processes share the examples, on one node or more. Rank 0 writes the file:
+
+    `torchrun --nproc-per-node=8 -m fastprune score MODEL --harm harm.jsonl --benign benign.jsonl`
+
+    After an interruption, the same command with the same `--resume` folder goes on where it was; the result has the
+    same bits. Remove the folder when the scores are written.
+    """
+    from fastprune.model.checkpoint import load_tokenizer
+
+    with process_group(device):
+        if is_first():
+            _writable(out)
+        tokenizer = load_tokenizer(model)
+        sets = [
+            None
+            if path is None
+            else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
+            for path in (harm, benign)
+        ]
+        scores = fastprune.score(
+            model,
+            *(None if group is None else group.loader(batch_tokens) for group in sets),
+            harm=tuple(harm_criterion.split(",")),
+            benign=tuple(benign_criterion.split(",")),
+            p_max=p_max,
+            q_max=q_max,
+            memory=memory,
+            host_memory=host_memory,
+            segments=segments,
+            boundaries=boundaries and boundaries.value,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+        )
+        if is_first():
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} -p 5e-5 -q 1e-5")
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Argument(help="File of `fastprune score`.", show_default=False)],
+    q: Annotated[float, typer.Option("-q", help="Fraction of the best harm scores to prune, in (0, 1].")],
+    p: Annotated[
+        float | None, typer.Option("-p", help="Fraction of the best benign scores to protect; none by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the mask goes.")] = Path("mask.safetensors"),
+    scope: Annotated[Scope, typer.Option(help="Count per matrix, or over all of them.")] = Scope.matrix,
+    harm_criterion: Annotated[str | None, typer.Option(help="If several were scored.")] = None,
+    benign_criterion: Annotated[str | None, typer.Option(help="If several were scored.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks to prune in, such as 0-11,14.")] = None,
+    slice: Annotated[int, typer.Option(help="0: the best q; 1: the next q, as a control.")] = 0,
+    protect: Annotated[
+        list[Path] | None, typer.Option(help="Masks whose weights are never pruned; repeatable.")
+    ] = None,
+) -> None:
+    """Choose weights: the best by harm score without the best by benign score."""
+    mask = fastprune.Scores.load(scores).select(
+        p,
+        q,
+        harm=harm_criterion,
+        benign=benign_criterion,
+        scope=scope.value,
+        layers=None if layers is None else _blocks(layers),
+        slice=slice,
+        protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
+    )
+    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: fastprune patch MODEL {out} --out PRUNED_MODEL")
+
+
+@app.command()
+def patch(
+    model: ModelFolder,
+    mask: Annotated[
+        Path | None, typer.Argument(help="File of `fastprune select`; not with --undo.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for a pruned copy; MODEL stays as it is.")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the weights of MODEL itself.")] = False,
+    backup: Annotated[
+        bool, typer.Option("--backup", help="With --in-place: copy changed shards to <shard>.bak first.")
+    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the mask out of MODEL again, bit by bit.")] = False,
+    scale: Annotated[float | None, typer.Option(help="Factor on the masked weights.", show_default="0")] = None,
+) -> None:
+    """Write a mask into a checkpoint, or into a copy of it, shard by shard; or take it out again.
+
+    A patched folder holds `fastprune.undo` with the original values, so --undo needs nothing else. A patch in place
+    that was killed half way is undone the same way.
+    """
+    _check_patch_options(mask, out, in_place, backup, undo, scale)
+    if undo:
+        fastprune.undo_patch(model)
+        typer.echo(f"{model} has its original weights again")
+        return
+    chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
+    if in_place:
+        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor)
+    else:
+        fastprune.patch_checkpoint(model, chosen, out, scale=factor)
+    done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
+    target = model if in_place else out
+    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        Path, typer.Argument(help="Checkpoint folder, or a config.json alone: no weight is read.", show_default=False)
+    ],
+    examples: Annotated[int, typer.Option(help="Examples of both sets together.")] = 824,
+    tokens: Annotated[int, typer.Option(help="Mean tokens of an example.")] = 250,
+    memory: MemoryOption = None,
+    host_memory: HostMemoryOption = None,
+    segments: SegmentsOption = None,
+    boundaries: BoundariesOption = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="What your device reaches in matrix products, TFLOP/s; gives the time.")
+    ] = None,
+    read_gbps: Annotated[
+        float | None, typer.Option(help="What your disk delivers, GB/s; without it reading counts as free.")
+    ] = None,
+) -> None:
+    """Say what a pass of `fastprune score` would take, without running it: segments, memory, work, time.
+
+    Without `--memory` there is no limit. With `--host-memory` the device is a GPU beside the host, which takes the
+    hidden states that the GPU has no room for; without it, the pass runs on a CPU.
+
+    `fastprune plan config.json --memory 80GiB --host-memory 128GiB --tflops 600 --read-gbps 5`
+    """
+    from fastprune.model.checkpoint import load_config
+
+    typer.echo(
+        fastprune.plan(
+            load_config(model),
+            examples,
+            tokens,
+            memory=memory,
+            host_memory=host_memory,
+            segments=segments,
+            boundaries=boundaries and boundaries.value,
+            flops_per_second=None if tflops is None else tflops * 1e12,
+            read_bytes_per_second=None if read_gbps is None else read_gbps * 1e9,
+        )
+    )
+
+
+def _check_patch_options(
+    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None
+) -> None:
+    given = [name for name, value in (("--out", out), ("--in-place", in_place), ("--undo", undo)) if value]
+    if len(given) != 1:
+        came = " and ".join(given) or "none of them"
+        raise ArgumentError(f"patch: expected one of --out DIR, --in-place and --undo, got {came}")
+    if undo and (mask is not None or scale is not None):
+        raise ArgumentError("patch: --undo takes neither a MASK nor --scale; what to put back is in the folder")
+    if not undo and mask is None:
+        raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
+    if backup and not in_place:
+        raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+
+
+def _writable(path: Path) -> None:
+    """Refuse an impossible output before hours of work, not after."""
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ArgumentError(f"out: expected a file in a folder that can be written to, got {path}")
+
+
+def _blocks(text: str) -> list[int]:
+    """``"0-2,5"`` as ``[0, 1, 2, 5]``."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ArgumentError(f"layers: expected block numbers such as 0-11,14, got {text!r}")
+        chosen += range(int(first), int(last if dash else first) + 1)
+    return chosen
