@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -105,7 +104,7 @@ def main() -> None:
     torch.mm(torch.randn(256, 256), torch.randn(256, 256))  # the matrix library's own buffers
     before = status_bytes("VmRSS")
     result = arguments.run(arguments)
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    result["peak_bytes"] = status_bytes("VmHWM") - before
     if torch.cuda.is_available():
         result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     json.dump(result, sys.stdout)
