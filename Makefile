@@ -30,7 +30,7 @@ demo: $(STAMP)  ## the paper's effect on a small trained model; ends with a tabl
 test: $(STAMP)  ## the whole test suite; ARGS="-k mask" passes options to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and some fifteen minutes
+bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and some twenty-five minutes
 	@rm -f $(BENCH)
 	@set -e; for script in benchmarks/bench_*.py; do echo "# $$script" >&2; $(BIN)/python $$script --out $(BENCH) $(ARGS) >/dev/null; done
 	@$(BIN)/python benchmarks/table.py $(BENCH)

@@ -18,23 +18,32 @@ def seconds(value: float) -> str:
     return f"{float(f'{value * scale:.3g}'):g} {unit}"
 
 
+def cells(line: dict) -> dict[str, str]:
+    """Column to what a line has for it; columns that no line of a table fills are left out."""
+    faster = line.get("fastprune_is_faster_by")
+    against = line.get("times_resident")
+    return {
+        "on": line["shape"],
+        "method": line["method"],
+        "time": seconds(line["seconds_median"]),
+        "fastprune is faster by": "" if faster is None or line["method"] == "fastprune" else f"{faster:g}x",
+        "time / resident": "" if against is None else f"{against:.2f}",
+        "share of": next((f"{line[key]:.0%} {name}" for key, name in SHARES.items() if key in line), ""),
+        "extra memory, MiB": str(line.get("peak_extra_mib", "")),
+        "planned, MiB": str(line.get("planned_mib", "")),
+    }
+
+
 def rows(lines: Iterable[dict]) -> Iterable[str]:
     """A Markdown table for each benchmark and device, in the order of the lines."""
     for (benchmark, device, torch), group in itertools.groupby(
         lines, key=lambda line: (line["benchmark"], line["device"], line.get("torch"))
     ):
-        measured = list(group)
+        table = [cells(line) for line in group]
+        columns = [name for name in table[0] if any(row[name] for row in table)]
         yield f"**{benchmark}** ({device}, torch {torch})\n\n"
-        with_memory = any("peak_extra_mib" in line for line in measured)
-        yield f"| on | method | time | fastprune is faster by | share of |{' extra memory, MiB |' * with_memory}\n"
-        yield f"|---|---|---|---|---|{'---|' * with_memory}\n"
-        for line in measured:
-            share = next((f"{line[key]:.0%} {name}" for key, name in SHARES.items() if key in line), "")
-            faster = line.get("fastprune_is_faster_by")
-            ratio = "" if faster is None or line["method"] == "fastprune" else f"{faster:g}x"
-            memory = f" {line.get('peak_extra_mib', '')} |" * with_memory
-            time = seconds(line["seconds_median"])
-            yield f"| {line['shape']} | {line['method']} | {time} | {ratio} | {share} |{memory}\n"
+        yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+        yield from (f"| {' | '.join(row[name] for name in columns)} |\n" for row in table)
         yield "\n"
 
 
