@@ -191,6 +191,31 @@ def test_a_model_that_does_not_come_apart_cannot_be_streamed(tmp_path: Path, mon
         score(folder, 1)
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_blocks_that_are_given_one_container_cannot_be_streamed_in_segments(
+    segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards keys and values that later blocks take over from earlier ones, which the first segment does not show."""
+    folder = save("Llama", tmp_path)
+    layer = type(build("Llama").model.layers[0])
+    forward, shared = layer.forward, {}
+    monkeypatch.setattr(layer, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs))
+    prologue = selfcheck.BlockView.prologue
+
+    def with_container(self, batch):
+        hidden, arguments = prologue(self, batch)
+        for _, kwargs in arguments.calls:
+            kwargs["cache"] = shared
+        return hidden, arguments
+
+    monkeypatch.setattr(selfcheck.BlockView, "prologue", with_container)
+    if segments == 1:
+        assert score(folder, 1).harm
+    else:
+        with pytest.raises(ModelError, match=r"given one dict.*cannot be streamed"):
+            score(folder, 2)
+
+
 def test_the_check_covers_the_first_segment_of_a_streamed_model(tmp_path: Path, monkeypatch) -> None:
     folder = save("Llama", tmp_path)
     real, seen = selfcheck._disagreement, []

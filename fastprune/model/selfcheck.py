@@ -20,7 +20,7 @@ from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
-from fastprune.model.view import Batch, BlockView, WholeView
+from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
 from fastprune.model.weights import Weights
 
 _LENGTHS = (6, 4)
@@ -136,6 +136,18 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     return logits, chosen
 
 
+def _shared_container(arguments: BlockArguments) -> str | None:
+    """What blocks could leave something in for one another, if there is anything: past the check of the first ones."""
+    seen: set[int] = set()
+    for args, kwargs in arguments.calls:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, dict | list | set):
+                if id(value) in seen:
+                    return type(value).__name__
+                seen.add(id(value))
+    return None
+
+
 def _disagreement(
     view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...], parts: Sequence[range]
 ) -> str | None:
@@ -148,6 +160,8 @@ def _disagreement(
     # block leaves behind, or hands to another segment past the hidden states, shows in the gradient.
     with torch.no_grad():
         hidden, arguments = view.prologue(batch)
+        if parts[-1].stop < view.n_blocks and (shared := _shared_container(arguments)):
+            return f"all blocks are given one {shared}, in which a later one may find what an earlier one left"
         boundaries = [hidden]
         for part in parts:
             boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
