@@ -110,6 +110,9 @@ def test_resident_models_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("data", "calibration"),
         ("batches", "batch_tokens"),
         ("weights", "weights"),
+        ("one bit of a shard", "files"),
+        ("config", "config"),
+        ({"backend": "torch"}, "backend"),
         ("versions", "versions"),
     ],
 )
@@ -129,11 +132,51 @@ def test_a_journal_of_other_inputs_is_refused_by_name(
     elif change == "weights":
         model = tmp_path / "other"
         build("Llama", seed=1).save_pretrained(model)
+    elif change == "one bit of a shard":  # at a place that no sample looks at, as a mask would be
+        shard = max(folder.glob("*.safetensors"))
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    elif change == "config":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     elif change == "versions":
         monkeypatch.setattr(fastprune, "__version__", "99.0")
     with pytest.raises(ArgumentError, match=f"resume.*another {message}"):
         fastprune.score(model, *sets, resume=tmp_path / "journal", **settings)
     assert {path.name: path.read_bytes() for path in (tmp_path / "journal").iterdir()} == before
+
+
+def test_a_pruned_model_is_another_one(tmp_path: Path) -> None:
+    """Guards identities that look at samples: a mask hardly ever meets one."""
+    model = build("Llama")
+    fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.view(-1)[1001] = 0
+    with pytest.raises(ArgumentError, match=r"resume.*another weights"):
+        fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+
+
+def test_a_resumed_run_keeps_the_number_of_segments(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Guards plans that follow the memory that happens to be free: they differ from one hour to the next."""
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 2)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(folder, *SETS, resume=tmp_path / "journal", segments=3, progress=False)
+    found = fastprune.score(folder, *SETS, resume=tmp_path / "journal", progress=False)
+    expected = fastprune.score(folder, *SETS, segments=3, progress=False)
+    assert saved(found, tmp_path / "found") == saved(expected, tmp_path / "expected")
+
+
+def test_what_a_killed_run_could_not_free_is_freed(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 3)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    for name in ("boundary-3.bin", "gradient-3.bin"):
+        (tmp_path / "journal" / name).write_bytes(b"used up")
+    fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    assert not list((tmp_path / "journal").glob("*.bin"))
 
 
 def test_a_folder_that_is_in_use_or_holds_something_else(folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -109,6 +111,17 @@ def test_impossible_plans_are_refused(settings: dict, message: str) -> None:
         fastprune.plan(llama("70B"), 824, 250, **settings)
 
 
+def test_a_containers_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fastprune.scoring.plan"]
+    free = module._available(torch.device("cpu"))
+    for name, text in (("limit", "3000000"), ("used", "2000000"), ("memory.stat", "inactive_file 500000\nanon 7\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(module, "_CONTAINER", ((str(tmp_path / "limit"), str(tmp_path / "used")),))
+    assert module._available(torch.device("cpu")) == 1_500_000
+    (tmp_path / "limit").write_text("max")
+    assert module._available(torch.device("cpu")) == pytest.approx(free, rel=0.5)
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, *MOE_CONFIGS])
 def test_the_bound_covers_what_autograd_keeps(name: str) -> None:
     model = build(name)
@@ -116,7 +129,7 @@ def test_the_bound_covers_what_autograd_keeps(name: str) -> None:
     counted = activation_bytes(config, rows=4, tokens=16)
     assert (counted is None) == (name in MOE_CONFIGS)  # their routing looks at values
     if counted is not None:
-        assert counted <= 1.1 * 64 * activation_bound(model)
+        assert counted[0] <= 1.1 * 64 * activation_bound(model)
 
 
 def test_the_count_of_what_autograd_keeps_is_real() -> None:
@@ -138,4 +151,7 @@ def test_the_count_of_what_autograd_keeps_is_real() -> None:
         block(hidden, position_embeddings=positions, attention_mask=torch.zeros(4, 1, 16, 16))  # as for padded rows
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     expected = sum(size for address, (size, _) in kept.items() if address not in own)
-    assert activation_bytes(config, rows=4, tokens=16) == pytest.approx(expected, rel=0.05)
+    kept, given = activation_bytes(config, rows=4, tokens=16)
+    assert kept == pytest.approx(expected, rel=0.05)
+    tables = sum(table.untyped_storage().nbytes() for table in positions)
+    assert tables <= given <= 4 * tables + 4 * 4 * 16 * 16  # and one mask

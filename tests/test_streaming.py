@@ -122,6 +122,25 @@ def test_tied_weights_stay_one(tmp_path: Path) -> None:
     streamed.close()
 
 
+def test_a_tied_model_with_two_different_weights_on_disk_is_refused(tmp_path: Path) -> None:
+    """Guards a stale tie_word_embeddings: a loaded model has both, a streamed one cannot."""
+    build("Llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=r"ties .*two different weights"):
+        score(tmp_path, 2)
+
+
+def test_an_expert_that_is_missing_on_disk(tmp_path: Path) -> None:
+    build("Mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    missing = {name for name in tensors if "layers.2" in name and ".experts.1." in name}
+    assert missing
+    save_file({name: tensor for name, tensor in tensors.items() if name not in missing}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.2.*should have the shape.*some are missing"):
+        score(tmp_path, 3)
+
+
 def test_weights_of_another_dtype_than_on_disk(tmp_path: Path) -> None:
     folder = save("Llama", tmp_path)
     expected = score(load_model(folder, torch.bfloat16), 2)

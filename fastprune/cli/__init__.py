@@ -30,5 +30,5 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"fastprune: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("fastprune: interrupted; nothing was changed", file=sys.stderr)
+        print("fastprune: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,6 +7,7 @@ changed. It must not know masks, tensors or checkpoints.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ def scatter(path: Path, offsets: np.ndarray, values: np.ndarray) -> None:
         for start, part in _windows(offsets):
             window = bytearray(os.pread(file.fileno(), _WINDOW_BYTES, start))
             np.frombuffer(window, dtype=np.uint8)[offsets[part] - start] = values[part]
-            os.pwrite(file.fileno(), window, start)
+            if os.pwrite(file.fileno(), window, start) != len(window):
+                raise OSError(errno.EIO, "a write was cut short", str(path))
         os.fsync(file.fileno())
 
 

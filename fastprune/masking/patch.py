@@ -71,6 +71,7 @@ def patch_checkpoint(
     edits = edits_of(changes, scale)
     found: dict[Path, Hashes] = {}
     work = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)  # of a killed process that had this one's number
     try:
         for file in [*shards, *files]:
             (work / file).parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,10 @@ def patch_checkpoint(
             else:
                 found[source / file] = Hashes(*hashes(source / file, edit.offsets, edit.new, copy_to=work / file))
         write_undo(work, Undo(mask.digest, scale, changes, found))
+        for path in (*work.rglob("*"), work):
+            sync(path)
         work.replace(target)
+        sync(target.absolute().parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if left_out:

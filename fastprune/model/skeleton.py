@@ -20,7 +20,8 @@ from torch import nn
 
 from fastprune.errors import ModelError
 from fastprune.model.checkpoint import load_config
-from fastprune.model.shards import DTYPES, Stored, read_tensor, stored_tensors
+from fastprune.model.fingerprint import sample_positions
+from fastprune.model.shards import DTYPES, Stored, read_elements, read_tensor, stored_tensors
 
 
 @dataclass
@@ -29,12 +30,14 @@ class Recipe:
 
     Attributes:
         name: In the model.
+        shape: In memory.
         dtype: Wanted in memory.
         sources: Stored tensors by the pattern that named them, in the order in which they are put together.
         converter: transformers' conversion, or ``None`` where one stored tensor is the parameter.
     """
 
     name: str
+    shape: tuple[int, ...]
     dtype: torch.dtype
     sources: dict[str, list[Stored]] = field(default_factory=dict)
     converter: Any = None
@@ -44,7 +47,7 @@ class Recipe:
 
         Raises:
             ArtifactError: A shard cannot be read.
-            ModelError: The conversion does not give this parameter.
+            ModelError: The conversion does not give this parameter, or in another shape.
         """
         tensors = {pattern: [read_tensor(part) for part in parts] for pattern, parts in self.sources.items()}
         if self.converter is None:
@@ -59,7 +62,13 @@ class Recipe:
         if self.name not in made:
             raise ModelError(f"model: transformers' conversion makes {', '.join(made)} where {self.name} is needed")
         tensor = made[self.name]
-        return (tensor[0] if isinstance(tensor, list) else tensor).to(self.dtype).contiguous()
+        tensor = (tensor[0] if isinstance(tensor, list) else tensor).to(self.dtype).contiguous()
+        if tuple(tensor.shape) != self.shape:
+            raise ModelError(
+                f"model: {self.name} should have the shape {self.shape}; the {sum(map(len, self.sources.values()))} "
+                f"pieces stored of it make {tuple(tensor.shape)}, so some are missing"
+            )
+        return tensor
 
 
 def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Recipe]]:
@@ -122,7 +131,9 @@ def _recipes(
     recipes: dict[str, Recipe] = {}
     for source, name, pattern, converter in _names(model, stored, in_memory):
         kept = next((wanted for part, wanted in plan.items() if re.search(rf"\b{re.escape(part)}\b", name)), None)
-        recipe = recipes.setdefault(name, Recipe(name, kept or in_memory[name].dtype, converter=converter))
+        recipe = recipes.setdefault(
+            name, Recipe(name, tuple(in_memory[name].shape), kept or in_memory[name].dtype, converter=converter)
+        )
         recipe.sources.setdefault(pattern, []).append(stored[source])
     for recipe in recipes.values():
         if recipe.converter is None and [part.shape for part in next(iter(recipe.sources.values()))] != [
@@ -132,6 +143,7 @@ def _recipes(
                 f"model: {recipe.name} should have the shape {tuple(in_memory[recipe.name].shape)}; {folder} holds "
                 f"{[part.shape for part in next(iter(recipe.sources.values()))]}"
             )
+    _check_tied(recipes, in_memory, folder)
     named = {id(in_memory[name]) for name in recipes}
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
     if missing:
@@ -140,6 +152,22 @@ def _recipes(
             f"{missing[0]}; names on disk that transformers does not convert cannot be streamed"
         )
     return recipes
+
+
+def _check_tied(recipes: Mapping[str, Recipe], in_memory: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Two names of one parameter must not have two values on disk: loading would part them, and so change the model."""
+    first: dict[int, Recipe] = {}
+    for recipe in recipes.values():
+        other = first.setdefault(id(in_memory[recipe.name]), recipe)
+        if other is recipe or recipe.converter is not None or other.converter is not None:
+            continue
+        ((one,),), ((two,),) = recipe.sources.values(), other.sources.values()
+        positions = sample_positions(one.numel)
+        if one.dtype != two.dtype or not torch.equal(read_elements(one, positions), read_elements(two, positions)):
+            raise ModelError(
+                f"model: the config ties {other.name} and {recipe.name}, and {folder} stores two different weights for "
+                "them; set tie_word_embeddings to false in config.json"
+            )
 
 
 def _names(

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastprune.model.eligible import decoder_blocks
-from fastprune.model.fingerprint import fingerprint, fingerprint_of_samples, sample_positions
+from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
 from fastprune.model.shards import DTYPES, read_elements, stored_tensors
 from fastprune.model.skeleton import Recipe, skeleton
 
 Group = int | str
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EMBEDDING, HEAD = "embedding", "head"
 
 
@@ -50,8 +53,16 @@ class Resident:
         yield
 
     def identity(self) -> str:
-        """A hash of samples of every parameter; tells one model from another."""
-        return fingerprint(dict(self.model.named_parameters()))
+        """A hash over every parameter, each bit of which counts; tells a model from a pruned one."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
+            digest.update(f"{name} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+        return digest.hexdigest()
+
+    def files(self) -> list[list[Any]]:
+        """No file is read."""
+        return []
 
     def close(self) -> None:
         """Nothing to do."""
@@ -164,6 +175,11 @@ class Streamed:
                 for name, stored in floats.items()
             }
         )
+
+    def files(self) -> list[list[Any]]:
+        """Name, size and time of change of each shard: a patched one is another, whatever its samples."""
+        found = [(folder.name, folder.stat()) for folder in sorted({stored.path for stored in self._stored.values()})]
+        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 
     def close(self) -> None:
         """Drop what is still in memory and end the reading thread."""

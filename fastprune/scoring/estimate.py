@@ -120,11 +120,14 @@ class Estimate:
         self._rows, self._length, self._scored = micro_batch
         self._micro_batch = self._rows * self._length
         self._activations = activation_bound(model) * self._micro_batch  # of one block
+        # Masks and position tables that blocks are given, of one micro-batch.
+        self._given = self._rows * self._length**2 + 4 * self._length * self.sizes.hidden
 
     def count_activations(self) -> None:
         """Replace the bound by a count, if the model allows."""
         counted = activation_bytes(self._model.config, self._rows, self._length)
-        self._activations = self._activations if counted is None else counted
+        if counted is not None:
+            self._activations, self._given = counted
 
     def plan(self, segments: int, tier: str) -> Plan:
         """What the pass takes with so many segments and the hidden states there."""
@@ -142,7 +145,8 @@ class Estimate:
                 activations = max(activations, len(part) * self._activations + self._head_bytes())
             stages.append((self._weights(parts, number), accumulators[number], activations, hidden[number]))
         on_device = 1 if tier == "device" or (tier == "host" and self.on_cpu) else 0
-        peak = max(w + acc + act + on_device * h for w, acc, act, h in stages)
+        given = self._given * math.ceil(self._tokens / self._micro_batch)
+        peak = max(w + acc + act + on_device * h + given for w, acc, act, h in stages)
         peak = max(peak, self._first_weights(parts))
         device = peak + (kept + _WORKSPACE if self.on_cpu else 0)
         host = 0 if self.on_cpu else kept + (hidden[-1] if tier == "host" else 0)

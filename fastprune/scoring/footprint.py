@@ -8,6 +8,7 @@ no memory; where a model cannot be run on these, a bound from the sizes of its m
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -125,8 +126,8 @@ def activation_bound(model: nn.Module) -> int:
     return int(1.5 * max(widths) * matrices[0].weight.element_size() + 6 * 4 * hidden)
 
 
-def activation_bytes(config: object, rows: int, tokens: int) -> int | None:
-    """Bytes that autograd and the capture keep of the largest block for one micro-batch.
+def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] | None:
+    """Bytes of one micro-batch: what autograd and the capture keep of the largest block, and what blocks are given.
 
     Args:
         config: Of a causal LM.
@@ -134,7 +135,8 @@ def activation_bytes(config: object, rows: int, tokens: int) -> int | None:
         tokens: Of each.
 
     Returns:
-        Bytes, or ``None`` if the model does not run on fake tensors (its code looks at values).
+        Bytes kept of a block while it is at work; bytes of masks and position tables, which every micro-batch keeps for
+        the whole pass; or ``None`` if the model does not run on fake tensors (its code looks at values).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -150,8 +152,22 @@ def activation_bytes(config: object, rows: int, tokens: int) -> int | None:
                 input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None, position_ids=positions
             )
             hidden, arguments = view.prologue(batch)
-            return max(_kept(view, index, hidden, arguments) for index in {0, view.n_blocks - 1})
+            kept = max(_kept(view, index, hidden, arguments) for index in {0, view.n_blocks - 1})
+            given = {
+                tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+                for args, kwargs in arguments.calls
+                for tensor in _tensors([*args, *kwargs.values()])
+            }
+            return kept, sum(given.values())
     return None
+
+
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _kept(view: BlockView, index: int, hidden: torch.Tensor, arguments: object) -> int:

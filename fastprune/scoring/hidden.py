@@ -13,15 +13,36 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastprune.errors import ScoringError
 
 TIERS = ("device", "host", "disk")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, what: str) -> Iterator[None]:
+    """Say clearly that a disk is full.
+
+    Raises:
+        ScoringError: It is; names the folder and what did not fit.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error):
+            raise ScoringError(
+                f"the disk of {folder} is full: {what} did not fit; free some space, name another folder (resume=, "
+                "TMPDIR), or keep hidden states in memory (boundaries='host')"
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -107,7 +128,7 @@ class HiddenStates:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
         self._path(name).touch()  # a process that was given no micro-batch has put nothing
-        with self._path(name).open("rb") as file:
+        with disk_errors(self._folder, name), self._path(name).open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         slots = {
@@ -139,17 +160,10 @@ class HiddenStates:
         start = sum(slot.dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
         host = tensor.cpu().contiguous()
         view = memoryview(host.view(-1).view(torch.uint8).numpy())
-        try:
-            # The first tensor of a name empties what a run that was cut off may have left.
-            with self._path(name).open("r+b" if slots else "wb", buffering=0) as file:
-                file.seek(start)
-                while view:
-                    view = view[file.write(view) :]
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ScoringError(
-                    f"the disk of {self._folder} is full: {name} of the hidden states did not fit; free some space, or "
-                    "keep them in memory (boundaries='host')"
-                ) from error
-            raise
+        mode = "r+b" if slots else "wb"  # the first of a name empties what a run that was cut off may have left
+        full = disk_errors(self._folder, f"{name} of the hidden states")
+        with full, self._path(name).open(mode, buffering=0) as file:
+            file.seek(start)
+            while view:
+                view = view[file.write(view) :]
         slots[item] = _Slot(start, tuple(tensor.shape), tensor.dtype)

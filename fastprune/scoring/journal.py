@@ -19,7 +19,7 @@ import torch
 
 from fastprune.artifact import read_artifact, sync, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.hidden import HiddenStates, disk_errors
 from fastprune.scoring.ranks import Ranks
 
 _LINES = "journal.jsonl"
@@ -43,7 +43,7 @@ class Journal:
         if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()):
             raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
         self._ranks = ranks
-        self.folder = folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
+        self.folder = _folder_of(folder, ranks)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         self.folder.mkdir(exist_ok=True)
@@ -61,6 +61,17 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
+
+    @staticmethod
+    def segments_of(folder: str | Path, ranks: Ranks) -> int | None:
+        """With how many segments the journal of a folder was begun, if there is one: a plan would choose anew."""
+        begun = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with (_folder_of(Path(folder), ranks) / _LINES).open(encoding="utf-8") as lines:
+                digest, _, payload = lines.readline().rstrip("\n").partition(" ")
+            if digest == _line_digest(payload):
+                begun = int(json.loads(payload)["key"]["segments"])
+        return max((found for found in ranks.gather(begun) if found is not None), default=None)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -93,6 +104,11 @@ class Journal:
             ArtifactError: A file was changed or removed since; the folder is of no use any more.
         """
         found = []
+        # A run that was killed after it recorded a segment may not have freed what that segment had used up.
+        for leftover in [*self.folder.glob("boundary-*.bin"), *self.folder.glob("gradient-*.bin")]:
+            kind, _, used_up = leftover.stem.partition("-")
+            if int(used_up) > (end if kind == "gradient" else end - 1):
+                leftover.unlink()
         for number in sorted((number for number in self._segments if number >= end), reverse=True):
             record = self._segments[number]
             path = self.folder / record["file"]
@@ -118,7 +134,8 @@ class Journal:
     def add_segment(self, number: int, gradients: HiddenStates, gradient: str | None) -> None:
         """Record a finished segment: what was noted, and the gradients at its lower boundary."""
         path = self.folder / f"segment-{number}.safetensors"
-        write_artifact(path, "segment", self._noted, {"number": number}, durable=True)
+        with disk_errors(self.folder, "the journal"):
+            write_artifact(path, "segment", self._noted, {"number": number}, durable=True)
         sealed = gradients.sealed(gradient) if gradient is not None and gradients.holds(gradient) else None
         self._append(
             {"kind": "segment", "number": number, "file": path.name, "sha256": _digest(path), "gradient": sealed}
@@ -127,9 +144,10 @@ class Journal:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         payload = json.dumps(record)
-        self._file.write(f"{_line_digest(payload)} {payload}\n".encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with disk_errors(self.folder, "the journal"):
+            self._file.write(f"{_line_digest(payload)} {payload}\n".encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _read(self, key: Mapping[str, Any]) -> None:
         self._file.seek(0)
@@ -169,8 +187,14 @@ class Journal:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ArgumentError(f"resume: another process is at work in {self.folder}") from error
+        except OSError:  # a file system without locks, as some clusters have: the same
+            return
+
+
+def _folder_of(folder: Path, ranks: Ranks) -> Path:
+    return folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
 
 
 def _line_digest(payload: str) -> str:

@@ -56,6 +56,10 @@ class Kept:
         """Indices and values as NumPy arrays on the same memory, whose elements cost a tenth of a tensor's to read."""
         return self.indices.numpy(), self.values.numpy()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the NumPy views, which would be sent a second time between processes."""
+        return {name: value for name, value in vars(self).items() if name != "arrays"}
+
     def above(self, threshold: float, *, equal: bool) -> int:
         """Number of kept scores above the threshold, or (``equal``) not below it."""
         # by bisection, and not on a negated copy: a sweep over p and q calls this hundreds of times a point

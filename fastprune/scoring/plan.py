@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,6 +32,11 @@ _UNITS = {
     "TB": 10**12,
 }
 MICRO_BATCH_TOKENS = 4096
+# Limit and use of a container's memory, of both versions of Linux' control groups.
+_CONTAINER = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 _USABLE = 0.8  # share of the free memory that a pass may plan with; the rest is for fragmentation and temporaries
 
 
@@ -56,9 +62,21 @@ def _available(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of the physical memory is a cautious guess
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([free, *(_left_of(*names) for names in _CONTAINER)])
+
+
+def _left_of(limit: str, used: str) -> float:
+    """Bytes that a container's limit leaves; no limit outside one. What it caches of files can be had back."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        lines = dict(line.split() for line in (folder / used).with_name("memory.stat").read_text().splitlines())
+        cached = int(lines.get("inactive_file", 0))
+        return int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return math.inf
 
 
 def plan(
@@ -85,8 +103,8 @@ def plan(
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
             fifths of what is free beside it, or no limit for a config.
-        host_memory: Budget in host memory when the model's device is a GPU; ``None``: no limit. Beside a config it says
-            that the device is one; without it the pass is planned for a CPU.
+        host_memory: Budget in host memory when the model's device is a GPU; ``None``: four fifths of what is free, no
+            limit for a config. Beside a config it says that the device is one.
         segments: Fix the number instead of choosing the smallest that fits.
         boundaries: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
             choosing the first that fits.
@@ -137,6 +155,8 @@ def plan(
         held = 0 if isinstance(source, Streamed) else estimate.sizes.weight_bytes
         budget = held + int(_USABLE * min(map(_available, devices)) / processes)
     host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
+    if host_budget is None and devices and not estimate.on_cpu:
+        host_budget = int(_USABLE * _available(torch.device("cpu")) / processes)
     return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
 
 

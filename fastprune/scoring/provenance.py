@@ -6,7 +6,9 @@ files. It must not know how scores are formed.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,10 +27,17 @@ def inputs_of(
     criteria: Mapping[str, tuple[str, ...]],
     fractions: Mapping[str, float],
     statistics_dtype: str,
+    device: torch.device,
+    backend: str | None,
 ) -> dict[str, Any]:
     """Everything that the bits of the result depend on, besides the weights and the number of segments."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return {
         "architecture": type(model).__name__,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "device": device.type,
+        "backend": backend,
         "dtype": str(matrices[0].weight.dtype).removeprefix("torch."),
         "calibration": {group.role: group.examples.hash for group in sets},
         "batch_tokens": {group.role: group.batch_tokens for group in sets},

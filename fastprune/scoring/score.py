@@ -85,7 +85,8 @@ def score(
             ``None``: most of what is free.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
-            has the bits of an uninterrupted run. Remove the folder when the scores are saved.
+            has the bits of an uninterrupted run (on a GPU as far as two runs have the same bits there: the backward
+            pass of some attention kernels adds in any order). Remove the folder when the scores are saved.
         statistics_dtype: ``"float32"`` or ``"float64"``. ``"bfloat16"`` is for comparison only: rounded gradients are
             added to rounded sums, one example at a time, as the published code does; sums of absolute values come out
             too low, and other weights are chosen (docs/precision.md).
@@ -145,11 +146,13 @@ def score(
             for role, loader in (("harm", harm_loader), ("benign", benign_loader))
             if loader is not None
         ]
-        key = inputs_of(weights.model, matrices, sets, criteria, fractions, statistics_dtype)
+        key = inputs_of(weights.model, matrices, sets, criteria, fractions, statistics_dtype, weights.device, backend)
         if ranks.size > 1 or resume is not None:
             key["weights"] = weights.identity()
         ranks.check_same({**key, "segments": segments, "resume": resume is not None})
         budgets = {"memory": memory, "host_memory": host_memory}
+        if resume is not None and segments is None:
+            segments = Journal.segments_of(resume, ranks)
         chosen = _plan(weights, sets, ranks, segments, _tier(boundaries, resume), budgets)
         stack.enter_context(quiet(weights.model))
         parts = split_blocks(chosen.n_blocks, chosen.segments)
@@ -162,7 +165,7 @@ def score(
         parts = parts if isinstance(view, BlockView) else [range(view.n_blocks)]
         key["segments"] = len(parts)
         ranks.check_same({"segments": len(parts)})  # a check that fails on one of them alone
-        journal = Journal(resume, key, ranks) if resume is not None else None
+        journal = Journal(resume, {**key, "files": weights.files()}, ranks) if resume is not None else None
         if journal is not None:
             stack.callback(journal.close)
         hidden = HiddenStates(chosen.boundaries, weights.device, journal and journal.folder)
