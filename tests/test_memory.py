@@ -15,7 +15,6 @@ import pytest
 
 import fastprune
 from fastprune.scoring.keep import kept_bytes
-from fastprune.scoring.keep import kept_bytes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MIB = 2**20
