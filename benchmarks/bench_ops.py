@@ -145,6 +145,32 @@ def test_grad_abs_sum(benchmark: Callable, name: str, tokens: int, method: str) 
     run(benchmark, f"grad_abs_sum {shape}", getattr(layer, method), method=method, shape=shape, flop=layer.flop)
 
 
+@pytest.mark.parametrize("method", ["fastprune", "a call each"])
+@pytest.mark.parametrize("names", [("grad_sum", "grad_abs_sum"), ("grad_sum", "grad_abs_sum", "grad_sq_sum")], ids=len)
+def test_several_sums(benchmark: Callable, names: tuple[str, ...], method: str) -> None:
+    """Several statistics of the same gradients, each product formed once or once for each."""
+    torch.manual_seed(0)
+    (name, (n_out, n_in)), tokens = next(iter(LAYERS.items())), sorted(EXAMPLES)[len(EXAMPLES) // 2]
+    layer = Layer(n_out, n_in, tokens)
+    inputs = layer.dy, layer.x, layer.starts, layer.lengths
+    together, apart = ({each: torch.zeros(layer.shape, device=DEVICE) for each in names} for _ in range(2))
+
+    def one_call() -> None:
+        ops.accumulate_gradients(together, *inputs)
+
+    def a_call_each() -> None:
+        for each, acc in apart.items():
+            ops.accumulate_gradients({each: acc}, *inputs)
+
+    one_call()
+    a_call_each()
+    for each in names:
+        assert (together[each] - apart[each]).norm() <= 1e-5 * apart[each].norm()
+    shape = f"{name} {n_out} x {n_in}, {EXAMPLES[tokens]} x {tokens} tokens, {len(names)} sums"
+    call = one_call if method == "fastprune" else a_call_each
+    run(benchmark, f"sums of gradients, {len(names)}", call, method=method, shape=shape)
+
+
 @pytest.mark.parametrize("method", ["fastprune", "torch.topk", "torch.kthvalue"])
 def test_top_scores(benchmark: Callable, method: str) -> None:
     """The best thousandth of a matrix; the baselines form the scores first and leave the order of ties to chance."""

@@ -24,16 +24,18 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void add_gradients(Dtype acc_dtype, Address acc, int64_t acc_stride, Dtype dtype, Address dy, int64_t dy_token_stride,
-                   int64_t dy_stride, int64_t n_out, Address x, int64_t x_token_stride, int64_t x_stride, int64_t n_in,
-                   Address spans, int64_t n_spans, bool square, int threads) {
+void add_gradients(Dtype sum_dtype, Address plain, Address absolute, Address squared, int64_t stride, Dtype dtype,
+                   Address dy, int64_t dy_token_stride, int64_t dy_stride, int64_t n_out, Address x,
+                   int64_t x_token_stride, int64_t x_stride, int64_t n_in, Address spans, int64_t n_spans, int threads) {
   const fastprune::TokenMatrix errors{at<const void>(dy), dtype, dy_token_stride, dy_stride, n_out};
   const fastprune::TokenMatrix inputs{at<const void>(x), dtype, x_token_stride, x_stride, n_in};
-  const auto add = [&](auto* sums) {
-    fastprune::add_gradients(sums, acc_stride, errors, inputs, at<const fastprune::Span>(spans), n_spans, square, threads);
+  const auto add = [&](auto value) {
+    using Value = decltype(value);
+    const fastprune::Sums<Value> sums{at<Value>(plain), at<Value>(absolute), at<Value>(squared), stride};
+    fastprune::add_gradients(sums, errors, inputs, at<const fastprune::Span>(spans), n_spans, threads);
   };
-  if (acc_dtype == Dtype::float64) return add(at<double>(acc));
-  add(at<float>(acc));
+  if (sum_dtype == Dtype::float64) return add(double{});
+  add(float{});
 }
 
 void add_column_squares(Dtype acc_dtype, Address acc, Dtype x_dtype, Address x, int64_t x_stride, int64_t n_tokens,

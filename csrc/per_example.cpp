@@ -16,10 +16,10 @@
 namespace fastprune {
 namespace {
 
-// Adds the products of one panel of errors and one of inputs to a whole tile of acc (see gradient_tile.h).
+// Adds the products of one panel of errors and one of inputs to a whole tile of the sums (see gradient_tile.h).
 template <class Value>
-using Tile = void (*)(const Value* errors, const Value* inputs, const Span* spans, int64_t n_spans, bool square,
-                      Value* acc, int64_t acc_stride);
+using Tile = void (*)(const Value* errors, const Value* inputs, const Span* spans, int64_t n_spans,
+                      const Sums<Value>& sums);
 
 template <class Value>
 struct Kernel {
@@ -137,18 +137,25 @@ void pack(const TokenMatrix& matrix, const Span* spans, int64_t n_spans, int64_t
   }
 }
 
-// A tile of which rows or columns lie beyond the matrix is added to in a copy.
+// A tile of which rows or columns lie beyond the matrix is added to in copies.
 template <class Value>
 void add_tile(const Kernel<Value>& with, const Value* errors, const Value* inputs, const std::vector<Span>& spans,
-              bool square, Value* acc, int64_t acc_stride, int64_t rows, int64_t columns) {
+              const Sums<Value>& sums, int64_t rows, int64_t columns) {
   const int64_t n_spans = static_cast<int64_t>(spans.size());
-  if (rows == with.rows && columns == with.columns) {
-    return with.tile(errors, inputs, spans.data(), n_spans, square, acc, acc_stride);
-  }
-  Value copy[kTileElements] = {};
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(acc + row * acc_stride, columns, copy + row * with.columns);
-  with.tile(errors, inputs, spans.data(), n_spans, square, copy, with.columns);
-  for (int64_t row = 0; row < rows; ++row) std::copy_n(copy + row * with.columns, columns, acc + row * acc_stride);
+  if (rows == with.rows && columns == with.columns) return with.tile(errors, inputs, spans.data(), n_spans, sums);
+  Value copies[3][kTileElements] = {};
+  const Sums<Value> copied = {sums.plain ? copies[0] : nullptr, sums.absolute ? copies[1] : nullptr,
+                              sums.squared ? copies[2] : nullptr, with.columns};
+  const auto copy_rows = [&](const Sums<Value>& from, const Sums<Value>& to) {
+    for (const auto sum : {&Sums<Value>::plain, &Sums<Value>::absolute, &Sums<Value>::squared}) {
+      for (int64_t row = 0; from.*sum != nullptr && row < rows; ++row) {
+        std::copy_n(from.*sum + row * from.stride, columns, to.*sum + row * to.stride);
+      }
+    }
+  };
+  copy_rows(sums, copied);
+  with.tile(errors, inputs, spans.data(), n_spans, copied);
+  copy_rows(copied, sums);
 }
 
 // Tokens that are packed at a time (an example is never cut): a panel of inputs, 512 x 48 x 4 bytes, leaves room in a
@@ -166,8 +173,8 @@ void allow_avx512(bool allowed) { avx512_allowed = allowed; }
 bool has_gradient_kernel() { return kernel<float>().tile != nullptr; }
 
 template <class Value>
-void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
-                   int64_t n_spans, bool square, int threads) {
+void add_gradients(const Sums<Value>& sums, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
+                   int64_t n_spans, int threads) {
   const Kernel<Value> with = kernel<Value>();
   const int64_t panels = (dy.features + with.rows - 1) / with.rows;
   const int64_t column_panels = (x.features + with.columns - 1) / with.columns;
@@ -200,7 +207,7 @@ void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const 
         for (int64_t task = begin; task < end; ++task) {
           const int64_t left = task / height * with.columns, i = task % height, row = (top + i) * with.rows;
           if (left != inside) pack(x, spans + first, last - first, inside = left, with.columns, inputs.get());
-          add_tile(with, &errors[i * panel], inputs.get(), packed, square, acc + row * acc_stride + left, acc_stride,
+          add_tile(with, &errors[i * panel], inputs.get(), packed, sums.at(row, left),
                    std::min(with.rows, dy.features - row), std::min(with.columns, x.features - left));
         }
       });
@@ -208,7 +215,7 @@ void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const 
   }
 }
 
-template void add_gradients(float*, int64_t, const TokenMatrix&, const TokenMatrix&, const Span*, int64_t, bool, int);
-template void add_gradients(double*, int64_t, const TokenMatrix&, const TokenMatrix&, const Span*, int64_t, bool, int);
+template void add_gradients(const Sums<float>&, const TokenMatrix&, const TokenMatrix&, const Span*, int64_t, int);
+template void add_gradients(const Sums<double>&, const TokenMatrix&, const TokenMatrix&, const Span*, int64_t, int);
 
 }  // namespace fastprune

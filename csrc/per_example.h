@@ -1,4 +1,4 @@
-// Sums over examples of absolute or squared weight gradients, no gradient of an example ever being in memory.
+// Sums over examples of weight gradients, absolute and squared ones, no gradient of an example ever being in memory.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,25 @@ bool has_gradient_kernel();
 // Lets a machine with AVX-512 test what one without would run.
 void allow_avx512(bool allowed);
 
-// acc[o, i] += sum over spans of f(sum over their tokens t of dy[t, o] * x[t, i]), f the absolute value or the square.
-// acc is (dy.features, x.features) with unit column stride. Sums run over tokens and then over spans in their order, by
-// fused multiply-adds in the type of acc, so the bits depend neither on the threads nor on the processor.
+// What is summed of the gradients, null where it is not wanted: (dy.features, x.features), unit column stride, one row
+// stride for all.
 template <class Value>
-void add_gradients(Value* acc, int64_t acc_stride, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
-                   int64_t n_spans, bool square, int threads);
+struct Sums {
+  Value *plain, *absolute, *squared;
+  int64_t stride;
+
+  Sums at(int64_t row, int64_t column) const {
+    const auto moved = [&](Value* sum) { return sum == nullptr ? sum : sum + row * stride + column; };
+    return {moved(plain), moved(absolute), moved(squared), stride};
+  }
+};
+
+// sum[o, i] += sum over spans of f(sum over their tokens t of dy[t, o] * x[t, i]), f the identity, the absolute value or
+// the square; each product is formed once for all of them. Sums run over tokens and then over spans in their order, by
+// fused multiply-adds in their type, so the bits depend neither on the threads, nor on the processor, nor on which other
+// sums are wanted.
+template <class Value>
+void add_gradients(const Sums<Value>& sums, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
+                   int64_t n_spans, int threads);
 
 }  // namespace fastprune

@@ -17,7 +17,13 @@ from fastprune.errors import ArgumentError, BackendError
 
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 
-_SUMS = {"accumulate_grad_sum", "accumulate_grad_abs_sum", "accumulate_grad_sq_sum", "accumulate_act_sq_sum"}
+_SUMS = {
+    "accumulate_grad_sum",
+    "accumulate_grad_abs_sum",
+    "accumulate_grad_sq_sum",
+    "accumulate_gradients",
+    "accumulate_act_sq_sum",
+}
 _SELECTION = {"top_scores", "apply_sparse_", "restore_sparse_"}
 _OPERATIONS = {"torch": _SUMS | _SELECTION, "cpp": _SUMS | _SELECTION, "triton": _SUMS, "cuda": _SELECTION}
 _PREFERRED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # plain torch serves what none of these can

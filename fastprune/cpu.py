@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,23 +22,23 @@ def has_gradient_kernel() -> bool:
     return _cpp.has_gradient_kernel()
 
 
-def accumulate_per_example(acc: Tensor, dy: Tensor, x: Tensor, spans: list[tuple[int, int]], *, square: bool) -> None:
-    """Add each example's absolute or squared gradient while it is in registers.
+def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, spans: list[tuple[int, int]]) -> None:
+    """Add each example's gradient, its absolute value and its square, as asked, while it is in registers.
 
     Args:
-        acc: ``(out, in)`` with unit column stride, float32 or float64.
+        accs: Accumulators by the names of their statistics; ``(out, in)`` with unit column stride and equal row
+            strides, float32 or float64.
         dy: ``(n_tokens, out)``, any float dtype, strided as it may be.
         x: ``(n_tokens, in)``, of the dtype of ``dy``.
         spans: First and end token of each example, none empty.
-        square: Squared instead of absolute gradients.
     """
     from fastprune import _cpp
 
-    offsets = torch.tensor(spans, dtype=torch.int64)
+    offsets, some = torch.tensor(spans, dtype=torch.int64), next(iter(accs.values()))
     _cpp.add_gradients(
-        _cpp_dtype(acc),
-        acc.data_ptr(),
-        acc.stride(0),
+        _cpp_dtype(some),
+        *(accs[name].data_ptr() if name in accs else 0 for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum")),
+        some.stride(0),
         _cpp_dtype(dy),
         dy.data_ptr(),
         *dy.stride(),
@@ -47,7 +48,6 @@ def accumulate_per_example(acc: Tensor, dy: Tensor, x: Tensor, spans: list[tuple
         x.shape[1],
         offsets.data_ptr(),
         len(spans),
-        square,
         torch.get_num_threads(),
     )
 

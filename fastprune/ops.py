@@ -8,13 +8,14 @@ files or masks.
 
 Accumulators are float32 or float64 and are added to in place; products are formed in that dtype, or from 16-bit inputs
 as they are with sums of that dtype. ``triton`` forms products of float32 from three of TF32, which leave out 2^-21. A
-product that goes through BLAS (``accumulate_grad_sum``, and the other two in plain torch, or where the processor has
+product that goes through BLAS (``accumulate_grad_sum``, and the others in plain torch, or where the processor has
 neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e-6.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def accumulate_grad_abs_sum(
         ArgumentError: Shapes, dtypes, devices or token ranges do not fit.
         BackendError: The backend that was asked for cannot serve.
     """
-    _accumulate_per_example(acc, dy, x, starts, lengths, backend, square=False)
+    _accumulate_per_example({"grad_abs_sum": acc}, dy, x, starts, lengths, backend)
 
 
 def accumulate_grad_sq_sum(
@@ -90,7 +91,34 @@ def accumulate_grad_sq_sum(
     The result is the diagonal of the empirical Fisher matrix. Arguments and errors are those of
     :func:`accumulate_grad_abs_sum`.
     """
-    _accumulate_per_example(acc, dy, x, starts, lengths, backend, square=True)
+    _accumulate_per_example({"grad_sq_sum": acc}, dy, x, starts, lengths, backend)
+
+
+def accumulate_gradients(
+    accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor, *, backend: str | None = None
+) -> None:
+    """Add several statistics of the same gradients, forming each product once where the backend can.
+
+    ``cpp`` forms it once for all of them, ``triton`` once for any two; ``torch`` once for each.
+
+    Args:
+        accs: One to three of ``grad_sum``, ``grad_abs_sum`` and ``grad_sq_sum``, each with its accumulator as for the
+            function of that name; of one dtype, device and layout.
+        dy: As for :func:`accumulate_grad_abs_sum`, and zero for tokens of no example, which may count in ``grad_sum``.
+        x: As for :func:`accumulate_grad_abs_sum`.
+        starts: As for :func:`accumulate_grad_abs_sum`; no token is in two examples.
+        lengths: As for :func:`accumulate_grad_abs_sum`.
+        backend: One of :data:`BACKENDS`, or ``None`` for the best available one.
+
+    Raises:
+        ArgumentError: Names, shapes, dtypes, devices or token ranges do not fit.
+        BackendError: The backend that was asked for cannot serve.
+    """
+    checks.check_accumulators(accs)
+    if set(accs) == {"grad_sum"}:
+        accumulate_grad_sum(accs["grad_sum"], dy, x, backend=backend)
+    else:
+        _accumulate_per_example(accs, dy, x, starts, lengths, backend)
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None) -> None:
@@ -219,18 +247,27 @@ def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: st
 
 
 def _accumulate_per_example(
-    acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor, backend: str | None, *, square: bool
+    accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor, backend: str | None
 ) -> None:
-    statistic = "grad_sq_sum" if square else "grad_abs_sum"
+    operation = "accumulate_gradients" if len(accs) > 1 else f"accumulate_{next(iter(accs))}"
     with torch.no_grad():
-        acc, dy, x = checks.check_product(acc, dy, x)
+        # Accumulators of one layout are turned over together, or not at all.
+        products_of = {name: checks.check_product(acc, dy, x) for name, acc in accs.items()}
+        accs = {name: acc for name, (acc, _, _) in products_of.items()}
+        acc, dy, x = next(iter(products_of.values()))
         spans = checks.check_spans(starts, lengths, len(x))
-        match backends.choose(backend, f"accumulate_{statistic}", acc, dy, x):
+        match backends.choose(backend, operation, acc, dy, x):
             case "cpp" if cpu.has_gradient_kernel():
-                cpu.accumulate_per_example(acc, dy, x, spans, square=square)
+                cpu.accumulate_per_example(accs, dy, x, spans)
             case "triton":
                 from fastprune import triton_ops
 
-                triton_ops.accumulate_per_example(acc, dy, x, spans, square=square)
+                if len(accs) > 2:  # more tiles than registers; the plain sum loses nothing by a product of its own
+                    accumulate_grad_sum(accs.pop("grad_sum"), dy, x, backend=backend)
+                triton_ops.accumulate_per_example(accs, dy, x, spans)
             case _:
-                getattr(reference, f"accumulate_{statistic}")(acc, dy, x, starts, lengths)
+                for name, acc in accs.items():
+                    if name == "grad_sum":
+                        products.add_product_(acc, dy, x)
+                    else:
+                        getattr(reference, f"accumulate_{name}")(acc, dy, x, starts, lengths)

@@ -7,7 +7,7 @@ before the first import of triton, the same kernels run on CPU tensors, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from fastprune_kernels import act_sq_sum, grad_abs_sum, grad_sum, launching
@@ -40,21 +40,20 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor) -> None:
     grad_sum.accumulate_grad_sum(acc, dy, x)
 
 
-def accumulate_per_example(acc: Tensor, dy: Tensor, x: Tensor, spans: list[tuple[int, int]], *, square: bool) -> None:
-    """Add each example's absolute or squared gradient, a tile of the weight at a time.
+def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, spans: list[tuple[int, int]]) -> None:
+    """Add each example's gradient, its absolute value and its square, as asked, a tile of the weight at a time.
 
     Args:
-        acc: ``(out, in)`` float32, of any strides.
+        accs: One or two accumulators by the names of their statistics, not ``grad_sum`` alone; ``(out, in)`` float32,
+            of any strides, equal for both.
         dy: ``(n_tokens, out)``, bfloat16, float16 or float32, strided as it may be.
         x: ``(n_tokens, in)``, of the dtype of ``dy``.
         spans: First and end token of each example, none empty.
-        square: Squared instead of absolute gradients.
     """
     # From the host, also where the caller's were on the device: their mean length chooses the tile, and the same
     # examples have to give the same bits. Copies of some hundred bytes do not wait for the device.
     starts, ends = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2).T.contiguous()
-    accumulate = grad_abs_sum.accumulate_grad_sq_sum if square else grad_abs_sum.accumulate_grad_abs_sum
-    accumulate(acc, dy, x, starts, ends - starts)
+    grad_abs_sum.accumulate_grad_statistics([(dy, accs)], x, starts, ends - starts)
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:

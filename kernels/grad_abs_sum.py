@@ -1,4 +1,4 @@
-"""Launchers of the per-example kernel: sums of absolute or squared gradients, for one weight or for several at once.
+"""Launcher of the per-example kernel: sums of absolute or squared gradients, for one weight or for several at once.
 
 From tensors to the arguments of :func:`fastprune_kernels.per_example.grad_statistics_kernel`, where the formula, the
 cost and the reasons stand.
@@ -16,16 +16,6 @@ from torch import Tensor
 
 STATISTICS = ("grad_abs_sum", "grad_sq_sum", "grad_sum")
 MAX_GROUP = 3  # weights in one launch: q, k and v
-
-
-def accumulate_grad_abs_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor) -> None:
-    """``acc += sum_i |dy_i.T @ x_i|``; the arguments are those of :func:`accumulate_grad_statistics`."""
-    accumulate_grad_statistics([(dy, {"grad_abs_sum": acc})], x, starts, lengths)
-
-
-def accumulate_grad_sq_sum(acc: Tensor, dy: Tensor, x: Tensor, starts: Tensor, lengths: Tensor) -> None:
-    """``acc += sum_i (dy_i.T @ x_i)**2``; the arguments are those of :func:`accumulate_grad_statistics`."""
-    accumulate_grad_statistics([(dy, {"grad_sq_sum": acc})], x, starts, lengths)
 
 
 def accumulate_grad_statistics(

@@ -76,7 +76,7 @@ def test_the_blocks_that_launchers_choose(spans, name, device) -> None:
     dy, x = inputs(65, 20, torch.bfloat16, device, spans=(starts, lengths), n_tokens=280)
     acc = strided(65, 20, torch.float32, device)
     before = acc.clone()
-    getattr(grad_abs_sum, f"accumulate_{name}")(acc, dy, x, starts, lengths)
+    grad_abs_sum.accumulate_grad_statistics([(dy, {name: acc})], x, starts, lengths)
     assert_as_exact_as_torch(acc, before, reference_of(name, dy, x, starts, lengths), 150)
 
 
@@ -212,7 +212,9 @@ def test_strides_that_need_wider_offsets_are_refused() -> None:
     far = torch.empty_strided((4, 3), (1 << 28, 1), dtype=torch.bfloat16, device="meta")
     near, acc = torch.ones(4, 3, dtype=torch.bfloat16), torch.zeros(3, 3)
     with pytest.raises(ValueError, match="2\\*\\*31"):
-        grad_abs_sum.accumulate_grad_abs_sum(acc, far, near, torch.tensor([0]), torch.tensor([4]))
+        grad_abs_sum.accumulate_grad_statistics(
+            [(far, {"grad_abs_sum": acc})], near, torch.tensor([0]), torch.tensor([4])
+        )
     with pytest.raises(ValueError, match="2\\*\\*31"):
         accumulate_grad_sum(acc, near, far)
     assert (acc == 0).all()

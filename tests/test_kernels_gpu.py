@@ -53,11 +53,11 @@ def test_real_layers(name, lengths, layer) -> None:
     acc = torch.rand(*layer, device="cuda")
     expected = acc[:1024].double()
     before = acc.clone()
-    getattr(grad_abs_sum, f"accumulate_{name}")(acc, dy, x, *spans)
+    grad_abs_sum.accumulate_grad_statistics([(dy, {name: acc})], x, *spans)
     getattr(reference, f"accumulate_{name}")(expected, dy[:, :1024], x, *spans)
     assert relative_error(acc[:1024], expected) <= 2**-24 * (8 + max(lengths) / 8)
     again = before
-    getattr(grad_abs_sum, f"accumulate_{name}")(again, dy, x, *spans)
+    grad_abs_sum.accumulate_grad_statistics([(dy, {name: again})], x, *spans)
     assert torch.equal(again, acc)
 
 
@@ -85,7 +85,7 @@ def test_query_key_and_value_in_one_launch() -> None:
     matrices = [(dy, {"grad_abs_sum": acc}) for dy, acc in zip(dys, together, strict=True)]
     grad_abs_sum.accumulate_grad_statistics(matrices, x, *spans)
     for dy, acc in zip(dys, alone, strict=True):
-        grad_abs_sum.accumulate_grad_abs_sum(acc, dy, x, *spans)
+        grad_abs_sum.accumulate_grad_statistics([(dy, {"grad_abs_sum": acc})], x, *spans)
     assert all(map(torch.equal, together, alone))
 
 
@@ -99,7 +99,7 @@ def test_offsets_beyond_32_bits() -> None:
     x = torch.randn(n_tokens, 128, device="cuda", dtype=torch.bfloat16)
     acc = torch.zeros(n_out, 128, device="cuda")
     span = torch.tensor([n_tokens - 64], device="cuda"), torch.tensor([64], device="cuda")
-    grad_abs_sum.accumulate_grad_abs_sum(acc, dy, x, *span)
+    grad_abs_sum.accumulate_grad_statistics([(dy, {"grad_abs_sum": acc})], x, *span)
     assert relative_error(acc, (dy[-64:].double().T @ x[-64:].double()).abs()) <= 2**-20
 
 

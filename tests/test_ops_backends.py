@@ -21,7 +21,7 @@ from fastprune import backends, cuda, ops, products, reference
 from fastprune.errors import ArgumentError, BackendError
 
 PER_EXAMPLE = ["accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
-SUMS = ["accumulate_grad_sum", *PER_EXAMPLE, "accumulate_act_sq_sum"]
+SUMS = ["accumulate_grad_sum", *PER_EXAMPLE, "accumulate_gradients", "accumulate_act_sq_sum"]
 SELECTION = ["top_scores", "apply_sparse_", "restore_sparse_"]
 ROOT = Path(__file__).parent.parent
 
@@ -190,11 +190,25 @@ def test_per_example_sums_of_device_tensors_go_to_triton(name, gpu, monkeypatch)
     from fastprune import triton_ops
 
     called = []
-    monkeypatch.setattr(triton_ops, "accumulate_per_example", lambda *args, square: called.append((args[3], square)))
+    monkeypatch.setattr(triton_ops, "accumulate_per_example", lambda accs, dy, x, spans: called.append((spans, *accs)))
     getattr(ops, name)(
         *tensors(name, "cuda:0", torch.bfloat16, torch.float32), *map(torch.tensor, ([5, 3, 0], [2, 0, 1]))
     )
-    assert called == [([(5, 7), (0, 1)], name == "accumulate_grad_sq_sum")]
+    assert called == [([(5, 7), (0, 1)], name.removeprefix("accumulate_"))]
+
+
+def test_of_three_sums_the_plain_one_is_a_product_of_its_own(gpu, monkeypatch) -> None:
+    """Two go through one sweep of the kernel; three tiles beside the product would not fit in its registers."""
+    from fastprune import triton_ops
+
+    called = []
+    monkeypatch.setattr(triton_ops, "accumulate_per_example", lambda accs, dy, x, spans: called.append(set(accs)))
+    monkeypatch.setattr(products, "add_product_", lambda acc, dy, x: called.append("product"))
+    acc, dy, x = tensors("accumulate_gradients", "cuda:0", torch.bfloat16, torch.float32)
+    one, two, three = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
+    for names in ((one, two), (two, three), (one, two, three)):
+        ops.accumulate_gradients(dict.fromkeys(names, acc), dy, x, torch.tensor([0]), torch.tensor([2]))
+    assert called == [{one, two}, {two, three}, "product", {two, three}]
 
 
 def test_sums_of_squares_of_device_tensors_go_to_triton(gpu, monkeypatch) -> None:

@@ -80,6 +80,24 @@ def test_sums_against_float64_and_twice_the_same_bits(op, backend, dtype) -> Non
         assert torch.equal(found, added(op, start, *args, backend="torch"))
 
 
+@pytest.mark.parametrize("left_out", ["none", "grad_sum", "grad_abs_sum", "grad_sq_sum"])
+@each_dtype
+@each_backend
+def test_several_sums_in_one_call(backend, dtype, left_out) -> None:
+    start, dy, x, *_ = sum_arguments("accumulate_grad_abs_sum", dtype)
+    starts, lengths = torch.tensor(STARTS[:4]), torch.tensor(LENGTHS[:4])
+    dy = dy.clone()
+    dy[120:151], dy[152:260], dy[510:] = 0, 0, 0  # tokens of no example
+    names = [name for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum") if name != left_out]
+    accs, again = ({name: start.clone() for name in names} for _ in range(2))
+    for into in (accs, again):
+        ops.accumulate_gradients(into, dy, x, starts, lengths, backend=backend)
+    for name in names:
+        args = (dy, x) if name == "grad_sum" else (dy, x, starts, lengths)
+        assert_exact(f"accumulate_{name}", accs[name], start, *args)
+        assert torch.equal(accs[name], again[name])
+
+
 @each_sum
 def test_the_default_is_the_kernel_that_is_meant(op) -> None:
     """Bits tell the routes apart, and ``choose`` names them."""

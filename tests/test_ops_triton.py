@@ -67,6 +67,17 @@ def test_whole_numbers_give_the_bits_of_torch(op) -> None:
         assert torch.equal(acc, plain)
 
 
+@pytest.mark.parametrize("left_out", ["none", "grad_sum", "grad_abs_sum", "grad_sq_sum"])
+def test_several_sums_of_whole_numbers_give_the_bits_of_torch(left_out) -> None:
+    dy, x = (torch.randint(-8, 9, (N_TOKENS, n)).bfloat16() for n in (20, 33))
+    dy[:1], dy[8:9], dy[79:] = 0, 0, 0  # tokens of no example
+    names = {"grad_sum", "grad_abs_sum", "grad_sq_sum"} - {left_out}
+    plain, found = ({name: torch.ones(20, 33) for name in names} for _ in range(2))
+    ops.accumulate_gradients(plain, dy, x, STARTS, LENGTHS, backend="torch")
+    ops.accumulate_gradients(found, dy, x, STARTS, LENGTHS, backend="triton")
+    assert all(torch.equal(found[name], plain[name]) for name in names)
+
+
 @pytest.mark.parametrize("op", PER_EXAMPLE)
 def test_no_examples_and_empty_examples_add_nothing(op) -> None:
     dy, x, acc = torch.randn(4, 3), torch.randn(4, 5), torch.ones(3, 5)

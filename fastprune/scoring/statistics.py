@@ -87,14 +87,8 @@ class SegmentStatistics:
         self, matrix: Matrix, left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
     ) -> None:
         """Add ``left^T right`` of each example, whose tokens ``starts`` and ``lengths`` give."""
-        for name, accumulator in self.of[matrix.name].items():
-            match name:
-                case "grad_sum":
-                    ops.accumulate_grad_sum(accumulator, left, right, backend=self._backend)
-                case "grad_abs_sum":
-                    ops.accumulate_grad_abs_sum(accumulator, left, right, starts, lengths, backend=self._backend)
-                case "grad_sq_sum":
-                    ops.accumulate_grad_sq_sum(accumulator, left, right, starts, lengths, backend=self._backend)
+        sums = {name: total for name, total in self.of[matrix.name].items() if name in GRADIENT_STATISTICS}
+        ops.accumulate_gradients(sums, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
         """One number an example, finite only if every element is; enough to name a culprit later."""
