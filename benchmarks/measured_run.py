@@ -27,7 +27,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - an import t
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
 from fastprune.masking import PruneMask
-from fastprune.model import skeleton, weights
+from fastprune.model import skeleton
 from fastprune.model.checkpoint import load_config, load_model
 from fastprune.model.shards import Stored, stored_tensors
 
@@ -69,7 +69,7 @@ def share_blocks(n_blocks: int) -> None:
             for name, tensor in first.items()
         }
 
-    skeleton.stored_tensors = weights.stored_tensors = with_aliases
+    skeleton.stored_tensors = with_aliases
 
 
 def patch(arguments: argparse.Namespace) -> dict[str, object]:

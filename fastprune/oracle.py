@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastprune.model.eligible import eligible_matrices, unwrap
+from fastprune.model.adapters import unwrap
+from fastprune.model.eligible import eligible_matrices
 
 
 class _StayDouble(TorchFunctionMode):

@@ -19,8 +19,7 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError, ModelError
-from fastprune.model.adapters import check_unmerged, plain_name
-from fastprune.model.adapters import unwrap as unwrap
+from fastprune.model.adapters import check_unmerged, plain_name, unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
 
 if TYPE_CHECKING:

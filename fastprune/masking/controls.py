@@ -14,8 +14,9 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError
-from fastprune.masking.apply import matrices_of, original_fingerprint, unwrap
+from fastprune.masking.apply import matrices_of, original_fingerprint
 from fastprune.masking.mask import PruneMask
+from fastprune.model.adapters import unwrap
 
 MATCHES = ("count", "magnitude")
 

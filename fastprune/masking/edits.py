@@ -90,12 +90,6 @@ def hashes(path: Path, offsets: np.ndarray, values: np.ndarray, copy_to: Path | 
     return as_it_is.hexdigest(), edited.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    none = np.empty(0, dtype=np.int64)
-    return hashes(path, none, none.astype(np.uint8))[0]
-
-
 def _windows(offsets: np.ndarray) -> Iterator[tuple[int, slice]]:
     """Start of each window that holds some of the offsets, and which these are."""
     numbers = offsets // _WINDOW_BYTES

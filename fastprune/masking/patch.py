@@ -13,9 +13,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-from fastprune.artifact import sync
+from fastprune.artifact import sha256, sync
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
-from fastprune.masking.edits import hashes, scatter, sha256
+from fastprune.masking.edits import hashes, scatter
 from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo

@@ -16,7 +16,7 @@ from torch import nn
 
 from fastprune.errors import ModelError
 
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PACKED_NAMES = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 _DEQUANTISING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
@@ -90,4 +90,4 @@ def _is_quantised(name: str, tensor: torch.Tensor) -> bool:
         return True
     # A buffer of integers may be a table of positions or a mask; a parameter of them is a weight.
     narrow = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)
-    return narrow and tensor.ndim >= 2 and tensor.dtype not in _FLOAT_DTYPES
+    return narrow and tensor.ndim >= 2 and tensor.dtype not in FLOAT_DTYPES

@@ -14,11 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, plain_name
-from fastprune.model.adapters import unwrap as unwrap
-from fastprune.model.admission import check_not_quantised, check_resident
+from fastprune.model.admission import FLOAT_DTYPES, check_not_quantised, check_resident
 from fastprune.model.experts import follows_interface, fused_weights
-
-_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +136,7 @@ def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta:
             f"model: {name} is on the meta device or offloaded, so its gradients would be lost; load the whole model "
             "(no device_map that offloads to CPU or disk) or pass the path of the checkpoint folder"
         )
-    if weight.dtype not in _FLOAT_DTYPES or weight.ndim != dims:
+    if weight.dtype not in FLOAT_DTYPES or weight.ndim != dims:
         raise ModelError(
             f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
             "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"

@@ -71,7 +71,9 @@ class Recipe:
         return tensor
 
 
-def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Recipe]]:
+def skeleton(
+    folder: str | Path, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, dict[str, Recipe], dict[str, Stored]]:
     """Build the model of a checkpoint folder without its weights.
 
     Args:
@@ -79,8 +81,8 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.M
         dtype: Of the weights; ``None`` keeps the one on disk, as loading with ``dtype="auto"`` does.
 
     Returns:
-        The model in evaluation mode, every parameter on the meta device; and a recipe for each parameter and persistent
-        buffer by its name (tied ones once, under their first name).
+        The model in evaluation mode, every parameter on the meta device; a recipe for each parameter and persistent
+        buffer by its name (tied ones once, under their first name); and what is stored, by its name on disk.
 
     Raises:
         NotFoundError: The folder, its config or a shard does not exist.
@@ -99,7 +101,7 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.M
             model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model: {folder} cannot be built as a causal language model: {error}") from error
-    return model, _recipes(model, stored, wanted, folder)
+    return model, _recipes(model, stored, wanted, folder), stored
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from torch import nn
 
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
-from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.adapters import unwrap
+from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.experts import one_by_one
 from fastprune.model.weights import Weights
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from fastprune.model.eligible import decoder_blocks
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
-from fastprune.model.shards import DTYPES, read_elements, stored_tensors
+from fastprune.model.shards import DTYPES, read_elements
 from fastprune.model.skeleton import Recipe, skeleton
 
 Group = int | str
@@ -98,8 +98,7 @@ class Streamed:
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.folder, self.device = Path(folder), device
-        self.model, recipes = skeleton(folder, dtype)
-        self._stored = stored_tensors(self.folder)
+        self.model, recipes, self._stored = skeleton(folder, dtype)
         self._groups: dict[Group, list[_Parameter]] = {}
         self._reserved: list[_Parameter] = []
         # One reader: groups arrive in the order in which they were asked for, and a disk is read from front to back.

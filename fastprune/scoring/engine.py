@@ -8,6 +8,7 @@ segment's weights are asked for before it runs, for both sets together: twice in
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import CalibrationSet, micro_batches
+from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
 from fastprune.errors import ScoringError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
@@ -63,23 +64,25 @@ class ScoringSet:
     statistics: tuple[str, ...]
 
     def start(self, device: torch.device, ranks: Ranks, number: Iterator[int]) -> list[_Work]:
-        """Cut into micro-batches; those of this process go to ``device``."""
-        batches = micro_batches(self.examples.examples, self.batch_tokens)
-        mine = ranks.share([batch.input_ids.numel() for batch in batches])
+        """The micro-batches of this process, on ``device``."""
+        mine = ranks.share([batch.input_ids.numel() for batch in self._batches])
         return [
             _Work(
                 next(number),
-                Batch.from_micro_batch(batches[index], device),
-                [self._name(example) for example in batches[index].example_indices],
+                Batch.from_micro_batch(self._batches[index], device),
+                [self._name(example) for example in self._batches[index].example_indices],
             )
             for index in mine
         ]
 
     def largest(self) -> tuple[int, int, int]:
         """Rows, tokens of each and scored tokens of the largest micro-batch."""
-        batches = micro_batches(self.examples.examples, self.batch_tokens)
-        batch = max(batches, key=lambda batch: batch.input_ids.numel())
+        batch = max(self._batches, key=lambda batch: batch.input_ids.numel())
         return (*batch.input_ids.shape, int((batch.labels != -100).sum()))
+
+    @functools.cached_property
+    def _batches(self) -> list[MicroBatch]:
+        return micro_batches(self.examples.examples, self.batch_tokens)
 
     def _name(self, index: int) -> str:
         identity = self.examples.examples[index].id

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices, unwrap
+from fastprune.model.adapters import unwrap
+from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.state import quiet
 from fastprune.model.view import BlockView
 

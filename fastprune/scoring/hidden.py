@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fastprune.artifact import sha256, sync
 from fastprune.errors import ScoringError
 
 TIERS = ("device", "host", "disk")
@@ -128,9 +127,9 @@ class HiddenStates:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
         self._path(name).touch()  # a process that was given no micro-batch has put nothing
-        with disk_errors(self._folder, name), self._path(name).open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with disk_errors(self._folder, name):
+            sync(self._path(name))
+            digest = sha256(self._path(name))
         slots = {
             str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
             for item, slot in self._slots.setdefault(name, {}).items()
@@ -140,14 +139,13 @@ class HiddenStates:
     def reopen(self, record: dict[str, Any]) -> bool:
         """Take over a file of an earlier run; ``False`` if it is missing or not what was sealed."""
         path = self._path(record["name"])
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
-                self._slots[record["name"]] = {
-                    int(item): _Slot(start, tuple(shape), getattr(torch, dtype))
-                    for item, (start, shape, dtype) in record["slots"].items()
-                }
-                return True
-        return False
+        if not path.is_file() or sha256(path) != record["sha256"]:
+            return False
+        self._slots[record["name"]] = {
+            int(item): _Slot(start, tuple(shape), getattr(torch, dtype))
+            for item, (start, shape, dtype) in record["slots"].items()
+        }
+        return True
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True) if self.tier == "host" else tensor

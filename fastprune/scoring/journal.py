@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastprune.artifact import read_artifact, sync, write_artifact
+from fastprune.artifact import read_artifact, sha256, sync, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError
 from fastprune.scoring.hidden import HiddenStates, disk_errors
 from fastprune.scoring.ranks import Ranks
@@ -112,7 +112,7 @@ class Journal:
         for number in sorted((number for number in self._segments if number >= end), reverse=True):
             record = self._segments[number]
             path = self.folder / record["file"]
-            if not path.is_file() or _digest(path) != record["sha256"]:
+            if not path.is_file() or sha256(path) != record["sha256"]:
                 raise ArtifactError(f"resume: {path} is missing or was changed; remove {self.folder} and start again")
             found.append(read_artifact(path, "segment")[0])
             if number == end and record["gradient"] is not None and not gradients.reopen(record["gradient"]):
@@ -138,7 +138,7 @@ class Journal:
             write_artifact(path, "segment", self._noted, {"number": number}, durable=True)
         sealed = gradients.sealed(gradient) if gradient is not None and gradients.holds(gradient) else None
         self._append(
-            {"kind": "segment", "number": number, "file": path.name, "sha256": _digest(path), "gradient": sealed}
+            {"kind": "segment", "number": number, "file": path.name, "sha256": sha256(path), "gradient": sealed}
         )
         self._noted = {}
 
@@ -199,8 +199,3 @@ def _folder_of(folder: Path, ranks: Ranks) -> Path:
 
 def _line_digest(payload: str) -> str:
     return hashlib.sha256(payload.encode()).hexdigest()[:32]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

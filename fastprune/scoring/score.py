@@ -17,7 +17,8 @@ import torch
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError
-from fastprune.model.eligible import eligible_matrices, unwrap
+from fastprune.model.adapters import unwrap
+from fastprune.model.eligible import eligible_matrices
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
 from fastprune.model.view import BlockView
