@@ -7,11 +7,12 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+import transformers
 from architectures import BENIGN, HARM, build
 from torch import nn
 
 import fastprune
-from fastprune.calibration import CalibrationSet
+from fastprune.calibration import CalibrationSet, Example
 
 gpu = pytest.mark.gpu
 
@@ -82,6 +83,37 @@ def test_accelerates_hooks_make_no_difference(name: str) -> None:
     forwards = {module: module.__dict__.get("forward") for module in model.modules()}
     assert masks(model) == expected
     assert {module: module.__dict__.get("forward") for module in model.modules()} == forwards
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_bfloat16_scores_have_no_backends_mark(device: str) -> None:
+    """Wide enough for the kernels' largest tiles and the tensor cores; the other tests' models are 32 wide."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=300)
+    # attention whose backward has one order of additions, or two runs would differ before any statistic is formed
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    model.to(device).eval()
+    rows = [Example(ids := tuple(torch.randint(300, (n,)).tolist()), (-100, *ids[1:])) for n in (20, 150, 64, 31, 97)]
+    settings = {
+        "harm": ("signed", "abs_of_sum"),
+        "benign": ("abs", "fisher"),
+        "p_max": 1,
+        "q_max": 1,
+        "progress": False,
+    }
+    ours, plain = (
+        fastprune.score(model, CalibrationSet(rows[:3]), CalibrationSet(rows[2:]), backend=backend, **settings)
+        for backend in (None, "torch")
+    )
+    for role in ("harm", "benign"):
+        for criterion in settings[role]:
+            for name, expected in plain.of(role, criterion).items():
+                found = ours.of(role, criterion)[name]
+                dense = torch.zeros(2, expected.numel, dtype=torch.float64)
+                for row, kept in zip(dense, (expected, found), strict=True):
+                    row[kept.indices] = kept.values.double()
+                assert (dense[1] - dense[0]).norm() <= 1e-4 * dense[0].norm(), (criterion, name)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from fastprune.calibration import CalibrationSet
 from fastprune.model.eligible import decoder_blocks
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
-from fastprune.model.view import BlockView
+from fastprune.model.view import BlockView, tokens_per_chunk
 from fastprune.model.weights import Resident
 from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
 from fastprune.scoring.engine import Pass, ScoringSet, split_blocks
@@ -38,8 +38,9 @@ def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.fl
     """Statistics of the engine itself, before any score is formed."""
     found = {}
 
-    def keep(role, matrix, statistics):
-        found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
+    def keep(role, final):
+        for matrix, statistics in final.items():
+            found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
 
     weights, hidden = Resident(model), HiddenStates("device", torch.device("cpu"))
     with quiet(model):
@@ -50,6 +51,17 @@ def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.fl
         stores = {"boundaries": hidden, "gradients": hidden, "ranks": Ranks()}
         Pass(view, weights, [group], parts, dtype=dtype, progress=False, **stores).run(keep)
     return found
+
+
+def test_the_head_takes_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles of a GPU's products, and never none."""
+    assert [tokens_per_chunk(n, on_gpu=True) for n in (128_256, 1 << 20, 1 << 40)] == [1024, 128, 1]
+    assert [tokens_per_chunk(n, on_gpu=False) for n in (128_256, 300_000)] == [256, 111]
+    whole = engine_statistics(build("Gemma2"), segments=2, batch_tokens=24)
+    monkeypatch.setattr("fastprune.model.view.tokens_per_chunk", lambda vocabulary, on_gpu: 3)
+    for name, statistics in engine_statistics(build("Gemma2"), segments=2, batch_tokens=24).items():
+        for key, value in statistics.items():
+            assert relative_error(value, whole[name][key].double()) < FP32_ERROR
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

@@ -122,6 +122,21 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
     assert module._available(torch.device("cpu")) == pytest.approx(free, rel=0.5)
 
 
+def test_what_torch_holds_back_unused_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run in one process would otherwise be cut into segments for the sake of the first one's leavings."""
+    for name, value in (("mem_get_info", (1000, 5000)), ("memory_reserved", 600), ("memory_allocated", 100)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert sys.modules["fastprune.scoring.plan"]._available(torch.device("cuda", 0)) == 1500
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    """16 examples of 250 tokens of 8192 bfloat16 states take 65.5 MB, so 2^26 bytes; 206,000 tokens are 52 pieces."""
+    plan = fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="host", host_memory="500GiB")
+    boundaries, rest = divmod(plan.boundary_bytes, 52 << 26)
+    assert boundaries >= 4 and rest == 0
+    assert plan.boundary_bytes > fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="disk").boundary_bytes
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, *MOE_CONFIGS])
 def test_the_bound_covers_what_autograd_keeps(name: str) -> None:
     model = build(name)

@@ -32,11 +32,15 @@ def dense_order(scores: torch.Tensor) -> list[tuple[float, int]]:
     return sorted(((float(s), i) for i, s in enumerate(scores.flatten())), key=lambda item: (-item[0], item[1]))
 
 
-def run_keeper(matrices: dict[str, torch.Tensor], fraction: float, visits: list[str] | None = None) -> dict[str, Kept]:
-    """Keep scores that are given: weight -1 makes the ``signed`` score the statistic itself."""
+def run_keeper(
+    matrices: dict[str, torch.Tensor], fraction: float, visits: list[str] | None = None, together: int = 1
+) -> dict[str, Kept]:
+    """Keep scores that are given, so many matrices at a time: weight -1 makes ``signed`` the statistic itself."""
     keeper = Keeper({name: scores.numel() for name, scores in matrices.items()}, fraction, n_lists=1)
-    for name in visits or list(reversed(matrices)):
-        keeper.add(name, -torch.ones_like(matrices[name]), matrices[name], "signed")
+    visits = visits or list(reversed(matrices))
+    for start in range(0, len(visits), together):
+        some = visits[start : start + together]
+        keeper.add({name: (-torch.ones_like(matrices[name]), matrices[name]) for name in some}, "signed")
     return keeper.finish()
 
 
@@ -61,9 +65,10 @@ def with_small_matrices(n: int):
 @thorough
 @given(matrices=score_matrices(), fraction=st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]), data=st.data())
 def test_kept_lists_are_prefixes_that_hold_the_local_and_the_global_top(matrices, fraction, data):
-    patch = with_small_matrices(0)
     visits = data.draw(st.permutations(list(matrices)))
-    kept = run_keeper(matrices, fraction, visits)
+    together = data.draw(st.integers(1, len(visits)))
+    patch = with_small_matrices(0)
+    kept = run_keeper(matrices, fraction, visits, together)
     patch.undo()
     assert list(kept) == list(matrices)
     everything = []
@@ -94,9 +99,9 @@ def test_small_matrices_are_kept_whole_unless_all_lists_together_are_too_large(m
     monkeypatch.setattr(keep, "SMALL_BYTES", 12 * 21 + 1)
     assert {name: len(some) for name, some in run_keeper(matrices, 0.01).items()} == lengths
     keeper = Keeper({"a": 100, "b": 5, "c": 100}, 0.01, n_lists=2)  # two lists share the limit
-    keeper.add("a", torch.ones(100, 1), None, "magnitude")
-    keeper.add("b", torch.ones(5, 1), None, "magnitude")
-    keeper.add("c", torch.ones(100, 1), None, "magnitude")
+    keeper.add({"a": (torch.ones(100, 1), None)}, "magnitude")
+    keeper.add({"b": (torch.ones(5, 1), None)}, "magnitude")
+    keeper.add({"c": (torch.ones(100, 1), None)}, "magnitude")
     assert [len(some) for some in keeper.finish().values()] == [3, 1, 1]  # a has the global top 3, ties by order
 
 
@@ -117,16 +122,18 @@ def test_cold_matrices_are_asked_for_no_more_than_their_share(no_small_matrices,
     monkeypatch.setattr(ops, "top_scores", spy)
     cold = torch.linspace(0.1, 0.2, 1000)[None]
     matrices = {"cold1": cold, "cold2": cold, "hot": torch.linspace(10, 20, 1000)[None]}
-    kept = run_keeper(matrices, 0.01)
-    assert [len(kept[name]) for name in matrices] == [10, 10, 30]
-    assert asked == [31, 11, 11]  # the hot matrix is visited first
+    for together, expected in ((1, [11, 31, 11, 11]), (3, [11, 11, 11, 31])):  # the hot matrix is visited first
+        kept = run_keeper(matrices, 0.01, together=together)
+        assert [len(kept[name]) for name in matrices] == [10, 10, 30]
+        assert asked == expected
+        asked.clear()
 
 
 def test_what_is_kept_meanwhile_stays_bounded(no_small_matrices):
     """With scores that rise from matrix to matrix every one of them holds all of the top of those before it."""
     keeper = Keeper({f"m{i}": 100 for i in range(40)}, 0.02, n_lists=1)
     for i in range(40):
-        keeper.add(f"m{i}", torch.full((100, 1), i + 1.0), None, "magnitude")
+        keeper.add({f"m{i}": (torch.full((100, 1), i + 1.0), None)}, "magnitude")
         assert sum(map(len, keeper._kept.values())) <= 40 * 2 + 2 * 80
     assert [len(some) for some in keeper.finish().values()] == [2] * 39 + [80]
 
@@ -138,7 +145,7 @@ def test_lists_of_a_journal_can_be_inserted(no_small_matrices):
     for name in ("m3", "m1"):
         keeper.insert(name, expected[name])
     for name in ("m2", "m0"):
-        keeper.add(name, -torch.ones(5, 20), matrices[name], "signed")
+        keeper.add({name: (-torch.ones(5, 20), matrices[name])}, "signed")
     for name, some in keeper.finish().items():
         assert torch.equal(some.indices, expected[name].indices) and some.floor == expected[name].floor
 
@@ -146,14 +153,14 @@ def test_lists_of_a_journal_can_be_inserted(no_small_matrices):
 def test_a_keeper_refuses_what_it_cannot_place():
     keeper = Keeper({"a": 4, "b": 4}, 0.5, n_lists=1)
     with pytest.raises(ArgumentError, match="c is none of the 2 matrices"):
-        keeper.add("c", torch.ones(2, 2), None, "magnitude")
+        keeper.add({"c": (torch.ones(2, 2), None)}, "magnitude")
     with pytest.raises(ArgumentError, match="a must have 4 weights, got 6"):
-        keeper.add("a", torch.ones(2, 3), None, "magnitude")
-    keeper.add("a", torch.ones(2, 2), None, "magnitude")
+        keeper.add({"a": (torch.ones(2, 3), None)}, "magnitude")
+    keeper.add({"a": (torch.ones(2, 2), None)}, "magnitude")
     with pytest.raises(ArgumentError, match="a was added before"):
-        keeper.add("a", torch.ones(2, 2), None, "magnitude")
+        keeper.add({"a": (torch.ones(2, 2), None)}, "magnitude")
     with pytest.raises(ScoringError, match=r"b: .* flat index 1,.* is not a number"):
-        keeper.add("b", torch.ones(2, 2), torch.tensor([[1.0, math.nan], [1, 1]]), "signed")
+        keeper.add({"b": (torch.ones(2, 2), torch.tensor([[1.0, math.nan], [1, 1]]))}, "signed")
     with pytest.raises(ScoringError, match="1 of 2 matrices were never scored, the first is b"):
         keeper.finish()
     for fraction in (0, -1, 1.1, math.nan):

@@ -29,7 +29,7 @@ def keep_lists(dense: Dense, fraction: float) -> dict[str, Kept]:
     patch.setattr(keep, "SMALL_MATRIX", 0)
     keeper = Keeper({name: scores.numel() for name, scores in dense.items()}, fraction, n_lists=2)
     for name in reversed(dense):
-        keeper.add(name, -torch.ones_like(dense[name]), dense[name], "signed")
+        keeper.add({name: (-torch.ones_like(dense[name]), dense[name])}, "signed")
     patch.undo()
     return keeper.finish()
 

@@ -122,7 +122,7 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
         parameter.requires_grad_(True)
     try:
         logits = view.learn_return_type(batch)
-        loss = view.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights).sum()
+        loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, parameters)
     finally:
         for parameter in parameters:

@@ -25,9 +25,15 @@ from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.experts import one_by_one
 from fastprune.model.weights import Weights
 
-# Logits of one chunk of the head, as fp32: 2**25 of them are 128 MiB, small beside the weights of any model whose
-# vocabulary makes chunking necessary, and large enough that the head's GEMM stays efficient.
-LOGITS_PER_CHUNK = 2**25
+
+def tokens_per_chunk(vocabulary: int, *, on_gpu: bool) -> int:
+    """Scored tokens that go through the head together.
+
+    Their logits, in fp32, take 128 MiB on a CPU and 512 MiB on a GPU: small beside the weights of any model whose
+    vocabulary makes chunks necessary. A GPU multiplies in tiles of 128 rows, so 261 tokens would cost as much as 384.
+    """
+    tokens = max(1, (2**27 if on_gpu else 2**25) // vocabulary)
+    return tokens - tokens % 128 if tokens > 128 else tokens
 
 
 @dataclass
@@ -45,9 +51,12 @@ class Batch:
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     scored: torch.Tensor
-    """bool; ``scored[i, t]``: the token at t + 1 counts, and the hidden state at t predicts it."""
+    """int64 ``(n_scored,)``, ascending: row * tokens + t where the token at t + 1 counts, which the hidden state at t
+    predicts. Places, not a mask, whose places cannot be found without waiting for the device."""
+    rows_of_scored: torch.Tensor
+    """int64 ``(n_scored,)``: the row of each scored token."""
     targets: torch.Tensor
-    """int64 ``(n_scored,)``: the tokens to predict, in the order of ``scored.nonzero()``."""
+    """int64 ``(n_scored,)``: the tokens to predict."""
     token_weights: torch.Tensor
     """float64 ``(n_scored,)``: 1 / (number of scored tokens of the example)."""
     lengths: torch.Tensor
@@ -61,13 +70,10 @@ class Batch:
         scored[:, :-1] = micro_batch.labels[:, 1:] != -100
         targets = micro_batch.labels[:, 1:][scored[:, :-1]]
         weights = (1.0 / scored.sum(1, dtype=torch.float64)).unsqueeze(1).expand(scored.shape)[scored]
-        fields = (micro_batch.input_ids, mask, (mask.cumsum(1) - 1).clamp(min=0), scored, targets, weights)
+        places = scored.flatten().nonzero()[:, 0]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        fields = (micro_batch.input_ids, mask, positions, places, places // scored.shape[1], targets, weights)
         return cls(*(field.to(device, non_blocking=True) for field in fields), lengths=micro_batch.lengths)
-
-    @property
-    def rows_of_scored(self) -> torch.Tensor:
-        """int64 ``(n_scored,)``: the row of each scored token."""
-        return self.scored.nonzero()[:, 0]
 
 
 class _PrologueDone(Exception):
@@ -267,10 +273,10 @@ class BlockView(_View):
             with respect to ``hidden``, in its dtype, or ``None``.
         """
         hidden, scored = hidden.detach(), batch.scored.to(hidden.device)
-        states = hidden[scored]
+        states = hidden.flatten(0, 1)[scored]
         gradient = torch.zeros_like(states) if need_gradient else None
         losses: list[torch.Tensor] = []
-        step = max(1, LOGITS_PER_CHUNK // self.vocab_size)
+        step = tokens_per_chunk(self.vocab_size, on_gpu=self.device.type == "cuda")
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             chunk = states[part].requires_grad_(need_gradient)
@@ -286,7 +292,7 @@ class BlockView(_View):
         if gradient is None:
             return per_example, None
         full = torch.zeros_like(hidden)
-        full[scored] = gradient
+        full.view(-1, hidden.shape[-1])[scored] = gradient
         return per_example, full
 
 
@@ -326,7 +332,7 @@ class WholeView(_View):
         """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
         logits = hidden.detach().requires_grad_(need_gradient)
         with torch.set_grad_enabled(need_gradient):
-            per_token = self.weighted_losses(logits[batch.scored], batch.targets, batch.token_weights)
+            per_token = self.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights)
         per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
         if not need_gradient:
             return per_example, None

@@ -1,6 +1,6 @@
 """What the pass leaves of every matrix: its best-scored weights, and the samples that name the model.
 
-In: final statistics, matrix by matrix, from this process, a journal or other processes. Out: the kept lists of every
+In: final statistics, segment by segment, from this process, a journal or other processes. Out: the kept lists of every
 criterion and the model's fingerprint. It must not know how statistics are formed.
 """
 
@@ -48,23 +48,31 @@ class Collector:
         }
         self._samples: dict[str, torch.Tensor] = {}
 
-    def add(self, role: str, matrix: Matrix, statistics: Mapping[str, torch.Tensor]) -> None:
-        """Form the scores of one matrix under every criterion of a role.
+    def add(self, role: str, final: Mapping[Matrix, Mapping[str, torch.Tensor]]) -> None:
+        """Form the scores of some matrices under every criterion of a role.
+
+        Args:
+            role: ``"harm"`` or ``"benign"``.
+            final: The statistics of each matrix, by their names.
 
         Raises:
             ScoringError: A score is NaN; names the matrix.
         """
         noted = {}
-        if matrix.name not in self._samples:
-            self._samples[matrix.name] = noted[f"sample/{matrix.name}"] = sample(matrix.weight)
+        for matrix in final:
+            if matrix.name not in self._samples:
+                self._samples[matrix.name] = noted[f"sample/{matrix.name}"] = sample(matrix.weight)
         for criterion in self._criteria[role]:
-            values = statistics[STATISTIC[criterion]] if STATISTIC[criterion] is not None else None
-            if criterion == "wanda" and matrix.input_major:
-                values = values.unsqueeze(1)
-            kept = self._keepers[role, criterion].add(matrix.name, matrix.weight, values, criterion)
-            label = f"{role}/{criterion}/{matrix.name}"
-            noted |= {f"indices/{label}": kept.indices, f"values/{label}": kept.values}
-            noted[f"floor/{label}"] = torch.tensor([kept.floor], dtype=torch.float32)
+            matrices = {}
+            for matrix, statistics in final.items():
+                values = statistics[STATISTIC[criterion]] if STATISTIC[criterion] is not None else None
+                if criterion == "wanda" and matrix.input_major:
+                    values = values.unsqueeze(1)
+                matrices[matrix.name] = matrix.weight, values
+            for name, kept in self._keepers[role, criterion].add(matrices, criterion).items():
+                label = f"{role}/{criterion}/{name}"
+                noted |= {f"indices/{label}": kept.indices, f"values/{label}": kept.values}
+                noted[f"floor/{label}"] = torch.tensor([kept.floor], dtype=torch.float32)
         if self._journal is not None:
             self._journal.note(noted)
 

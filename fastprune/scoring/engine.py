@@ -1,7 +1,7 @@
 """The one pass over the model: blocks outside, examples inside.
 
-In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every matrix, as soon as
-it is final, a call with its statistics; a segment's accumulators are freed before the next segment begins. Hidden
+In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every segment and set, as
+soon as they are final, a call with the matrices' statistics, which are freed before the next ones are begun. Hidden
 states are kept at segment boundaries only, so memory grows with the segment and not with the depth of the model. A
 segment's weights are asked for before it runs, for both sets together: twice in the whole pass.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
-from fastprune.errors import ScoringError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
@@ -29,7 +28,7 @@ from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
-OnFinal = Callable[[str, Matrix, dict[str, torch.Tensor]], None]
+OnFinal = Callable[[str, Mapping[Matrix, dict[str, torch.Tensor]]], None]
 
 # The loss of an fp16 model is scaled so that gradients of about 1e-6, common behind a mean over 100 tokens, stay
 # clear of fp16's subnormals (below 6e-5); 1024 leaves room up to a gradient of 64 before overflow. Exact, being a
@@ -145,8 +144,8 @@ class Pass:
         """Go through the model, from where ``journal`` says.
 
         Args:
-            on_final: Called as ``on_final(role, matrix, statistics)`` for each set and matrix, last segment first; of
-                several processes, on the matrix's owner.
+            on_final: Called for each set with its role and each matrix's statistics, last segment first; of several
+                processes, on the matrix's owner.
             journal: Of an earlier run on the same inputs, or a new one; finished segments are not run again.
 
         Raises:
@@ -222,10 +221,9 @@ class Pass:
                 for index, matrix in of_part:
                     for tensor in statistics.of[matrix.name].values():
                         self._ranks.sum_to(self._ranks.owner(index), tensor)
-                for index, matrix in of_part:
-                    found = statistics.of.pop(matrix.name)
-                    if self._ranks.owner(index) == self._ranks.rank:
-                        on_final(group.role, matrix, found)
+                mine = [matrix for index, matrix in of_part if self._ranks.owner(index) == self._ranks.rank]
+                on_final(group.role, {matrix: statistics.of[matrix.name] for matrix in mine})
+                statistics.of.clear()  # before the next set's are made: they are as large as the segment in float32
 
     def _one_micro_batch(self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics) -> None:
         """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it."""
@@ -239,7 +237,7 @@ class Pass:
                 return
             if number == len(self._parts) - 1:
                 losses, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
-                _check_losses(losses, item.names)
+                statistics.losses(losses)
             else:
                 gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
             # Of a model on several devices, host memory and disk give everything back on the first of them.
@@ -247,12 +245,3 @@ class Pass:
             statistics.end(entering.grad)
             if number:
                 self._gradients.put(f"gradient-{number}", item.number, entering.grad)
-
-
-def _check_losses(losses: torch.Tensor, names: Sequence[str]) -> None:
-    bad = (~losses.isfinite()).nonzero()[:, 0].tolist()
-    if bad:
-        raise ScoringError(
-            f"{names[bad[0]]}: its loss is {losses[bad[0]].item()}; the model gives its response no finite "
-            "probability (look at the weights for NaN, and at the example's text)"
-        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastprune.model.view import LOGITS_PER_CHUNK
+from fastprune.model.view import tokens_per_chunk
 from fastprune.scoring.engine import split_blocks
 from fastprune.scoring.footprint import Footprint, activation_bound, activation_bytes, footprint
 from fastprune.scoring.keep import kept_bytes
@@ -133,6 +133,10 @@ class Estimate:
         """What the pass takes with so many segments and the hidden states there."""
         sizes, parts = self.sizes, split_blocks(len(self.sizes.block_bytes), segments)
         boundary = self._tokens * sizes.hidden * sizes.element
+        if tier == "host" and not self.on_cpu:
+            # Pinned memory comes in powers of two, a piece for each micro-batch.
+            piece = 1 << (self._micro_batch * sizes.hidden * sizes.element - 1).bit_length()
+            boundary = math.ceil(self._tokens / self._micro_batch) * piece
         # All lower boundaries, and the gradients above and below the segment at work.
         hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
         accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]
@@ -193,7 +197,8 @@ class Estimate:
 
     def _head_bytes(self) -> int:
         """Logits of one chunk of scored tokens: as they are, in fp32, their softmax and their gradient."""
-        logits = min(LOGITS_PER_CHUNK, self._scored * self.sizes.vocabulary)
+        vocabulary = self.sizes.vocabulary
+        logits = min(tokens_per_chunk(vocabulary, on_gpu=not self.on_cpu), self._scored) * vocabulary
         return logits * (2 * self.sizes.element + 3 * 4)
 
     def _read_bytes(self, segments: int, parts: Sequence[range]) -> int:

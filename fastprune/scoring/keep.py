@@ -1,6 +1,6 @@
 """Which scores are kept while the engine goes through the matrices.
 
-In: one matrix at a time, in whatever order the engine visits them. Out: per matrix a prefix of its weights by score,
+In: some matrices at a time, in whatever order the engine visits them. Out: per matrix a prefix of its weights by score,
 long enough for every later selection up to the fraction, within a matrix and over all matrices together. A full list of
 scores would be as large as the model; this is about a thousandth of it.
 It must not know gradients, files or how a selection is made.
@@ -120,13 +120,15 @@ class Keeper:
         self._threshold = -math.inf
         self._fresh = 0  # candidates added since the threshold was taken
 
-    def add(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str) -> Kept:
-        """Form the scores of one matrix and keep its best.
+    def add(self, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], criterion: str) -> dict[str, Kept]:
+        """Form the scores of some matrices and keep the best.
+
+        Together they say how high a score has to be, so only a matrix that holds more of the highest than its share is
+        asked for more: one by one, the first of 7 B weights would have to list 7 million each.
 
         Args:
-            name: One of ``sizes``, not added before.
-            weight: The matrix, stored layout.
-            statistic: What the criterion needs, as for :func:`fastprune.ops.top_scores`.
+            matrices: Name, one of ``sizes`` and not added before, to the matrix in stored layout and to what the
+                criterion needs, as for :func:`fastprune.ops.top_scores`.
             criterion: Name of the criterion.
 
         Returns:
@@ -134,28 +136,25 @@ class Keeper:
 
         Raises:
             ScoringError: A score is NaN; the message names the matrix.
-            ArgumentError: The matrix is unknown, of another size, or there already.
+            ArgumentError: A matrix is unknown, of another size, or there already.
         """
-        self._check_new(name, weight.numel())
-        numel, local = weight.numel(), self._n_local[name]
-        limit = min(numel, max(local, self._n_global))
-        # one more than is kept: its score is the floor
-        ask = limit if self._threshold == -math.inf else local
-        while True:
-            try:
-                indices, values = ops.top_scores(
-                    weight, statistic, criterion, min(numel, ask + 1), backend=self._backend
-                )
-            except ScoringError as error:
-                raise ScoringError(f"{name}: {error}") from error
-            values = values.cpu()
-            if ask >= limit or not self._is_candidate(float(values[-1])):
-                break
-            ask = min(4 * ask, limit)
-        found = Kept(indices.cpu(), values, numel, -math.inf)
-        kept = found.prefix(max(local, min(self._candidates(found), self._n_global)))
-        self.insert(name, kept)
-        return kept
+        for name, (weight, _) in matrices.items():
+            self._check_new(name, weight.numel())
+        asks = {name: self._n_local[name] for name in matrices}
+        while asks:
+            lowest = {}
+            for name, ask in asks.items():
+                found = self._top(name, *matrices[name], criterion, ask)
+                lowest[name] = float(found.values[-1])
+                enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
+                self._kept[name] = found.prefix(enough)
+            self._trim()
+            asks = {
+                name: min(4 * ask, self._limit(name))
+                for name, ask in asks.items()
+                if ask < self._limit(name) and self._is_candidate(lowest[name])
+            }
+        return {name: self._kept[name] for name in matrices}
 
     def insert(self, name: str, kept: Kept) -> None:
         """Add a list that was formed before (by a keeper of the same settings), e.g. one read from a journal.
@@ -187,6 +186,19 @@ class Keeper:
             )
         self._trim()
         return {name: self._kept[name] for name in self.sizes}
+
+    def _limit(self, name: str) -> int:
+        """Entries of a matrix that may be kept."""
+        return min(self.sizes[name], max(self._n_local[name], self._n_global))
+
+    def _top(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str, k: int) -> Kept:
+        """The k best of a matrix, and one more: its score is the floor of what is kept."""
+        numel = self.sizes[name]
+        try:
+            indices, values = ops.top_scores(weight, statistic, criterion, min(numel, k + 1), backend=self._backend)
+        except ScoringError as error:
+            raise ScoringError(f"{name}: {error}") from error
+        return Kept(indices.cpu(), values.cpu(), numel, -math.inf)
 
     def _check_new(self, name: str, numel: int) -> None:
         if name not in self.sizes:

@@ -37,7 +37,9 @@ _CONTAINER = (
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
-_USABLE = 0.8  # share of the free memory that a pass may plan with; the rest is for fragmentation and temporaries
+# Share of the free memory that a pass may plan with; the rest is for fragmentation and temporaries, and on a CPU for
+# whatever else the machine does.
+_USABLE = {"cpu": 0.8, "cuda": 0.9}
 
 
 def parse_bytes(argument: str, value: int | str) -> int:
@@ -59,7 +61,9 @@ def parse_bytes(argument: str, value: int | str) -> int:
 def _available(device: torch.device) -> int:
     """Bytes free on the device now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds back from the driver, and no tensor uses, is as good as free.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -102,7 +106,7 @@ def plan(
         n_examples: Examples of both sets together.
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
-            fifths of what is free beside it, or no limit for a config.
+            fifths (on a GPU nine tenths) of what is free beside it, or no limit for a config.
         host_memory: Budget in host memory when the model's device is a GPU; ``None``: four fifths of what is free, no
             limit for a config. Beside a config it says that the device is one.
         segments: Fix the number instead of choosing the smallest that fits.
@@ -153,10 +157,11 @@ def plan(
     budget = parse_bytes("memory", memory) if memory is not None else None
     if budget is None and devices:
         held = 0 if isinstance(source, Streamed) else estimate.sizes.weight_bytes
-        budget = held + int(_USABLE * min(map(_available, devices)) / processes)
+        free = min(_USABLE.get(device.type, _USABLE["cpu"]) * _available(device) for device in devices)
+        budget = held + int(free / processes)
     host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
     if host_budget is None and devices and not estimate.on_cpu:
-        host_budget = int(_USABLE * _available(torch.device("cpu")) / processes)
+        host_budget = int(_USABLE["cpu"] * _available(torch.device("cpu")) / processes)
     return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
 
 

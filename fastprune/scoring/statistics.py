@@ -61,6 +61,7 @@ class SegmentStatistics:
         self._padding = batch.attention_mask.flatten() == 0 if padded and self.wants_inputs else None
         self._attended = (~self._padding).nonzero()[:, 0] if self._padding is not None else None
         self._checks: dict[int, tuple[str, torch.Tensor]] = {}
+        self._losses: torch.Tensor | None = None
 
     def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
@@ -94,20 +95,31 @@ class SegmentStatistics:
         """One number an example, finite only if every element is; enough to name a culprit later."""
         return gradient.reshape(len(self._names), -1).sum(1, dtype=torch.float32)
 
+    def losses(self, losses: torch.Tensor) -> None:
+        """Have the losses ``(rows,)`` of the micro-batch checked at its end, before its gradients."""
+        self._losses = losses
+
     def end(self, leaving: torch.Tensor) -> None:
-        """Check the gradients of the micro-batch that is over.
+        """Check the micro-batch that is over; all at once, since each look waits for the device.
 
         Args:
             leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary.
 
         Raises:
-            ScoringError: A gradient was not finite; names the example and the block.
+            ScoringError: A loss or gradient was not finite; names the example and the block.
         """
         checks = [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
-        finite = torch.stack([sums.to(leaving.device) for _, sums in checks]).isfinite()
-        if bool(finite.all()):
+        values = [sums for _, sums in checks] + ([self._losses] if self._losses is not None else [])
+        bad = ~torch.stack([each.to(leaving.device, torch.float32) for each in values]).isfinite().cpu()
+        if not bool(bad.any()):
             return
-        call, row = (~finite).nonzero()[0].tolist()  # the first in the order of the backward pass: where it began
+        if self._losses is not None and bool(bad[-1].any()):
+            row = int(bad[-1].nonzero()[0])
+            raise ScoringError(
+                f"{self._names[row]}: its loss is {self._losses[row].item()}; the model gives its response no finite "
+                "probability (look at the weights for NaN, and at the example's text)"
+            )
+        call, row = bad.nonzero()[0].tolist()  # the first in the order of the backward pass: where it began
         raise ScoringError(
             f"{self._names[row]}: the gradient that reached {checks[call][0]} is not finite; "
             "look at this example's text, or load the model in float32 or bfloat16"
