@@ -1,15 +1,14 @@
-"""Where the matrices of a mask lie in a checkpoint folder, and whether it is the mask's model.
+"""What a mask changes in a checkpoint folder, and whether it is the mask's model.
 
-In: a mask and the records of the stored tensors. Out: the name on disk of each matrix, and what to change in each
-stored tensor. Only headers, samples and the masked numbers are read. It must not know transformers or model classes.
+In: a mask and the records of the stored tensors. Out: what to change in each stored tensor. Only headers, samples and
+the masked numbers are read. It must not know transformers or model classes.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import MaskError
-from fastprune.masking.apply import split_name
 from fastprune.masking.edits import Edits, gather
 from fastprune.masking.mask import PruneMask
+from fastprune.masking.places import Piece, places_of, width_of
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
 from fastprune.model.shards import DTYPES, Stored
 
@@ -51,14 +50,13 @@ def changes_of(mask: PruneMask, on_disk: Mapping[str, Stored], source: Path, str
     Raises:
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
     """
-    names = _locate(mask, on_disk)
-    matrices = {name: _matrix(on_disk[there], name) for name, there in names.items()}
-    _check_fit(mask, matrices, source, strict)
+    places = places_of(mask, on_disk)
+    _check_model(mask, places, source, strict)
     parts: dict[str, list[torch.Tensor]] = {}
-    for name, there in names.items():
-        if len(mask[name]):
-            first = (matrices[name].start - on_disk[there].start) // _width(on_disk[there])
-            parts.setdefault(there, []).append(mask[name] + first)
+    for name, pieces in places.items():
+        for piece, indices in _split(mask[name], pieces):
+            if len(indices):
+                parts.setdefault(piece.name, []).append(indices + piece.skipped)
     changes = {}
     for there, indices in parts.items():
         merged = torch.cat(indices).sort().values
@@ -85,75 +83,22 @@ def _edits(changes: list[Change], scale: float) -> Edits:
     )
 
 
-def _locate(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, str]:
-    """Mask name to name on disk; the names of the two may differ by one prefix, the same for all."""
-    names = {name: split_name(name)[0] for name in mask}
-    if not names:
-        raise MaskError("the mask is over no matrices")
-    fits = []
-    for removed, added in _prefixes(next(iter(names.values())), on_disk):
-        found = {name: added + base.removeprefix(removed) for name, base in names.items() if base.startswith(removed)}
-        if len(found) == len(names) and all(there in on_disk for there in found.values()):
-            fits.append(found)
-    if not fits:
-        raise MaskError(_why_missing(names, on_disk))
-    if len(fits) > 1:
-        raise MaskError(
-            f"the names of the mask fit {len(fits)} sets of tensors in the checkpoint, under different prefixes"
-        )
-    return fits[0]
+def _split(indices: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Ascending indices of a matrix, as those of each of its pieces."""
+    bounds = torch.tensor([piece.first for piece in pieces[1:]], dtype=torch.int64)
+    for piece, inside in zip(pieces, indices.tensor_split(torch.searchsorted(indices, bounds)), strict=True):
+        yield piece, inside - piece.first
 
 
-def _prefixes(name: str, on_disk: Mapping[str, Stored]) -> list[tuple[str, str]]:
-    """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question."""
-    if name in on_disk:
-        return [("", "")]
-    added = [("", other.removesuffix(name)) for other in on_disk if other.endswith(f".{name}")]
-    heads = [name[: dot.end()] for dot in re.finditer(r"\.", name)]
-    return added + [(head, "") for head in heads if name.removeprefix(head) in on_disk]
-
-
-def _why_missing(names: Mapping[str, str], on_disk: Mapping[str, Stored]) -> str:
-    missing = {name: base for name, base in names.items() if base not in on_disk}
-    message = (
-        f"the checkpoint lacks {len(missing)} of the {len(names)} matrices of the mask, the first is "
-        f"{next(iter(missing.values()))}"
-    )
-    fused = next((base for name, base in missing.items() if split_name(name)[1] is not None), None)
-    apart = next((name for name in on_disk if re.search(r"\.experts\.\d+\.", name)), None)
-    if fused is None or apart is None:
-        return message
-    return (
-        f"{message}; the reason: the checkpoint stores each expert on its own ({apart}), transformers fuses them into "
-        f"{fused} when it loads them, so the mask's indices are no places on disk. Load the model, mask.apply_(model), "
-        "model.save_pretrained(out_dir)"
-    )
-
-
-def _matrix(stored: Stored, name: str) -> Stored:
-    """The tensor, or the one expert of it that the mask's name means."""
-    expert = split_name(name)[1]
-    if expert is None:
-        return stored
-    if len(stored.shape) < 2 or expert >= stored.shape[0]:
-        raise MaskError(
-            f"{name}: the tensor has the shape {stored.shape} in the checkpoint, so there is no such expert"
-        )
-    shape = stored.shape[1:]
-    return replace(stored, shape=shape, start=stored.start + expert * math.prod(shape) * _width(stored))
-
-
-def _check_fit(mask: PruneMask, matrices: Mapping[str, Stored], source: Path, strict: bool) -> None:
-    for name, matrix in matrices.items():
-        if matrix.shape != mask.shapes[name]:
-            raise MaskError(
-                f"{name} has the shape {matrix.shape} in the checkpoint and {mask.shapes[name]} in the mask"
-            )
-        _width(matrix)
+def _check_model(mask: PruneMask, places: Mapping[str, Sequence[Piece]], source: Path, strict: bool) -> None:
     expected = mask.metadata.get("fingerprint")
     if not strict or expected is None:
         return
-    samples = {name: (matrix.shape, _read(matrix, sample_positions(matrix.numel))) for name, matrix in matrices.items()}
+    samples = {}
+    for name, pieces in places.items():
+        shape = mask.shapes[name]
+        positions = sample_positions(math.prod(shape))
+        samples[name] = shape, torch.cat([_read(piece.stored, inside) for piece, inside in _split(positions, pieces)])
     found = fingerprint_of_samples(samples)
     if found != expected:
         raise MaskError(
@@ -162,15 +107,9 @@ def _check_fit(mask: PruneMask, matrices: Mapping[str, Stored], source: Path, st
         )
 
 
-def _width(stored: Stored) -> int:
-    if stored.dtype not in DTYPES:
-        raise MaskError(f"weights of the type {stored.dtype} cannot be patched, expected one of {sorted(DTYPES)}")
-    return DTYPES[stored.dtype].itemsize
-
-
 def _offsets(stored: Stored, indices: torch.Tensor) -> np.ndarray:
     """Offsets in the shard of every byte of some elements, int64 ``(n * width,)``."""
-    width = _width(stored)
+    width = width_of(stored)
     return (stored.start + indices.numpy()[:, None] * width + np.arange(width)).reshape(-1)
 
 
