@@ -61,6 +61,7 @@ _MOE = {**_COMMON, "num_hidden_layers": 3, "num_experts_per_tok": 2}
 MOE_CONFIGS: dict[str, dict] = {
     "Mixtral": {**_MOE, "num_local_experts": 5},
     "Qwen3Moe": {**_MOE, "head_dim": 8, "num_experts": 5, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "Qwen2Moe": {**_MOE, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
     "Olmoe": {**_MOE, "num_experts": 5, "intermediate_size": 24},
     "DeepseekV3": {
         **_MOE,

@@ -78,7 +78,8 @@ def test_every_expert_is_a_matrix_in_the_order_of_the_model(name: str) -> None:
     left_out = {place.split(".", 3)[-1] for place in places if ".layers." in place} - {
         place.split(".", 3)[-1] for place in scored
     }
-    routers_and_biases = {"mlp.gate.weight", "mlp.router.weight", "mlp.router.bias", "self_attn.sinks"}
+    routers = {"mlp.gate.weight", "mlp.router.weight", "mlp.shared_expert_gate.weight"}
+    routers_and_biases = {*routers, "mlp.router.bias", "self_attn.sinks"}
     for place in left_out:
         assert place in routers_and_biases or "norm" in place or place.endswith("bias"), place
 

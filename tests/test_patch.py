@@ -137,7 +137,7 @@ def experts_apart(name: str, folder: Path, shard: str = "20KB") -> tuple[torch.n
     return model, PruneMask(indices, shapes, {"fingerprint": fingerprint(weights)})
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Olmoe", "DeepseekV3"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe", "DeepseekV3"])
 def test_experts_that_are_stored_apart(tmp_path, name):
     model, mask = experts_apart(name, tmp_path / "in")
     before = contents(tmp_path / "in")

@@ -150,8 +150,9 @@ def _n_experts(model: nn.Module) -> set[int]:
 
 
 def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
-    last = path.rsplit(".", 1)[-1]
-    return last in ("gate", "router") and getattr(module, "out_features", None) in _n_experts(model)
+    last, width = path.rsplit(".", 1)[-1], getattr(module, "out_features", None)
+    # Qwen2-MoE weighs what all tokens' expert adds by a gate of its own, with a single row.
+    return (last in ("gate", "router") and width in _n_experts(model)) or (last == "shared_expert_gate" and width == 1)
 
 
 def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> bool:
