@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -66,6 +67,32 @@ class Stopwatch:
         if self.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class Instant:
+    """A moment in a GPU's work, as a timer for pytest-benchmark: that of everything queued before.
+
+    The difference of two is in seconds of the device's own clock. What the host does between them counts only where
+    the device has nothing left to do: behind :func:`flush_cache` it has.
+    """
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def flush_cache() -> None:
+    """Queue writes to 2 GiB: nothing else is left in a GPU's cache, and it is busy for most of a millisecond."""
+    _flushing().zero_()
+
+
+@functools.cache
+def _flushing() -> torch.Tensor:
+    return torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
 
 
 class Report:
