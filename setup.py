@@ -29,7 +29,7 @@ OPENMP_SOURCE = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1
 # Machine code for A100 and H100 and their like, and PTX from which drivers make it for whatever comes later. The
 # runtime is linked in, so that the module can be imported on a machine without CUDA.
 NVCC_FLAGS = [
-    *("-shared", "-cudart=static", "-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+    *("-shared", "-cudart=static", "-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"),
     *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
     *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
 ]

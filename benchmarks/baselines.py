@@ -2,14 +2,15 @@
 
 ``replay``: what the published code does, one replay of the model for each decoder block at batch size 1, with gradients
 asked of that block's weights only. ``naive``: one pass, batch size 1, gradients of all weights by autograd, absolute
-value and sum. Both sum in float32 in place, free each gradient at once, and end with the same kept lists as fastprune
-(``torch.topk`` on dense scores). Neither pads, so neither wastes work on padding.
+value and sum. Both sum in float32 in place, free an example's gradients at once, and end with the same kept lists as
+fastprune (``torch.topk`` on dense scores). Neither pads, so neither wastes work on padding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -17,6 +18,7 @@ from fastprune.calibration import Example
 from fastprune.model.eligible import Matrix, eligible_matrices
 
 Kept = dict[str, tuple[torch.Tensor, torch.Tensor]]
+NOT_TIMED = nullcontext()
 
 
 def example_loss(model: torch.nn.Module, example: Example) -> torch.Tensor:
@@ -29,57 +31,86 @@ def example_loss(model: torch.nn.Module, example: Example) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels[1:][scored])
 
 
-def _accumulate(
-    model: torch.nn.Module, matrices: Sequence[Matrix], examples: Sequence[Example], add: Callable
-) -> dict[str, torch.Tensor]:
+def _totals(
+    model: torch.nn.Module,
+    matrices: Sequence[Matrix],
+    examples: Sequence[Example],
+    add: Callable,
+    per_example: AbstractContextManager,
+) -> list[torch.Tensor]:
     weights = [matrix.module.weight for matrix in matrices]
     totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        for example in examples:
-            for total, gradient in zip(totals, torch.autograd.grad(example_loss(model, example), weights), strict=True):
-                add(total, gradient)
+        with per_example:
+            for example in examples:
+                for total, gradient in zip(
+                    totals, torch.autograd.grad(example_loss(model, example), weights), strict=True
+                ):
+                    add(total, gradient)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
-    return {matrix.name: total for matrix, total in zip(matrices, totals, strict=True)}
+    return totals
 
 
-def _top(matrices: Sequence[Matrix], totals: dict[str, torch.Tensor], score: Callable, fraction: float) -> Kept:
+def _top(matrices: Sequence[Matrix], totals: Sequence[torch.Tensor], score: Callable, fraction: float) -> Kept:
     kept = {}
-    for matrix in matrices:
-        dense = score(matrix.weight.float(), totals[matrix.name]).flatten()
+    for matrix, total in zip(matrices, totals, strict=True):
+        dense = score(matrix.weight.float(), total).flatten()
         values, indices = dense.topk(max(math.ceil(fraction * dense.numel()), min(dense.numel(), 16_384)))
         kept[matrix.name] = (indices, values)
     return kept
 
 
 def _both_sets(
-    model: torch.nn.Module, matrices: list[Matrix], harm: list[Example], benign: list[Example]
+    model: torch.nn.Module,
+    matrices: list[Matrix],
+    harm: list[Example],
+    benign: list[Example],
+    per_example: AbstractContextManager,
 ) -> list[Kept]:
-    signed = _accumulate(model, matrices, harm, lambda total, gradient: total.add_(gradient))
-    absolute = _accumulate(model, matrices, benign, lambda total, gradient: total.add_(gradient.abs_()))
+    """One set after the other: float32 sums of a whole large model fit on a GPU beside it once, not twice."""
+    sets = (
+        (harm, lambda total, gradient: total.add_(gradient), lambda w, g: -w * g),
+        (benign, lambda total, gradient: total.add_(gradient.abs_()), lambda w, g: w.abs() * g),
+    )
     return [
-        _top(matrices, signed, lambda w, g: -w * g, 1e-3),
-        _top(matrices, absolute, lambda w, g: w.abs() * g, 1e-3),
+        _top(matrices, _totals(model, matrices, examples, add, per_example), score, 1e-3)
+        for examples, add, score in sets
     ]
 
 
-def naive(model: torch.nn.Module, harm: list[Example], benign: list[Example]) -> list[Kept]:
-    """One pass at batch size 1; gradients of every eligible weight."""
+def naive(
+    model: torch.nn.Module,
+    harm: list[Example],
+    benign: list[Example],
+    per_example: AbstractContextManager = NOT_TIMED,
+) -> list[Kept]:
+    """One pass at batch size 1; gradients of every eligible weight. The part for each example is in ``per_example``."""
     model.requires_grad_(False)
-    return _both_sets(model, eligible_matrices(model), harm, benign)
+    return _both_sets(model, eligible_matrices(model), harm, benign, per_example)
 
 
-def replay(model: torch.nn.Module, harm: list[Example], benign: list[Example], blocks: int | None = None) -> list[Kept]:
-    """One replay of the model for each of the first ``blocks`` decoder blocks (all by default), batch size 1."""
+def replay(
+    model: torch.nn.Module,
+    harm: list[Example],
+    benign: list[Example],
+    n_replays: int | None = None,
+    per_example: AbstractContextManager = NOT_TIMED,
+) -> list[Kept]:
+    """One replay of the model for each decoder block, or for ``n_replays`` of them, at batch size 1.
+
+    A replay goes back to its block and no further, so those few lie evenly between the first and the last block.
+    """
     model.requires_grad_(False)
     matrices = eligible_matrices(model)
     n_blocks = max(matrix.block for matrix in matrices) + 1
+    n_replays = n_blocks if n_replays is None else n_replays
     kept: list[Kept] = [{}, {}]
-    for block in range(n_blocks if blocks is None else blocks):
-        parts = _both_sets(model, [matrix for matrix in matrices if matrix.block == block], harm, benign)
-        for whole, part in zip(kept, parts, strict=True):
+    for block in ((2 * i + 1) * n_blocks // (2 * n_replays) for i in range(n_replays)):
+        of_block = [matrix for matrix in matrices if matrix.block == block]
+        for whole, part in zip(kept, _both_sets(model, of_block, harm, benign, per_example), strict=True):
             whole.update(part)
     return kept

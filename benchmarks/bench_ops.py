@@ -7,25 +7,26 @@ Sums of absolute gradients, example by example, against one plain GEMM of the sa
 product an example, by ``torch.bmm``, by ``torch.func`` (vmap of grad) and by Opacus (where it is installed);
 ``top_scores`` against ``torch.topk`` and ``torch.kthvalue``; sparse writes against indexing. Results are compared
 before anything is timed. The script repeats the whole in passes, so that a change of the machine's pace meets all
-methods, and writes one JSON line a measurement: the median over the passes of each pass's median, what part of the GEMM
-rate or of the bandwidth of a copy that is, and the extra memory at the peak.
+methods, and writes one JSON line a measurement, with ``--out`` to a file after each benchmark anew: the median over the
+passes of each pass's median, what part of the GEMM rate or of the bandwidth of a copy that is, and the extra memory at
+the peak. A benchmark that fails leaves itself out, and the exit code is 1. On a GPU its own clock is read, and no call
+finds its inputs in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
-import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from measure import Peak, write_lines
+from measure import Instant, Peak, Report, flush_cache
 from torch import Tensor
 
 from fastprune import ops, reference
@@ -44,11 +45,12 @@ LARGE_LAYERS = {
 }
 EXAMPLES = {64: 16, 250: 8, 1000: 2}  # tokens of an example: how many examples
 MOST_STORED = 4 << 30  # bytes of stored gradients beyond which the methods that store them are left out
-ROUNDS = 3
+ROUNDS = 10 if DEVICE == "cuda" else 3
 if LARGE or DEVICE == "cuda":
     LAYERS |= LARGE_LAYERS
 if DRY_RUN:
     LAYERS, EXAMPLES, ROUNDS = {"toy": (24, 16)}, {5: 3}, 1
+pytestmark = pytest.mark.benchmark(timer=Instant if DEVICE == "cuda" else time.perf_counter)
 
 
 class Layer:
@@ -108,20 +110,22 @@ class Layer:
 
 
 def run(benchmark: Callable, group: str, call: Callable[[], object], **facts: object) -> None:
-    """Time a call, and wait for the device where its work goes on behind it."""
-
-    def timed() -> None:
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    timed()
+    """Time a call, and measure its memory."""
+    call()
     with Peak(DEVICE) as peak:
-        timed()
+        call()
     facts["peak_extra_mib"] = peak.mib
     benchmark.group = group
     benchmark.extra_info.update(facts)
-    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(call, setup=flush_cache if DEVICE == "cuda" else None, rounds=ROUNDS, warmup_rounds=1)
+
+
+def test_copy(benchmark: Callable) -> None:
+    """Bandwidth of a copy, bytes read and written counted."""
+    source = torch.ones(1 << (10 if DRY_RUN else 26), device=DEVICE)
+    target = torch.empty_like(source)
+    shape = f"{source.numel() * 4 >> 20} MiB"
+    run(benchmark, "copy", partial(target.copy_, source), method="copy", shape=shape, bytes=8 * source.numel())
 
 
 @pytest.mark.parametrize("method", ["gemm", "fastprune", "product_an_example", "bmm", "vmap_grad", "opacus"])
@@ -213,51 +217,60 @@ def test_apply_and_restore(benchmark: Callable, method: str) -> None:
     run(benchmark, "apply and restore", ours if method == "fastprune" else indexing, method=method, shape=shape)
 
 
-def test_copy(benchmark: Callable) -> None:
-    """Bandwidth of a copy, bytes read and written counted."""
-    source = torch.ones(1 << (10 if DRY_RUN else 26), device=DEVICE)
-    target = torch.empty_like(source)
-    shape = f"{source.numel() * 4 >> 20} MiB"
-    run(benchmark, "copy", partial(target.copy_, source), method="copy", shape=shape, bytes=8 * source.numel())
+class Results:
+    """What the benchmarks gave so far; as a plugin of pytest it hears of each as it passes."""
 
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.medians: dict[tuple[str, str], list[float]] = {}
+        self.facts: dict[tuple[str, str], dict] = {}
 
-def lines_of(passes: list[dict]) -> list[dict[str, object]]:
-    """One line a measurement, shares by the same run's GEMM and copy."""
-    medians: dict[tuple[str, str], list[float]] = {}
-    facts: dict[tuple[str, str], dict] = {}
-    for report in passes:
-        for entry in report["benchmarks"]:
-            key = entry["group"], entry["extra_info"]["method"]
-            medians.setdefault(key, []).append(entry["stats"]["median"])
-            facts[key] = entry["extra_info"]
-    seconds = {key: statistics.median(times) for key, times in medians.items()}
-    copy = facts["copy", "copy"]["bytes"] / seconds["copy", "copy"]
-    rates = [facts[key]["flop"] / time for key, time in seconds.items() if key[1] == "gemm"]
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    lines = []
-    for (group, method), time in seconds.items():
-        info = facts[group, method]
-        line = {"benchmark": group.split(" ")[0] if "flop" in info else group, "method": method, "shape": info["shape"]}
-        line |= {"device": device, "torch": torch.__version__, "passes": len(passes), "seconds_median": time}
-        line |= {"seconds_min": min(medians[group, method]), "seconds_max": max(medians[group, method])}
-        line["peak_extra_mib"] = info["peak_extra_mib"]
-        if (group, "fastprune") in seconds:
-            line["fastprune_is_faster_by"] = round(time / seconds[group, "fastprune"], 2)
-        if "flop" in info:
-            line["gflop_per_s"] = round(info["flop"] / time / 1e9, 1)
-            line["share_of_gemm"] = round(seconds[group, "gemm"] / time, 3)
-            line["share_of_best_gemm"] = round(info["flop"] / time / max(rates), 3)
-        if "bytes" in info:
-            line |= {
-                "gb_per_s": round(info["bytes"] / time / 1e9, 1),
-                "share_of_copy": round(info["bytes"] / time / copy, 3),
-            }
-        lines.append(line)
-    return lines
+    def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo) -> None:
+        """Keep a result, and write down all."""
+        if call.when == "call" and call.excinfo is None:
+            benchmark = item.funcargs["benchmark"]
+            key = benchmark.group, benchmark.extra_info["method"]
+            self.medians.setdefault(key, []).append(benchmark.stats.stats.median)
+            self.facts[key] = benchmark.extra_info
+            self.report.write(self.lines())
+
+    def lines(self) -> list[dict[str, object]]:
+        """One line a measurement, shares by the same run's GEMM and copy as far as these are there."""
+        seconds = {key: statistics.median(times) for key, times in self.medians.items()}
+        rate_of = {
+            key: self.facts[key]["flop"] / median for key, median in seconds.items() if "flop" in self.facts[key]
+        }
+        best = max((rate for (_, method), rate in rate_of.items() if method == "gemm"), default=None)
+        width_of = {
+            key: self.facts[key]["bytes"] / median for key, median in seconds.items() if "bytes" in self.facts[key]
+        }
+        copy = width_of.get(("copy", "copy"))
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        lines = []
+        for key, median in seconds.items():
+            (group, method), info, times = key, self.facts[key], self.medians[key]
+            line = {"benchmark": group.split(" ")[0] if key in rate_of else group, "method": method}
+            line |= {"shape": info["shape"], "device": device, "torch": torch.__version__, "passes": len(times)}
+            line |= {"seconds_median": median, "seconds_min": min(times), "seconds_max": max(times)}
+            line["peak_extra_mib"] = info["peak_extra_mib"]
+            if (group, "fastprune") in seconds:
+                line["fastprune_is_faster_by"] = round(median / seconds[group, "fastprune"], 2)
+            if key in rate_of:
+                line["gflop_per_s"] = round(rate_of[key] / 1e9, 1)
+                if (group, "gemm") in seconds:
+                    line["share_of_gemm"] = round(seconds[group, "gemm"] / median, 3)
+                if best is not None:
+                    line["share_of_best_gemm"] = round(rate_of[key] / best, 3)
+            if key in width_of:
+                line["gb_per_s"] = round(width_of[key] / 1e9, 1)
+                if copy is not None:
+                    line["share_of_copy"] = round(width_of[key] / copy, 3)
+            lines.append(line)
+        return lines
 
 
 def main() -> None:
-    """Run this file under pytest-benchmark a few times and write down what came out."""
+    """Run this file under pytest-benchmark a few times and write down what comes out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -272,16 +285,15 @@ def main() -> None:
     settings |= {"BENCH_DRY_RUN": "1"} if options.dry_run else {}
     if {key: os.environ.get(key) for key in settings} != settings:  # read when this file is imported
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
-    passes = []
-    for _ in range(1 if options.dry_run else options.passes):
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder, "report.json")
-            arguments = [__file__, "-qq", "--benchmark-disable-gc", f"--benchmark-json={report}", "--no-header"]
-            code = pytest.main([*arguments, "--benchmark-quiet", "-p", "no:cacheprovider", "--capture=fd"])
-            if code != 0:
-                raise SystemExit("a benchmark failed; see above")
-            passes.append(json.loads(report.read_text()))
-    write_lines(lines_of(passes), options.out)
+    arguments = [__file__, "-qq", "--benchmark-disable-gc", "--no-header", "--benchmark-quiet", "--capture=fd"]
+    with Report(options.out) as report:
+        results = Results(report)
+        codes = [
+            pytest.main([*arguments, "-p", "no:cacheprovider"], plugins=[results])
+            for _ in range(1 if options.dry_run else options.passes)
+        ]
+    if any(codes):
+        raise SystemExit("a benchmark failed; see above")
 
 
 if __name__ == "__main__":

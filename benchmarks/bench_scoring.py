@@ -1,13 +1,15 @@
-"""Whole scoring against one naive pass and against the replay of the published code, in one run, alternating.
+"""Whole scoring against one naive pass and against the replay of the published code, in one run.
 
     python benchmarks/bench_scoring.py [--device cpu|cuda] [--rounds N] [--threads N] [--out FILE] [--dry-run]
 
 On the CPU the model is a random Llama of 16 blocks (hidden 384, intermediate 1024) in float32 with 16 + 16 examples of
-40 to 120 tokens, and the pruned sets of the three are compared before anything is timed. On a GPU it is a random Llama
-of the shape of Llama-3.1-8B in bfloat16 with 412 + 412 examples of 250 tokens; there the baselines take the first few
-examples, the replay the first few blocks, and their time is scaled up, which the line says. One JSON line a measurement
-goes to standard output and, with ``--out``, to a file. Interpreter overheads, the start-up self-check and the selection
-of the kept scores are inside fastprune's time.
+40 to 120 tokens; the pruned sets of the three are compared before anything is timed, and the three alternate. On a GPU
+it is a random Llama of the shape of Llama-3.1-8B in bfloat16 with 412 + 412 examples of 250 tokens, and one method
+follows the other, each after a warm-up. There the baselines take a few examples, the replay a few blocks, and what a
+line says was scaled: the time of the examples by ``scaled_by``; what does not grow with them (sums allocated, the best
+weights selected) by the blocks only, ``fixed_seconds`` in all. One JSON line a measurement goes to standard output and,
+after every round anew, with ``--out`` to a file. Interpreter overheads, the start-up self-check and the selection of
+the kept scores are inside fastprune's time.
 """
 
 from __future__ import annotations
@@ -15,16 +17,14 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import baselines
 import torch
 import transformers
-from measure import Peak, write_lines
+from measure import Peak, Report, Stopwatch
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -45,6 +45,7 @@ class Workload:
         naive_examples: Of each set, that the naive pass takes.
         replay_examples: Of each set, that the replay takes.
         replay_blocks: Blocks that the replay is run for.
+        warm_up: Of each set, that fastprune scores before it is timed: on a GPU a full micro-batch.
     """
 
     shape: tuple[int, int, int, int, int, int]
@@ -54,6 +55,7 @@ class Workload:
     naive_examples: int
     replay_examples: int
     replay_blocks: int
+    warm_up: int = 0
 
     def model(self, device: str) -> torch.nn.Module:
         """A random Llama."""
@@ -91,9 +93,88 @@ class Workload:
 
 WORKLOADS = {
     "cpu": Workload((384, 1024, 16, 6, 6, 2048), torch.float32, 16, (40, 120), 16, 16, 16),
-    "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2),
-    "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1),
+    "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2, 16),
+    "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1, 1),
 }
+
+
+@dataclass
+class Method:
+    """One of the three, and its measurements.
+
+    Attributes:
+        run: Called with a number of examples of each set and with the stopwatch that is to run over all of them.
+        examples: How many are timed.
+        warm_up: How many go before, untimed.
+        times_examples: What the time of the examples is scaled by, to be that of all examples.
+        times_blocks: What all time is scaled by, to be that of all blocks.
+        seconds: Of each round, scaled.
+        fixed: What part of these does not grow with the examples.
+        peak_mib: Of all rounds, on a GPU.
+    """
+
+    run: Callable[[int, Stopwatch], object]
+    examples: int
+    warm_up: int
+    times_examples: float = 1.0
+    times_blocks: float = 1.0
+    seconds: list[float] = field(default_factory=list)
+    fixed: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+
+    def measure(self, device: str) -> None:
+        """Another round."""
+        of_examples = Stopwatch(device)
+        with Peak(device) as peak, Stopwatch(device) as whole:
+            self.run(self.examples, of_examples)
+        self.fixed.append(self.times_blocks * (whole.seconds - of_examples.seconds))
+        self.seconds.append(self.fixed[-1] + self.scaled_by * of_examples.seconds)
+        if device == "cuda":  # the CPU's allocator hides a method's behind others'
+            self.peak_mib = max(self.peak_mib, peak.mib)
+
+    @property
+    def scaled_by(self) -> float:
+        """What the time of the examples is scaled by."""
+        return self.times_examples * self.times_blocks
+
+    def times(self) -> dict[str, object]:
+        """For a line."""
+        line = {
+            "seconds_median": round(statistics.median(self.seconds), 4),
+            "seconds_min": round(min(self.seconds), 4),
+            "seconds_max": round(max(self.seconds), 4),
+            "rounds": len(self.seconds),
+            "scaled_by": self.scaled_by,
+        }
+        if self.scaled_by != 1:
+            line["fixed_seconds"] = round(statistics.median(self.fixed), 4)
+        if self.peak_mib:
+            line["peak_extra_mib"] = self.peak_mib
+        return line
+
+
+def methods_of(
+    workload: Workload, model: torch.nn.Module, harm: list[Example], benign: list[Example]
+) -> dict[str, Method]:
+    """The three, fastprune first: a run that is cut off has at least that."""
+
+    def fast(n: int, _: Stopwatch) -> object:
+        torch.cuda.empty_cache()  # what the allocator keeps of an earlier round would count as taken in the plan
+        return fastprune.score(model, CalibrationSet(harm[:n]), CalibrationSet(benign[:n]), progress=False)
+
+    def naive(n: int, watch: Stopwatch) -> object:
+        return baselines.naive(model, harm[:n], benign[:n], watch)
+
+    def replay(n: int, watch: Stopwatch) -> object:
+        return baselines.replay(model, harm[:n], benign[:n], workload.replay_blocks, watch)
+
+    examples, times_blocks = workload.examples, workload.shape[2] / workload.replay_blocks
+    n_naive, n_replay, warm_up = workload.naive_examples, workload.replay_examples, min(1, workload.warm_up)
+    return {
+        "fastprune": Method(fast, examples, workload.warm_up),
+        "naive": Method(naive, n_naive, warm_up, examples / n_naive),
+        "replay": Method(replay, n_replay, warm_up, examples / n_replay, times_blocks),
+    }
 
 
 def gemm_rate(device: str, dtype: torch.dtype, rounds: int = 20) -> float:
@@ -102,19 +183,10 @@ def gemm_rate(device: str, dtype: torch.dtype, rounds: int = 20) -> float:
     a, b = torch.randn(size, inner, device=device, dtype=dtype), torch.randn(inner, size, device=device, dtype=dtype)
     out, best = torch.empty(size, size, device=device, dtype=dtype), float("inf")
     for _ in range(rounds):
-        best = min(best, timed(device, partial(torch.mm, a, b, out=out)))
+        with Stopwatch(device) as watch:
+            torch.mm(a, b, out=out)
+        best = min(best, watch.seconds)
     return 2.0 * size * size * inner / best
-
-
-def timed(device: str, run: Callable[[], object]) -> float:
-    """Seconds of a call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) -> None:
@@ -148,56 +220,50 @@ def main() -> None:
     model, harm, benign = workload.model(device), workload.build_examples(1), workload.build_examples(2)
     if device == "cpu":
         check(model, harm, benign)
-    n_blocks = workload.shape[2]
-    n_naive, n_replay, n_replay_blocks = workload.naive_examples, workload.replay_examples, workload.replay_blocks
-    methods = {
-        "fastprune": lambda: fastprune.score(model, CalibrationSet(harm), CalibrationSet(benign), progress=False),
-        "naive": lambda: baselines.naive(model, harm[:n_naive], benign[:n_naive]),
-        "replay": lambda: baselines.replay(model, harm[:n_replay], benign[:n_replay], n_replay_blocks),
-    }
-    scales = {
-        "fastprune": 1.0,
-        "naive": workload.examples / n_naive,
-        "replay": workload.examples / n_replay * n_blocks / n_replay_blocks,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    peaks = dict.fromkeys(methods, 0.0)
-    rates = []
-    for _ in range(rounds):
-        rates.append(gemm_rate(device, workload.dtype))
-        for name, run in methods.items():
-            with Peak(device) as peak:
-                seconds[name].append(scales[name] * timed(device, run))
-            peaks[name] = max(peaks[name], peak.mib)
-    rate, flops = max(rates), workload.floor_flops(model, harm + benign)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    methods = methods_of(workload, model, harm, benign)
     name_of_device = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    lines = [
+    flops = workload.floor_flops(model, harm + benign)
+    about = {
+        "shape": f"llama {workload.shape[2]} blocks, hidden {workload.shape[0]}, intermediate {workload.shape[1]}",
+        "examples": 2 * workload.examples,
+        "tokens": sum(map(len, harm + benign)),
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "device": name_of_device if device == "cuda" else f"{name_of_device}, {options.threads} threads",
+        "torch": torch.__version__,
+    }
+    rate = 0.0
+    # A change of the CPU's pace has to meet all three; a GPU keeps its pace, and its memory is handed on once.
+    turns = [*methods] * rounds if device == "cpu" else [name for name in methods for _ in range(rounds)]
+    with Report(options.out) as report:
+        for name in turns:
+            method = methods[name]
+            if method.warm_up and not method.seconds:
+                torch.cuda.empty_cache()
+                method.run(method.warm_up, Stopwatch(device))
+            rate = max(rate, gemm_rate(device, workload.dtype))
+            method.measure(device)
+            report.write(lines_of(methods, about, flops, rate))
+
+
+def lines_of(
+    methods: dict[str, Method], about: dict[str, object], flops: float, rate: float
+) -> list[dict[str, object]]:
+    """One line for each method that was measured."""
+    measured = {name: method for name, method in methods.items() if method.seconds}
+    medians = {name: statistics.median(method.seconds) for name, method in measured.items()}
+    return [
         {
             "benchmark": "scoring",
             "method": name,
-            "shape": f"llama {n_blocks} blocks, hidden {workload.shape[0]}, intermediate {workload.shape[1]}",
-            "examples": 2 * workload.examples,
-            "tokens": sum(map(len, harm + benign)),
-            "dtype": str(workload.dtype).removeprefix("torch."),
-            "device": name_of_device if device == "cuda" else f"{name_of_device}, {options.threads} threads",
-            "torch": torch.__version__,
-            "seconds_median": round(medians[name], 4),
-            "seconds_min": round(min(values), 4),
-            "seconds_max": round(max(values), 4),
-            "rounds": rounds,
-            "scaled_by": scales[name],
+            **about,
+            **method.times(),
             "fastprune_is_faster_by": round(medians[name] / medians["fastprune"], 2),
             "floor_tflop": round(flops / 1e12, 3),
             "gemm_gflops": round(rate / 1e9, 1),
             "share_of_gemm_rate": round(flops / medians[name] / rate, 3),
         }
-        | (
-            {"peak_extra_mib": peaks[name]} if device == "cuda" else {}
-        )  # the CPU's allocator hides a method's behind others'
-        for name, values in seconds.items()
+        for name, method in measured.items()
     ]
-    write_lines(lines, options.out)
 
 
 if __name__ == "__main__":

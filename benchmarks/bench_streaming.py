@@ -6,7 +6,8 @@ On the CPU a random bf16 Llama of 0.27 B parameters with 8 + 8 examples of 64 to
 same with 8, 16 and 32 blocks one at a time; ``--large`` adds one of 3.2 B parameters (6 GiB on disk) on a budget of
 3 GiB, and patches it. On a GPU the shape of Llama-3.1-8B on 24 GiB, and with ``--large`` that of a Llama of 70 B, whose
 blocks are all read from one file, on 80 GiB with 100 GiB of host memory. Files are in the page cache after the first
-run, which is not counted. The pruned sets of streamed and resident runs must be equal. One JSON line a measurement.
+run, which is not counted. The pruned sets of streamed and resident runs must be equal. One JSON line a measurement, as
+soon as it is known.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -98,36 +100,35 @@ def main() -> None:
             lines = on_gpu(folder, options.large)
         else:
             lines = on_cpu(folder, options.large, options.rounds)
-    write_lines(lines, options.out)
+        for each in lines:
+            write_lines([each], options.out)
 
 
-def on_cpu(folder: Path, large: bool, rounds: int) -> list[dict]:
+def on_cpu(folder: Path, large: bool, rounds: int) -> Iterator[dict]:
     small = write_checkpoint(folder / "300m", **SHAPES["300m"])
-    lines = against_resident(small, "llama 0.27 B, 20 blocks, bf16", rounds)
+    yield from against_resident(small, "llama 0.27 B, 20 blocks, bf16", rounds)
     for blocks in (8, 16, 32):
         of_blocks = write_checkpoint(folder / str(blocks), **{**SHAPES["300m"], "num_hidden_layers": blocks})
         words = ("--segments", blocks, "--boundaries", "disk")
         runs = [run("score", of_blocks, *words) for _ in range(rounds + 1)][1:]
-        lines.append(line("streamed, a block at a time", f"llama of {blocks} blocks, bf16", runs))
+        yield line("streamed, a block at a time", f"llama of {blocks} blocks, bf16", runs)
     if large:
         checkpoint = write_checkpoint(folder / "3b", **SHAPES["3b"])
         shape = "llama 3.2 B, 28 blocks, bf16"
         runs = [run("score", checkpoint, "--memory", "3GiB")]
-        lines.append(line("streamed, budget 3 GiB", shape, runs, segments=runs[0]["segments"]))
-        lines.append(line("patch", shape, [run("patch", checkpoint, folder / "patched")]))
-    return lines
+        yield line("streamed, budget 3 GiB", shape, runs, segments=runs[0]["segments"])
+        yield line("patch", shape, [run("patch", checkpoint, folder / "patched")])
 
 
-def on_gpu(folder: Path, large: bool) -> list[dict]:
+def on_gpu(folder: Path, large: bool) -> Iterator[dict]:
     data = ("--examples", 412, "--tokens", 250)
     checkpoint = write_checkpoint(folder / "8b", **SHAPES["8b"], shared_blocks=True)
     runs = [run("score", checkpoint, *data, "--memory", "24GiB", "--host-memory", "100GiB", "--shared-blocks")]
-    lines = [line("streamed, budget 24 GiB", "llama 8 B, 32 blocks, bf16", runs, segments=runs[0]["segments"])]
+    yield line("streamed, budget 24 GiB", "llama 8 B, 32 blocks, bf16", runs, segments=runs[0]["segments"])
     if large:
         checkpoint = write_checkpoint(folder / "70b", **SHAPES["70b"], shared_blocks=True)
         runs = [run("score", checkpoint, *data, "--memory", "72GiB", "--host-memory", "100GiB", "--shared-blocks")]
-        lines.append(line("streamed", "llama 70 B, 80 blocks, bf16", runs, segments=runs[0]["segments"]))
-    return lines
+        yield line("streamed", "llama 70 B, 80 blocks, bf16", runs, segments=runs[0]["segments"])
 
 
 if __name__ == "__main__":

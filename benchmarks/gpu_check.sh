@@ -3,12 +3,14 @@
 #
 #   benchmarks/gpu_check.sh [--dry-run] OUTDIR
 #
-# Builds the extensions, runs the tests that need a device, looks for memory errors and races in the CUDA operations, and
-# runs the benchmarks. OUTDIR gets steps.jsonl (a line for each step: status, exit code, seconds), log.txt (all output)
-# and results.jsonl (a line for each measurement). A step that fails is recorded and the next ones go on; the exit code is
-# then 1. --dry-run goes through the same steps without a device: extensions are compiled but not installed, the emulated
-# kernels stand for the device's, benchmarks run on tiny tensors and time nothing.
-# PYTHON names the interpreter (python3); it needs torch, pytest, setuptools and pybind11.
+# Builds the extensions, runs the benchmarks and the tests that need a device, and looks for memory errors and races in
+# the CUDA operations; what matters most goes first. OUTDIR gets steps.jsonl (a line for each step: status, exit code,
+# seconds), log.txt (all output) and results.jsonl (a line for each measurement, also those of a step that was stopped).
+# A step that fails is recorded and the next ones go on; the exit code is then 1. --dry-run goes through the same steps
+# without a device: extensions are compiled but not installed, the emulated kernels stand for the device's, benchmarks
+# run on tiny tensors and time nothing.
+# PYTHON names the interpreter (python3); it needs torch, pytest, pytest-benchmark, setuptools and pybind11. With
+# pytest-xdist the tests are shared by eight processes, with pytest-timeout none of them takes more than a minute.
 set -uo pipefail
 
 usage() {
@@ -42,11 +44,9 @@ outdir=$(cd "$outdir" && pwd)
 python=$(command -v "$python")
 [[ $python == /* ]] || python=$PWD/$python
 cd "$(dirname "$0")/.." || exit 2
-"$python" -c 'import torch, pytest, setuptools, pybind11' || refuse "'$python' lacks a package that the steps need"
-if ! $dry_run; then
-  "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
-    refuse "torch sees no CUDA device; --dry-run goes through the steps without one"
-fi
+on_device=$("$python" -c 'import torch, pytest, pytest_benchmark, setuptools, pybind11
+print(torch.cuda.is_available())') || refuse "'$python' lacks a package that the steps need"
+$dry_run || [[ $on_device == True ]] || refuse "torch sees no CUDA device; --dry-run goes through the steps without one"
 
 # Seconds of the nine minutes; the rest is for what follows the last step's limit. A rehearsal has no such limit, and a
 # small machine may take it.
@@ -71,7 +71,8 @@ skip() {
   record "$1" skipped "" 0 "$2"
 }
 
-# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, and no longer than the budget lasts.
+# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, and no longer than the budget lasts. Fails
+# unless that succeeded.
 step() {
   local name=$1 limit=$(($2 * PATIENCE)) left=$((BUDGET - SECONDS)) code=0 start status=ok note=
   shift 2
@@ -79,7 +80,7 @@ step() {
   if ((limit < 5)); then
     skip "$name" "no time left of $BUDGET s"
     failures=$((failures + 1))
-    return
+    return 1
   fi
   printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
   start=$(date +%s.%N)
@@ -91,6 +92,46 @@ step() {
   fi
   [[ $status == ok ]] || failures=$((failures + 1))
   record "$name" "$status" "$code" "$(date +%s.%N | awk -v start="$start" '{printf "%.1f", $1 - start}')" "$note"
+  [[ $status == ok ]]
+}
+
+# benchmark NAME LIMIT ARGUMENT...: the script with these arguments, or its rehearsal.
+benchmark() {
+  local name=$1 limit=$2
+  shift 2
+  ! $dry_run || set -- --dry-run
+  step "$name" "$limit" "$python" "benchmarks/$name.py" "$@" --out "$results"
+}
+
+# Test files with the mark, or with a module that gives it to their tests.
+files_for_a_device() {
+  local file
+  for file in $(grep -l 'mark\.gpu' tests/*.py); do
+    if [[ $file == tests/test_* ]]; then
+      echo "$file"
+    else
+      grep -lw "from $(basename "$file" .py) import\|import $(basename "$file" .py)" tests/test_*.py
+    fi
+  done | sort -u
+}
+
+has() {
+  "$python" -c "import importlib.util as util; raise SystemExit(util.find_spec('$1') is None)"
+}
+
+# What the sanitizer slows down has to be small; torch's caching allocator would hide accesses beyond a tensor's end,
+# and torch itself provokes errors of the API, which it handles.
+sanitize() {
+  local tool=$1 limit=$2
+  local small=("$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_ops_gpu.py -k "test_small")
+  if $dry_run; then
+    step "$tool (collection only)" "$limit" "${small[@]}" --collect-only
+  elif ! command -v compute-sanitizer >/dev/null; then
+    skip "$tool" "there is no compute-sanitizer on this machine"
+  else
+    step "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --report-api-errors no --target-processes application-only "${small[@]}"
+  fi
 }
 
 environment() {
@@ -113,46 +154,31 @@ step environment 60 bash -c environment
 
 export FASTPRUNE_REQUIRE_EXT=1 # an extension that does not build is a failure here, not a smaller install
 if $dry_run; then
-  step build 240 "$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$scratch" .
-  step "built extensions" 30 bash -c 'for name in _cpp _cuda; do unzip -l "$0"/*.whl | grep "fastprune/$name" || exit 1; done' "$scratch"
-  step "tests on a device" 120 "$python" -m pytest -m gpu -q -p no:cacheprovider
-  step "tests of emulated kernels" 180 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_emulated.py
+  build=("$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$scratch" .)
+  built=(bash -c 'for name in _cpp _cuda; do unzip -l "$0"/*.whl | grep "fastprune/$name" || exit 1; done' "$scratch")
 else
-  step build 150 "$python" -m pip install --no-build-isolation --no-deps -e .
-  step "built extensions" 30 "$python" -c 'from fastprune import _cpp, _cuda; print(_cpp.__file__, _cuda.__file__)'
-  step "tests on a device" 180 "$python" -m pytest -m gpu -q -p no:cacheprovider
+  build=("$python" -m pip install --no-build-isolation --no-deps -e .)
+  # Without the package around them, which takes some seconds to import.
+  built=(env PYTHONPATH=fastprune "$python" -c 'import _cpp, _cuda; print(_cpp.__file__, _cuda.__file__)')
 fi
+step build 120 "${build[@]}" ||
+  step "build without the CUDA extension" 60 env FASTPRUNE_REQUIRE_EXT=0 FASTPRUNE_CUDA=0 "${build[@]}"
+step "built extensions" 20 "${built[@]}"
 
-# What the sanitizer slows down has to be small; torch's caching allocator would hide accesses beyond a tensor's end.
-small=("$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_ops_gpu.py -k "test_small")
-for tool in memcheck racecheck; do
-  if $dry_run; then
-    step "$tool (collection only)" 60 "${small[@]}" --collect-only
-  elif ! command -v compute-sanitizer >/dev/null; then
-    skip "$tool" "there is no compute-sanitizer on this machine"
-  else
-    step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      --target-processes application-only "${small[@]}"
-  fi
-done
+benchmark bench_scoring 150 --device cuda
 
-# Benchmarks say in their help whether they can run on a device and whether they can rehearse.
-for script in benchmarks/bench_*.py; do
-  name=$(basename "$script" .py)
-  help=$(timeout 60 "$python" "$script" --help 2>>"$log") || help=
-  if $dry_run && [[ -n $help && $help != *--dry-run* ]]; then
-    skip "$name" "has no --dry-run"
-  elif $dry_run; then
-    step "$name" 60 "$python" "$script" --dry-run --out "$results"
-  elif [[ $help == *--device* ]]; then
-    step "$name" 120 "$python" "$script" --device cuda --out "$results"
-  elif [[ -z $help || $name == *cuda* ]]; then # without help, the step says why
-    step "$name" 120 "$python" "$script" --out "$results"
-  else
-    skip "$name" "a benchmark of the CPU: it has no --device"
-  fi
-  ((SECONDS < BUDGET)) || break
-done
+tests=("$python" -m pytest -m gpu -q -p no:cacheprovider --durations=15)
+has xdist && tests=(env OMP_NUM_THREADS=2 "${tests[@]}" -n 8)
+has pytest_timeout && tests+=(--timeout 60)
+mapfile -t files < <(files_for_a_device)
+step "tests on a device" 120 "${tests[@]}" "${files[@]}"
+! $dry_run || step "tests of emulated kernels" 40 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_emulated.py
+
+benchmark bench_cuda_ops 40
+benchmark bench_ops 90 --device cuda --passes 1
+sanitize memcheck 60
+benchmark bench_streaming 110 --device cuda
+sanitize racecheck 60
 
 echo "gpu_check.sh: $failures of $(wc -l <"$outdir/steps.jsonl") steps failed or had no time; see $outdir" >&2
 exit $((failures > 0))

@@ -30,6 +30,7 @@ from fastprune.masking import PruneMask
 from fastprune.model import skeleton
 from fastprune.model.checkpoint import load_config, load_model
 from fastprune.model.shards import Stored, stored_tensors
+from fastprune.scoring.plan import MICRO_BATCH_TOKENS
 
 
 def random_set(n_examples: int, n_tokens: int, vocabulary: int, seed: int) -> CalibrationSet:
@@ -50,9 +51,9 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     scores = fastprune.score(model, *sets, **limits, progress=False)
     seconds = time.perf_counter() - start
-    planned = fastprune.plan(
-        model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=(n, tokens, n * (tokens // 2))
-    )
+    rows = min(n, max(1, MICRO_BATCH_TOKENS // tokens))
+    largest = (rows, tokens, rows * (tokens - tokens // 2))
+    planned = fastprune.plan(model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=largest)
     digest = scores.select(None, 1e-3).digest
     return {"seconds": seconds, "planned_bytes": planned.peak_bytes, "segments": planned.segments, "mask": digest}
 

@@ -66,13 +66,42 @@ def test_results_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path: Path) -
     assert "has the results of an earlier run" in done.stderr
 
 
-def test_a_failing_step_is_recorded_and_the_rest_goes_on(tmp_path: Path, broken_python: Path) -> None:
+@pytest.fixture
+def steps(tmp_path: Path, broken_python: Path) -> list[dict]:
+    """Of a rehearsal in which every step fails."""
     out = tmp_path / "out"
     done = run("--dry-run", out, python=broken_python)
     assert done.returncode == 1
-    steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps][:4] == ["environment", "build", "built extensions", "tests on a device"]
-    build = next(step for step in steps if step["step"] == "build")
-    assert (build["status"], build["exit_code"], build["note"]) == ("failed", 7, "nothing works here")
-    assert {"memcheck (collection only)", "racecheck (collection only)", "bench_cuda_ops"} <= {s["step"] for s in steps}
     assert "nothing works here" in (out / "log.txt").read_text()
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def test_a_failing_step_is_recorded_and_the_rest_goes_on(steps: list[dict]) -> None:
+    assert [step["step"] for step in steps] == [
+        *("environment", "build", "build without the CUDA extension", "built extensions", "bench_scoring"),
+        *("tests on a device", "tests of emulated kernels", "bench_cuda_ops", "bench_ops"),
+        *("memcheck (collection only)", "bench_streaming", "racecheck (collection only)"),
+    ]
+    assert {(step["status"], step["exit_code"]) for step in steps if step["step"] != "built extensions"} == {
+        ("failed", 7)
+    }
+    assert steps[1]["note"] == "nothing works here"
+
+
+def test_every_benchmark_of_a_device_is_a_step(steps: list[dict]) -> None:
+    scripts = {path.stem for path in SCRIPT.parent.glob("bench_*.py")}
+    assert scripts == {step["step"] for step in steps if step["step"].startswith("bench_")}
+
+
+@pytest.mark.slow
+def test_all_files_with_tests_for_a_device_are_run(tmp_path: Path, broken_python: Path) -> None:
+    run("--dry-run", tmp_path / "out", python=broken_python)
+    command = next(line for line in (tmp_path / "out" / "log.txt").read_text().splitlines() if " -m gpu " in line)
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--collect-only", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        cwd=SCRIPT.parent.parent,
+    ).stdout
+    files = {line.split("::")[0] for line in collected.splitlines() if "::" in line}
+    assert files and files <= set(command.split())

@@ -152,8 +152,9 @@ def test_nothing_waits_for_the_device_where_the_spans_are_on_the_cpu(op) -> None
 @each_sum
 def test_sums_are_queued_on_the_current_stream(op) -> None:
     start, *args = sum_arguments(op, torch.bfloat16)
-    expected = added(op, start, *args, backend=None)
-    acc, late = torch.zeros_like(start), torch.zeros_like(args[0])
+    # Contiguous, as `late` is: for other strides cuBLAS may choose a kernel that rounds differently.
+    expected = added(op, start, args[0].contiguous(), *args[1:], backend=None)
+    acc, late = torch.zeros_like(start), torch.zeros_like(args[0], memory_format=torch.contiguous_format)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # about 0.1 s, in which another stream would find zeros

@@ -1,0 +1,107 @@
+"""What the benchmarks write down, also when one of them fails or is stopped. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_report_replaces_its_own_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from measure import Report
+
+    out = tmp_path / "results.jsonl"
+    out.write_text('{"from": "another"}\n')
+    with pytest.raises(KeyboardInterrupt), Report(out) as report:
+        report.write([{"round": 1}, {"of": "two"}])
+        report.write([{"round": 2}])
+        assert read(out) == [{"from": "another"}, {"round": 2}]
+        raise KeyboardInterrupt
+    assert read(out) == [{"from": "another"}, {"round": 2}]
+    assert capsys.readouterr().out == '{"round": 2}\n'
+
+
+def outcome(group: str, method: str, seconds: float, failed: bool = False, **facts: float) -> tuple:
+    """What pytest tells of a benchmark."""
+    stats = None if failed else SimpleNamespace(stats=SimpleNamespace(median=seconds))
+    info = {"method": method, "shape": "2 x 2", "peak_extra_mib": 0.0, **facts}
+    benchmark = SimpleNamespace(group=group, extra_info=info, stats=stats)
+    item = SimpleNamespace(funcargs={"benchmark": benchmark})
+    return item, SimpleNamespace(when="call", excinfo=ValueError() if failed else None)
+
+
+def test_single_operations_are_written_one_by_one_and_without_those_that_failed(tmp_path: Path) -> None:
+    from bench_ops import Results
+    from measure import Report
+
+    out = tmp_path / "results.jsonl"
+    results = Results(Report(out))
+    results.pytest_runtest_makereport(*outcome("grad_abs_sum a", "gemm", 1.0, failed=True, flop=1e9))
+    results.pytest_runtest_makereport(*outcome("grad_abs_sum a", "fastprune", 2.0, flop=1e9))
+    (line,) = read(out)
+    assert (line["benchmark"], line["method"], line["gflop_per_s"]) == ("grad_abs_sum", "fastprune", 0.5)
+    assert "share_of_gemm" not in line
+    results.pytest_runtest_makereport(*outcome("copy", "copy", 1.0, bytes=8e9))
+    results.pytest_runtest_makereport(*outcome("top_scores", "torch.topk", 4.0, bytes=8e9))
+    results.pytest_runtest_makereport(*outcome("grad_abs_sum a", "fastprune", 4.0, flop=1e9))
+    by_method = {line["method"]: line for line in read(out)}
+    assert by_method["torch.topk"]["share_of_copy"] == 0.25
+    assert (by_method["fastprune"]["passes"], by_method["fastprune"]["seconds_median"]) == (2, 3.0)
+
+
+def test_only_the_time_of_the_examples_is_scaled_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench_scoring import Method
+    from measure import Stopwatch
+
+    clock = iter([0.0, 1.0, 3.0, 3.5])
+    monkeypatch.setattr(Stopwatch, "_now", lambda self: next(clock))
+
+    def run(examples: int, watch: Stopwatch) -> None:
+        with watch:
+            assert examples == 4
+
+    method = Method(run, examples=4, warm_up=0, times_examples=10.0, times_blocks=2.0)
+    method.measure("cpu")
+    times = method.times()
+    assert (times["fixed_seconds"], times["seconds_median"], times["scaled_by"]) == (3.0, 43.0, 20.0)
+
+
+@pytest.mark.parametrize(("n_replays", "blocks"), [(None, [0, 1, 2, 3]), (2, [1, 3]), (1, [2])])
+def test_few_replays_lie_evenly_over_the_blocks(n_replays: int | None, blocks: list[int]) -> None:
+    import baselines
+    from bench_scoring import WORKLOADS, Workload
+
+    dry = WORKLOADS["dry"]
+    workload = Workload((32, 48, 4, 4, 2, 97), dry.dtype, 2, (5, 6), 2, 2, 2)
+    model, examples = workload.model("cpu"), workload.build_examples(1)
+    whole = baselines.naive(model, examples, examples)
+    for all_kept, kept in zip(whole, baselines.replay(model, examples, examples, n_replays), strict=True):
+        assert sorted({int(name.split(".")[2]) for name in kept}) == blocks
+        for name, (_, values) in kept.items():
+            assert values.allclose(all_kept[name][1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_table_reads_committed_results(path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "table.py"), str(path)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    timed = [line for line in read(path) if "seconds_median" in line]
+    assert all(line["method"] in table for line in timed)
