@@ -82,6 +82,7 @@ def test_every_expert_is_a_matrix_in_the_order_of_the_model(name: str) -> None:
     routers_and_biases = {*routers, "mlp.router.bias", "self_attn.sinks"}
     for place in left_out:
         assert place in routers_and_biases or "norm" in place or place.endswith("bias"), place
+    assert not routers & {place.split(".", 3)[-1] for place in scored}
 
 
 def test_a_weight_is_looked_up_in_its_module_each_time() -> None:
