@@ -9,7 +9,7 @@ follows the other, each after a warm-up. There the baselines take a few examples
 line says was scaled: the time of the examples by ``scaled_by``; what does not grow with them (sums allocated, the best
 weights selected) by the blocks only, ``fixed_seconds`` in all. One JSON line a measurement goes to standard output and,
 after every round anew, with ``--out`` to a file. Interpreter overheads, the start-up self-check and the selection of
-the kept scores are inside fastprune's time.
+the kept scores are inside fastprune's time; ``shares_of_time`` says where it goes (scoring_split.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import baselines
 import torch
 import transformers
 from measure import Peak, Report, Stopwatch
+from scoring_split import split
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -45,6 +47,8 @@ class Workload:
         naive_examples: Of each set, that the naive pass takes.
         replay_examples: Of each set, that the replay takes.
         replay_blocks: Blocks that the replay is run for.
+        profiled: Of each set, that fastprune scores once more to see where the time goes; the fewer, the larger is the
+            part of what does not grow with them (on a GPU all would be a million kernels).
         warm_up: Of each set, that fastprune scores before it is timed: on a GPU a full micro-batch.
     """
 
@@ -55,6 +59,7 @@ class Workload:
     naive_examples: int
     replay_examples: int
     replay_blocks: int
+    profiled: int
     warm_up: int = 0
 
     def model(self, device: str) -> torch.nn.Module:
@@ -92,9 +97,9 @@ class Workload:
 
 
 WORKLOADS = {
-    "cpu": Workload((384, 1024, 16, 6, 6, 2048), torch.float32, 16, (40, 120), 16, 16, 16),
-    "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2, 16),
-    "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1, 1),
+    "cpu": Workload((384, 1024, 16, 6, 6, 2048), torch.float32, 16, (40, 120), 16, 16, 16, 16),
+    "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2, 32, 16),
+    "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1, 3, 1),
 }
 
 
@@ -111,6 +116,7 @@ class Method:
         seconds: Of each round, scaled.
         fixed: What part of these does not grow with the examples.
         peak_mib: Of all rounds, on a GPU.
+        split: Seconds of its parts, if they were looked at.
     """
 
     run: Callable[[int, Stopwatch], object]
@@ -121,6 +127,7 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     fixed: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
+    split: dict[str, float] = field(default_factory=dict)
 
     def measure(self, device: str) -> None:
         """Another round."""
@@ -150,6 +157,9 @@ class Method:
             line["fixed_seconds"] = round(statistics.median(self.fixed), 4)
         if self.peak_mib:
             line["peak_extra_mib"] = self.peak_mib
+        if self.split:
+            whole = sum(self.split.values())
+            line["shares_of_time"] = {part: round(seconds / whole, 3) for part, seconds in self.split.items()}
         return line
 
 
@@ -159,7 +169,6 @@ def methods_of(
     """The three, fastprune first: a run that is cut off has at least that."""
 
     def fast(n: int, _: Stopwatch) -> object:
-        torch.cuda.empty_cache()  # what the allocator keeps of an earlier round would count as taken in the plan
         return fastprune.score(model, CalibrationSet(harm[:n]), CalibrationSet(benign[:n]), progress=False)
 
     def naive(n: int, watch: Stopwatch) -> object:
@@ -242,6 +251,8 @@ def main() -> None:
                 method.run(method.warm_up, Stopwatch(device))
             rate = max(rate, gemm_rate(device, workload.dtype))
             method.measure(device)
+            if name == "fastprune" and len(method.seconds) == rounds:
+                method.split = split(device, partial(method.run, workload.profiled, Stopwatch(device)))
             report.write(lines_of(methods, about, flops, rate))
 
 

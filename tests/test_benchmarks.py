@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,10 +88,10 @@ def test_only_the_time_of_the_examples_is_scaled_by_their_number(monkeypatch: py
 @pytest.mark.parametrize(("n_replays", "blocks"), [(None, [0, 1, 2, 3]), (2, [1, 3]), (1, [2])])
 def test_few_replays_lie_evenly_over_the_blocks(n_replays: int | None, blocks: list[int]) -> None:
     import baselines
-    from bench_scoring import WORKLOADS, Workload
+    from bench_scoring import WORKLOADS
 
     dry = WORKLOADS["dry"]
-    workload = Workload((32, 48, 4, 4, 2, 97), dry.dtype, 2, (5, 6), 2, 2, 2)
+    workload = replace(dry, shape=(32, 48, 4, 4, 2, 97), examples=2, lengths=(5, 6))
     model, examples = workload.model("cpu"), workload.build_examples(1)
     whole = baselines.naive(model, examples, examples)
     for all_kept, kept in zip(whole, baselines.replay(model, examples, examples, n_replays), strict=True):
@@ -105,3 +106,17 @@ def test_the_table_reads_committed_results(path: Path) -> None:
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     timed = [line for line in read(path) if "seconds_median" in line]
     assert all(line["method"] in table for line in timed)
+
+
+def test_the_parts_of_a_pass_add_up() -> None:
+    from bench_scoring import WORKLOADS
+    from scoring_split import split
+
+    import fastprune
+    from fastprune.calibration import CalibrationSet
+
+    dry = WORKLOADS["dry"]
+    model, rows, seconds = dry.model("cpu"), CalibrationSet(dry.build_examples(1)), []
+    parts = split("cpu", lambda: seconds.append(fastprune.score(model, rows, rows, progress=False)))
+    assert len(seconds) == 1 and set(parts) == {"forward", "head", "sums", "selection", "dX", "rest"}
+    assert all(value > 0 for value in parts.values())
