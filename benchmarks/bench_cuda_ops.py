@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import write_lines
+from measure import Instant, flush_cache, write_lines
 
 from fastprune import cuda, reference
 
@@ -40,18 +40,15 @@ Tensors = list[torch.Tensor]
 
 
 def seconds(run: Callable[[], object]) -> list[float]:
-    """Times of single calls by events, host work between the launches included."""
+    """Times of single calls by the device's clock, with nothing in its cache; waiting for the host is included."""
     for _ in range(WARM_UP):
         run()
     times = []
     for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
+        flush_cache()
+        begin = Instant()
         run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+        times.append(Instant() - begin)
     return times
 
 

@@ -1,6 +1,6 @@
 """Single operations against what torch offers for the same, in one run.
 
-    python benchmarks/bench_ops.py [--device cpu|cuda] [--large] [--passes N] [--out FILE] [--dry-run]
+    python benchmarks/bench_ops.py [--device cpu|cuda] [--large] [--only EXPR] [--passes N] [--out FILE] [--dry-run]
     pytest benchmarks/bench_ops.py                            # one pass, pytest-benchmark's own tables
 
 Sums of absolute gradients, example by example, against one plain GEMM of the same FLOPs (the floor), the same by one
@@ -276,6 +276,9 @@ def main() -> None:
     parser.add_argument(
         "--large", action="store_true", help="larger layers too (on a GPU always); takes half an hour on two cores"
     )
+    parser.add_argument(
+        "--only", default="", help="the benchmarks that this selects, as pytest's -k: 'several or copy'"
+    )
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, one pass: times mean nothing")
@@ -289,7 +292,7 @@ def main() -> None:
     with Report(options.out) as report:
         results = Results(report)
         codes = [
-            pytest.main([*arguments, "-p", "no:cacheprovider"], plugins=[results])
+            pytest.main([*arguments, "-p", "no:cacheprovider", "-k", options.only], plugins=[results])
             for _ in range(1 if options.dry_run else options.passes)
         ]
     if any(codes):
