@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from test_patch import contents, mask_for
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -80,20 +80,6 @@ def test_what_the_undo_file_says(model, folder):
     for name, entry in content["shards"].items():
         assert entry["original"] == hashlib.sha256(original[name]).hexdigest()
         assert entry["patched"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-
-
-def test_experts_of_one_tensor_are_undone_together(tmp_path):
-    fused = torch.arange(1.0, 25, dtype=torch.float16).reshape(4, 2, 3)
-    save_file({"m.down_proj": fused}, tmp_path / "model.safetensors")
-    before = contents(tmp_path)
-    shapes = {f"m.down_proj[{expert}]": (2, 3) for expert in (3, 0)}
-    mask = PruneMask({name: torch.tensor([0, 5]) for name in shapes}, shapes)
-    fastprune.patch_in_place(tmp_path, mask)
-    tensors, _ = read_artifact(tmp_path / UNDO_NAME, "undo")
-    assert tensors["indices:m.down_proj"].tolist() == [0, 5, 18, 23]
-    assert load_file(tmp_path / "model.safetensors")["m.down_proj"].flatten().nonzero().numel() == 20
-    fastprune.undo_patch(tmp_path)
-    assert contents(tmp_path) == before
 
 
 def test_bytes_across_windows_and_at_odd_offsets(tmp_path, monkeypatch):
