@@ -79,6 +79,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def try_lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed; ``False`` if another process, or another opening, has locked it.
+
+    Where there are no such locks (no POSIX system, file systems of some clusters), two at once are the user's risk.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:

@@ -128,6 +128,25 @@ def test_a_second_patch(model, folder, tmp_path):
     assert contents(tmp_path / "copy") == once
 
 
+def test_only_one_patches_or_undoes_at_a_time(model, folder, monkeypatch):
+    """The second would take what the first has written for the original weights."""
+    mask, write, refused = mask_for(model), patch.scatter, []
+
+    def and_another(path, offsets, values):
+        for second in (lambda: fastprune.patch_in_place(folder, mask), lambda: fastprune.undo_patch(folder)):
+            with pytest.raises(ArgumentError, match="another process is patching it") as caught:
+                second()
+            refused.append(caught)
+        write(path, offsets, values)
+
+    before = contents(folder)
+    monkeypatch.setattr(patch, "scatter", and_another)
+    fastprune.patch_in_place(folder, mask)
+    monkeypatch.undo()
+    assert refused and contents(folder) != before
+    assert contents(fastprune.undo_patch(folder)) == before
+
+
 def test_a_copy_of_a_half_patched_folder_is_refused(model, folder, tmp_path):
     mask = mask_for(model)
     original = contents(folder)

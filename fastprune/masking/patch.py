@@ -7,13 +7,15 @@ window. It must not know transformers or model classes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from fastprune.artifact import sha256, sync
+from fastprune.artifact import sha256, sync, try_lock
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
 from fastprune.masking.edits import hashes, scatter
 from fastprune.masking.locate import changes_of, edits_of
@@ -117,8 +119,8 @@ def patch_in_place(
 
     Raises:
         NotFoundError: The folder or its weights do not exist.
-        ArgumentError: The folder is patched already, a shard is a link or cannot be written, another backup is there,
-            or ``scale`` is not finite.
+        ArgumentError: The folder is patched already or being patched, a shard is a link or cannot be written, another
+            backup is there, or ``scale`` is not finite.
         ArtifactError: A shard or the index is truncated or not what its name says.
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
 
@@ -128,30 +130,31 @@ def patch_in_place(
     folder = Path(folder)
     _check_scale(scale)
     _check_folder("folder", folder)
-    if (folder / UNDO_NAME).exists():
-        raise ArgumentError(
-            f"folder {folder} holds {UNDO_NAME}: a mask was patched into it, wholly or in part; undo that first, or "
-            "remove the file to keep that patch for good"
-        )
-    shards = shard_names(folder)
-    changes = changes_of(mask, stored_tensors(folder), folder, strict)
-    edits = edits_of(changes, scale)
-    for path in edits:
-        _check_own(path)
-    undo = Undo(
-        mask.digest, scale, changes, {path: Hashes(*hashes(path, e.offsets, e.new)) for path, e in edits.items()}
-    )
-    if backup:
-        for path, expected in undo.hashes.items():
-            _back_up(path, expected.original)
-    try:
-        write_undo(folder, undo)
-        for path, edit in edits.items():
-            scatter(path, edit.offsets, edit.new)
-    except BaseException:
+    with _alone(folder):
         if (folder / UNDO_NAME).exists():
-            undo_patch(folder)
-        raise
+            raise ArgumentError(
+                f"folder {folder} holds {UNDO_NAME}: a mask was patched into it, wholly or in part; undo that first, "
+                "or remove the file to keep that patch for good"
+            )
+        shards = shard_names(folder)
+        changes = changes_of(mask, stored_tensors(folder), folder, strict)
+        edits = edits_of(changes, scale)
+        for path in edits:
+            _check_own(path)
+        undo = Undo(
+            mask.digest, scale, changes, {path: Hashes(*hashes(path, e.offsets, e.new)) for path, e in edits.items()}
+        )
+        if backup:
+            for path, expected in undo.hashes.items():
+                _back_up(path, expected.original)
+        try:
+            write_undo(folder, undo)
+            for path, edit in edits.items():
+                scatter(path, edit.offsets, edit.new)
+        except BaseException:
+            if (folder / UNDO_NAME).exists():
+                _undo(folder)
+            raise
     other = [name for name in _other_files(folder, shards)[1] if not name.endswith(_BACKUP)]
     if other:
         message = f"{folder}: other copies of the weights in it are not pruned: {', '.join(other)}"
@@ -173,12 +176,18 @@ def undo_patch(folder: str | Path) -> Path:
 
     Raises:
         NotFoundError: The folder, its undo file, or a shard that this names does not exist.
-        ArgumentError: A shard is a link or cannot be written.
+        ArgumentError: A shard is a link or cannot be written, or another process is at work in the folder.
         ArtifactError: A shard was changed or replaced since it was patched, or the undo file is damaged; the message
             names it, and nothing is written.
     """
     folder = Path(folder)
     _check_folder("folder", folder)
+    with _alone(folder):
+        _undo(folder)
+    return folder
+
+
+def _undo(folder: Path) -> None:
     undo = read_undo(folder)
     edits = undo.edits()
     for path, edit in edits.items():
@@ -190,7 +199,18 @@ def undo_patch(folder: str | Path) -> Path:
             raise ArtifactError(f"{path} does not read as it was written, its disk may fail; {UNDO_NAME} is kept")
     (folder / UNDO_NAME).unlink()
     sync(folder)
-    return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two at once would each take the other's weights for the original ones."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if not try_lock(handle):
+            raise ArgumentError(f"folder {folder}: another process is patching it or undoing a patch; wait for its end")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_scale(scale: float) -> None:

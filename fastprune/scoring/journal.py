@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastprune.artifact import read_artifact, sha256, sync, write_artifact
+from fastprune.artifact import read_artifact, sha256, sync, try_lock, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError
 from fastprune.scoring.hidden import HiddenStates, disk_errors
 from fastprune.scoring.ranks import Ranks
@@ -56,7 +56,8 @@ class Journal:
         key = json.loads(json.dumps({**key, "process": [ranks.rank, ranks.size]}))
         self._file = (self.folder / _LINES).open("a+b")
         try:
-            self._lock()
+            if not try_lock(self._file.fileno()):
+                raise ArgumentError(f"resume: another process is at work in {self.folder}")
             self._read(key)
         except BaseException:
             self._file.close()
@@ -179,18 +180,6 @@ class Journal:
                     f"resume: the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
                     f"{key.get(name)!r} now; name another folder, or start with the same inputs"
                 )
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: two runs in one folder are the user's risk
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ArgumentError(f"resume: another process is at work in {self.folder}") from error
-        except OSError:  # a file system without locks, as some clusters have: the same
-            return
 
 
 def _folder_of(folder: Path, ranks: Ranks) -> Path:
