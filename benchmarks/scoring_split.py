@@ -58,7 +58,9 @@ def split(device: str, run: Callable[[], object]) -> dict[str, float]:
             spent[part] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
     backward = spent.pop("backward")
     if on_gpu:
-        kernels = sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
+        # An annotation has an event of its own on the device, as long as what it spans.
+        on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
+        kernels = sum(event.self_device_time_total for event in on_device) / 1e6
         return spent | {"dX": kernels - sum(spent.values()), "idle": wall - kernels}
     spent["dX"] = backward - spent["sums"]  # hooks form the sums inside
     return spent | {"rest": wall - sum(spent.values())}

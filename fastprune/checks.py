@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import ArgumentError
-from fastprune.reference import CRITERIA
-
-GRADIENT_SUMS = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
+from fastprune.reference import CRITERIA, GRADIENT_SUMS
 
 
 def check_accumulators(accs: Mapping[str, Tensor]) -> None:
-    """Accumulators of the same gradients have names of :data:`GRADIENT_SUMS` and one dtype, device and layout."""
+    """Accumulators of the same gradients have names of ``GRADIENT_SUMS`` and one dtype, device and layout."""
     if not accs or not set(accs) <= set(GRADIENT_SUMS):
         raise ArgumentError(
             f"accs: expected one or more of {', '.join(GRADIENT_SUMS)}, got {', '.join(accs) or 'none'}"
         )
-    kinds = {name: (acc.dtype, acc.device, tuple(acc.shape), acc.stride()) for name, acc in accs.items()}
+    kinds = {name: (acc.dtype, acc.device, tuple(acc.shape), _strides(acc)) for name, acc in accs.items()}
     if len(set(kinds.values())) > 1:
         raise ArgumentError(f"accs: expected one dtype, device, shape and strides for all, got {kinds}")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of the dimensions in which there is a next element."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
 def check_accumulator(acc: Tensor, dims: int) -> None:

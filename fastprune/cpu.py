@@ -37,7 +37,7 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
     offsets, some = torch.tensor(spans, dtype=torch.int64), next(iter(accs.values()))
     _cpp.add_gradients(
         _cpp_dtype(some),
-        *(accs[name].data_ptr() if name in accs else 0 for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum")),
+        *(accs[name].data_ptr() if name in accs else 0 for name in reference.GRADIENT_SUMS),
         some.stride(0),
         _cpp_dtype(dy),
         dy.data_ptr(),

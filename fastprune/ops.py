@@ -99,7 +99,8 @@ def accumulate_gradients(
 ) -> None:
     """Add several statistics of the same gradients, forming each product once where the backend can.
 
-    ``cpp`` forms it once for all of them, ``triton`` once for any two; ``torch`` once for each.
+    ``cpp`` forms it once for all of them, ``triton`` once for any two; ``torch`` once for each. A ``grad_sum`` among
+    others is summed example by example, so its roundings are not those of one asked for alone, which BLAS forms.
 
     Args:
         accs: One to three of ``grad_sum``, ``grad_abs_sum`` and ``grad_sq_sum``, each with its accumulator as for the
@@ -116,6 +117,7 @@ def accumulate_gradients(
     """
     checks.check_accumulators(accs)
     if set(accs) == {"grad_sum"}:
+        checks.check_spans(starts, lengths, len(x))
         accumulate_grad_sum(accs["grad_sum"], dy, x, backend=backend)
     else:
         _accumulate_per_example(accs, dy, x, starts, lengths, backend)

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastprune.errors import ScoringError
 
 CRITERIA = ("signed", "abs", "abs_of_sum", "fisher", "wanda", "signed_reverse", "magnitude")
+GRADIENT_SUMS = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
+"""Statistics of gradients, in the order in which the C++ kernel takes their accumulators."""
 ACT_SQ_LANES = 128
 
 

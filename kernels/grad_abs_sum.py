@@ -48,7 +48,7 @@ def accumulate_grad_statistics(
     for dy, accs in matrices:
         launching.check_inputs(dy, x)
         launching.check_accumulators(*accs)
-        if any(acc.stride() != accs[0].stride() for acc in accs):
+        if any(launching.strides(acc) != launching.strides(accs[0]) for acc in accs):
             raise ValueError(f"accumulators of one weight: expected equal strides, got {[a.stride() for a in accs]}")
     if not matrices or x.shape[1] == 0 or len(starts) == 0:
         return

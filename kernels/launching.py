@@ -43,6 +43,11 @@ def check_accumulators(*accumulators: Tensor, float64: bool = False) -> None:
             raise TypeError(f"acc: expected one of {expected}, got {acc.dtype}")
 
 
+def strides(tensor: Tensor) -> list[int]:
+    """Strides of the dimensions in which there is a next element; what others say means nothing."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
 def check_offsets(tensor: Tensor, rows: int, columns: int) -> None:
     """Raise ValueError if offsets within a tile of ``rows`` by ``columns`` elements do not fit in 32 bits."""
     if (rows - 1) * tensor.stride(0) + (columns - 1) * tensor.stride(1) >= 1 << 31:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,15 +109,23 @@ def test_the_table_reads_committed_results(path: Path) -> None:
     assert all(line["method"] in table for line in timed)
 
 
-def test_the_parts_of_a_pass_add_up() -> None:
+def test_each_part_of_a_pass_is_given_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are formed inside the backward pass: what they take is not dX, or less than nothing would be left."""
     from bench_scoring import WORKLOADS
     from scoring_split import split
 
     import fastprune
+    from fastprune import ops
     from fastprune.calibration import CalibrationSet
 
     dry = WORKLOADS["dry"]
-    model, rows, seconds = dry.model("cpu"), CalibrationSet(dry.build_examples(1)), []
-    parts = split("cpu", lambda: seconds.append(fastprune.score(model, rows, rows, progress=False)))
-    assert len(seconds) == 1 and set(parts) == {"forward", "head", "sums", "selection", "dX", "rest"}
-    assert all(value > 0 for value in parts.values())
+    model, rows, calls, genuine = dry.model("cpu"), CalibrationSet(dry.build_examples(1)), [], ops.accumulate_gradients
+
+    def slow(*args: object, **kwargs: object) -> None:
+        calls.append(time.sleep(0.05))
+        genuine(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "accumulate_gradients", slow)
+    parts = split("cpu", lambda: fastprune.score(model, rows, rows, progress=False))
+    assert set(parts) == {"forward", "head", "sums", "selection", "dX", "rest"} and min(parts.values()) > 0
+    assert len(calls) >= 28 and parts["sums"] >= 0.05 * len(calls)

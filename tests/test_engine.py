@@ -64,6 +64,15 @@ def test_the_head_takes_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
             assert relative_error(value, whole[name][key].double()) < FP32_ERROR
 
 
+def test_hidden_states_may_have_any_strides() -> None:
+    plain, turned = build("Llama"), build("Llama")
+    turned.model.layers[-1].register_forward_hook(lambda module, args, out: out.mT.contiguous().mT)
+    expected = engine_statistics(plain, segments=2, batch_tokens=24)
+    for name, statistics in engine_statistics(turned, segments=2, batch_tokens=24).items():
+        for key, value in statistics.items():
+            assert relative_error(value, expected[name][key].double()) < FP32_ERROR
+
+
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.double() - exact.view_as(value)).norm() / exact.norm())
 

@@ -188,6 +188,24 @@ def test_several_sums_may_be_stored_input_major(backend):
         assert error(wide[name][:, 3:9].T, exact(f"accumulate_{name}", torch.zeros(6, 9), (dy, x, *spans))) < 1e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)], ids=str)
+def test_strides_of_a_single_row_or_column_mean_nothing(backend, shape):
+    dy, x, *spans = arguments("accumulate_grad_abs_sum", *shape, torch.float32)
+    names, other = ("grad_abs_sum", "grad_sq_sum"), (9, 1) if shape == (1, 5) else (1, 9)
+    accs = dict(zip(names, (torch.zeros(shape), torch.zeros(50).as_strided(shape, other)), strict=True))
+    ops.accumulate_gradients(accs, dy, x, *spans, backend=backend)
+    for name in names:
+        assert error(accs[name], exact(f"accumulate_{name}", torch.zeros(shape), (dy, x, *spans))) < 1e-6
+
+
+@pytest.mark.parametrize("name", ops.checks.GRADIENT_SUMS)
+def test_spans_are_checked_whatever_is_summed(name):
+    acc = torch.zeros(3, 5)
+    with pytest.raises(ArgumentError, match="example 0 has start 0 and length 99"):
+        ops.accumulate_gradients({name: acc}, GOOD["dy"], GOOD["x"], torch.tensor([0]), torch.tensor([99]))
+
+
 @pytest.mark.parametrize(
     "accs",
     [

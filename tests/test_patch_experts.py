@@ -85,22 +85,49 @@ def test_experts_alone_and_parts_in_another_order(tmp_path):
     refused(swapped, MaskError, "was made for a model with the fingerprint", mask)
 
 
-@pytest.mark.parametrize("apart", ["mlp.experts.3.gate_proj.weight", "block_sparse_moe.experts.0.w1.weight"])
-def test_experts_of_which_a_part_is_missing_are_refused_with_the_reason(tmp_path, apart):
+@pytest.mark.parametrize("apart", ["mlp.experts.3.gate_proj.weight", "block_sparse_moe.experts.3.w1.weight"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_experts_of_which_a_part_is_missing_are_refused_with_the_reason(tmp_path, apart, dense):
     (tmp_path / "in").mkdir()
-    dense = "model.layers.0.self_attn.q_proj.weight"
-    tensors = {f"model.layers.0.{apart}": torch.ones(3, 2), dense: torch.ones(3, 2)}
+    q_proj, fused = "layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj[3]"
+    tensors = {f"model.layers.0.{apart}": torch.ones(3, 2), f"model.{q_proj}": torch.ones(3, 2)}
     save_file(tensors, tmp_path / "in" / "model.safetensors")
-    shapes = {dense: (3, 2), "model.layers.0.mlp.experts.gate_up_proj[3]": (6, 2)}
+    shapes = {**({q_proj: (3, 2)} if dense else {}), fused: (6, 2)}
     mask = PruneMask({name: torch.tensor([0]) for name in shapes}, shapes)
     reason = (
-        rf"lacks 1 of the 2.*stores each expert on its own \(model\.layers\.0\.{apart}\).*make up .*gate_up_proj"
-        r".*save_pretrained"
+        rf"lacks 1 of the {len(shapes)}.*each expert on its own \(model\.layers\.0\.{apart}\).*make up {fused[:-3]}"
     )
-    refused(tmp_path, MaskError, reason, mask)
-    with pytest.raises(MaskError, match="lacks 1 of the 1") as plain:  # a mask without experts gets no such reason
-        patch_checkpoint(tmp_path / "in", PruneMask({"h.w": torch.tensor([0])}, {"h.w": (3, 2)}), tmp_path / "out")
-    assert "expert" not in str(plain.value)
+    refused(tmp_path, MaskError, reason + r"\[3\].*save_pretrained", mask)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.w", "layers.0.mlp.experts.gate_up_proj[7]", "layers.0.mlp.experts.up_proj[0]"]
+)
+def test_what_is_not_there_is_not_put_down_to_how_experts_are_stored(tmp_path, name):
+    """No layout stores an up projection alone under ``w1``, which is the gate."""
+    (tmp_path / "in").mkdir()
+    tensors = {f"model.layers.0.moe.experts.0.{part}.weight": torch.ones(3, 2) for part in ("w1", "w3")}
+    tensors |= {f"model.layers.0.{part}": torch.ones(3, 2) for part in ("q", "k")}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    shapes = {"layers.0.q": (3, 2), "layers.0.k": (3, 2), name: (3, 2)}
+    mask = PruneMask({name: torch.tensor([0]) for name in shapes}, shapes)
+    with pytest.raises(MaskError, match="lacks 1 of the 3 matrices of the mask, the first is ") as caught:
+        patch_checkpoint(tmp_path / "in", mask, tmp_path / "out")
+    assert ("each expert on its own" in str(caught.value)) == name.endswith("up_proj[0]")
+
+
+@pytest.mark.parametrize(("in_mask", "stored"), [("", "model."), ("model.", ""), ("", "")])
+def test_names_of_experts_alone_may_differ_by_one_prefix(tmp_path, in_mask, stored):
+    (tmp_path / "in").mkdir()
+    parts = {
+        f"{stored}layers.{i}.mlp.experts.0.{p}_proj.weight": torch.ones(3, 2) for i in "01" for p in ("gate", "up")
+    }
+    save_file(parts, tmp_path / "in" / "model.safetensors")
+    shapes = {f"{in_mask}layers.{i}.mlp.experts.gate_up_proj[0]": (6, 2) for i in "01"}
+    patch_checkpoint(tmp_path / "in", PruneMask(dict.fromkeys(shapes, torch.tensor([6])), shapes), tmp_path / "out")
+    patched = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in patched.items():
+        assert tensor.flatten().tolist() == [float("gate" in name), 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("up", [torch.ones(3, 3), torch.ones(3, 2, dtype=torch.bfloat16), torch.ones(2, 2)])

@@ -134,6 +134,9 @@ def test_pinned_memory_comes_in_powers_of_two() -> None:
     plan = fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="host", host_memory="500GiB")
     boundaries, rest = divmod(plan.boundary_bytes, 52 << 26)
     assert boundaries >= 4 and rest == 0
+    uneven = {"micro_batch": (1, 4096, 2048), "padded_tokens": [4096, *[2100] * 99]}  # 64 MiB each, the short ones too
+    plan = fastprune.plan(llama("70B"), 100, 2120, segments=4, boundaries="host", host_memory="500GiB", **uneven)
+    assert plan.boundary_bytes == boundaries * (100 << 26)
     assert plan.boundary_bytes > fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="disk").boundary_bytes
 
 

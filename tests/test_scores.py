@@ -150,6 +150,12 @@ def test_lists_of_a_journal_can_be_inserted(no_small_matrices):
         assert torch.equal(some.indices, expected[name].indices) and some.floor == expected[name].floor
 
 
+def test_a_matrix_without_elements(no_small_matrices):
+    keeper = Keeper({"a": 0, "b": 4}, 0.5, n_lists=1)
+    keeper.add({"a": (torch.ones(0, 3), None), "b": (torch.ones(2, 2), None)}, "magnitude")
+    assert {name: len(kept) for name, kept in keeper.finish().items()} == {"a": 0, "b": 2}
+
+
 def test_a_keeper_refuses_what_it_cannot_place():
     keeper = Keeper({"a": 4, "b": 4}, 0.5, n_lists=1)
     with pytest.raises(ArgumentError, match="c is none of the 2 matrices"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fastprune.errors import MaskError
@@ -19,9 +19,10 @@ from fastprune.model.shards import DTYPES, Stored
 # Parts of an expert that is stored on its own, in the order in which loading stacks them to the fused parameter.
 _PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",), ("w1",)),
+    "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
+_Apart = dict[tuple[str, int], dict[str, list[str]]]  # layer and expert, part, names on disk
 _EXPERT = re.compile(r"(?P<layer>.+)\.\w+\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
 
 
@@ -51,19 +52,23 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
     """
     if not mask.shapes:
         raise MaskError("the mask is over no matrices")
-    find = _finder(on_disk)
-    fits = []
-    for removed, added in _prefixes(mask, on_disk):
-        found = {name: find(added + name.removeprefix(removed)) for name in mask if name.startswith(removed)}
-        if len(found) == len(mask.shapes) and all(found.values()):
-            fits.append(found)
+    apart: _Apart = {}
+    for name in on_disk:
+        if match := _EXPERT.fullmatch(name):
+            apart.setdefault((match["layer"], int(match["expert"])), {}).setdefault(match["part"], []).append(name)
+    tried = []
+    for removed, added in _prefixes(next(iter(mask)), on_disk, apart):
+        renamed = {name: added + name.removeprefix(removed) if name.startswith(removed) else name for name in mask}
+        tried.append({name: (there, _find(there, on_disk, apart)) for name, there in renamed.items()})
+    fits = [places for places in tried if all(found for _, found in places.values())]
     if not fits:
-        raise MaskError(_why_missing(mask, on_disk, find))
+        best = max(tried, key=lambda places: sum(bool(found) for _, found in places.values()))
+        raise MaskError(_why_missing(best, apart))
     if len(fits) > 1:
         raise MaskError(
             f"the names of the mask fit {len(fits)} sets of tensors in the checkpoint, under different prefixes"
         )
-    return {name: _pieces(name, mask.shapes[name], there, on_disk) for name, there in fits[0].items()}
+    return {name: _pieces(name, mask.shapes[name], found, on_disk) for name, (_, found) in fits[0].items()}
 
 
 def width_of(stored: Stored) -> int:
@@ -73,57 +78,53 @@ def width_of(stored: Stored) -> int:
     return DTYPES[stored.dtype].itemsize
 
 
-def _finder(on_disk: Mapping[str, Stored]) -> Callable[[str], tuple[str, ...]]:
-    """From the name of a matrix to the stored tensors that make it up; none if some are missing."""
-    apart: dict[tuple[str, int, str], list[str]] = {}
-    for name in on_disk:
-        if match := _EXPERT.fullmatch(name):
-            apart.setdefault((match["layer"], int(match["expert"]), match["part"]), []).append(name)
-
-    def find(name: str) -> tuple[str, ...]:
-        base, expert = split_name(name)
-        if base in on_disk:
-            return (base,)
-        match = re.fullmatch(r"(.+)\.\w+\.experts\.(\w+)", base)
-        if expert is None or match is None:
-            return ()
-        for parts in _PARTS.get(match[2], ()):
-            found = [apart.get((match[1], expert, part), []) for part in parts]
-            if all(len(names) == 1 for names in found):
-                return tuple(name for names in found for name in names)
-        return ()
-
-    return find
+def _layer_of(base: str) -> str:
+    """The layer of a fused parameter of experts, in whatever module the experts are; empty for any other name."""
+    match = re.fullmatch(r"(.+)\.\w+\.experts\.\w+", base)
+    return match[1] if match else ""
 
 
-def _prefixes(mask: PruneMask, on_disk: Mapping[str, Stored]) -> list[tuple[str, str]]:
+def _find(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> tuple[str, ...]:
+    """The stored tensors that make up a matrix, under its name or, of an expert, part by part; none if some lack."""
+    base, expert = split_name(name)
+    if base in on_disk:
+        return (base,)
+    there = {} if expert is None else apart.get((_layer_of(base), expert), {})
+    for parts in _PARTS.get(base.rpartition(".")[2], ()):
+        if all(len(there.get(part, ())) == 1 for part in parts):
+            return tuple(there[part][0] for part in parts)
+    return ()
+
+
+def _prefixes(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> list[tuple[str, str]]:
     """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question."""
-    name = next((name for name in mask if split_name(name)[1] is None), None)
-    if name is None:
-        name = split_name(next(iter(mask)))[0]
-        if name not in on_disk and not any(other.endswith(f".{name}") for other in on_disk):
-            return [("", "")]  # of experts alone, which may be stored apart
-    if name in on_disk:
-        return [("", "")]
-    added = [("", other.removesuffix(name)) for other in on_disk if other.endswith(f".{name}")]
-    heads = [name[: dot.end()] for dot in re.finditer(r"\.", name)]
-    return added + [(head, "") for head in heads if name.removeprefix(head) in on_disk]
+    base = split_name(name)[0]
+    pairs: dict[tuple[str, str], None] = {}
+    for own, others in ((base, set(on_disk)), (_layer_of(base), {layer for layer, _ in apart})):
+        if own in others:
+            return [("", "")]
+        if own:
+            heads = [own[: dot.end()] for dot in re.finditer(r"\.", own)]
+            pairs |= {("", other.removesuffix(own)): None for other in sorted(others) if other.endswith(f".{own}")}
+            pairs |= {(head, ""): None for head in heads if own.removeprefix(head) in others}
+    return list(pairs) or [("", "")]
 
 
-def _why_missing(mask: PruneMask, on_disk: Mapping[str, Stored], find: Callable[[str], tuple[str, ...]]) -> str:
-    missing = [name for name in mask if not find(name)]
+def _why_missing(places: Mapping[str, tuple[str, tuple[str, ...]]], apart: _Apart) -> str:
+    missing = {name: there for name, (there, found) in places.items() if not found}
     message = (
-        f"the checkpoint lacks {len(missing)} of the {len(mask.shapes)} matrices of the mask, the first is "
-        f"{split_name(missing[0])[0]}"
+        f"the checkpoint lacks {len(missing)} of the {len(places)} matrices of the mask, the first is "
+        f"{split_name(next(iter(missing)))[0]}"
     )
-    fused = next((name for name in missing if split_name(name)[1] is not None), None)
-    apart = next((name for name in on_disk if _EXPERT.fullmatch(name)), None)
-    if fused is None or apart is None:
-        return message
-    return (
-        f"{message}; the checkpoint stores each expert on its own ({apart}), and not under all of the names known to "
-        f"make up {fused}. Load the model, mask.apply_(model), model.save_pretrained(out_dir)"
-    )
+    for name, there in missing.items():
+        base, expert = split_name(there)
+        if expert is not None and (parts := apart.get((_layer_of(base), expert))):
+            return (
+                f"{message}; the checkpoint stores each expert on its own ({next(iter(parts.values()))[0]}), and not "
+                f"under all of the names known to make up {name}. Load the model, mask.apply_(model), "
+                "model.save_pretrained(out_dir)"
+            )
+    return message
 
 
 def _pieces(name: str, shape: tuple[int, ...], there: tuple[str, ...], on_disk: Mapping[str, Stored]) -> list[Piece]:

@@ -291,7 +291,7 @@ class BlockView(_View):
         per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, batch.rows_of_scored, per_token)
         if gradient is None:
             return per_example, None
-        full = torch.zeros_like(hidden)
+        full = hidden.new_zeros(hidden.shape)  # contiguous, whatever the last block returned
         full.view(-1, hidden.shape[-1])[scored] = gradient
         return per_example, full
 

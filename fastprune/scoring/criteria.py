@@ -8,6 +8,7 @@ difference).
 from __future__ import annotations
 
 from fastprune.errors import ArgumentError
+from fastprune.reference import GRADIENT_SUMS
 
 STATISTIC: dict[str, str | None] = {
     "signed": "grad_sum",
@@ -20,7 +21,7 @@ STATISTIC: dict[str, str | None] = {
 }
 """Criterion -> statistic; ``magnitude`` needs none."""
 
-GRADIENT_STATISTICS = frozenset({"grad_sum", "grad_abs_sum", "grad_sq_sum"})
+GRADIENT_STATISTICS = frozenset(GRADIENT_SUMS)
 
 
 def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -50,4 +51,4 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
 def statistics_of(criteria: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics that these criteria need, each once, in a fixed order."""
     needed = {STATISTIC[name] for name in criteria}
-    return tuple(name for name in ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum") if name in needed)
+    return tuple(name for name in (*GRADIENT_SUMS, "act_sq_sum") if name in needed)

@@ -64,7 +64,7 @@ class ScoringSet:
 
     def start(self, device: torch.device, ranks: Ranks, number: Iterator[int]) -> list[_Work]:
         """The micro-batches of this process, on ``device``."""
-        mine = ranks.share([batch.input_ids.numel() for batch in self._batches])
+        mine = ranks.share(self.padded_tokens())
         return [
             _Work(
                 next(number),
@@ -78,6 +78,10 @@ class ScoringSet:
         """Rows, tokens of each and scored tokens of the largest micro-batch."""
         batch = max(self._batches, key=lambda batch: batch.input_ids.numel())
         return (*batch.input_ids.shape, int((batch.labels != -100).sum()))
+
+    def padded_tokens(self) -> list[int]:
+        """Tokens of each micro-batch."""
+        return [batch.input_ids.numel() for batch in self._batches]
 
     @functools.cached_property
     def _batches(self) -> list[MicroBatch]:

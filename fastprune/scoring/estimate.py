@@ -110,6 +110,7 @@ class Estimate:
         on_cpu: bool,
         tokens: int,
         micro_batch: tuple[int, int, int],
+        padded_tokens: Sequence[int] | None,
         statistics: int,
         rates: tuple[float | None, float | None],
     ) -> None:
@@ -119,6 +120,7 @@ class Estimate:
         self._tokens = tokens
         self._rows, self._length, self._scored = micro_batch
         self._micro_batch = self._rows * self._length
+        self._padded_tokens = padded_tokens or [self._micro_batch] * math.ceil(tokens / self._micro_batch)
         self._activations = activation_bound(model) * self._micro_batch  # of one block
         # Masks and position tables that blocks are given, of one micro-batch.
         self._given = self._rows * self._length**2 + 4 * self._length * self.sizes.hidden
@@ -135,8 +137,8 @@ class Estimate:
         boundary = self._tokens * sizes.hidden * sizes.element
         if tier == "host" and not self.on_cpu:
             # Pinned memory comes in powers of two, a piece for each micro-batch.
-            piece = 1 << (self._micro_batch * sizes.hidden * sizes.element - 1).bit_length()
-            boundary = math.ceil(self._tokens / self._micro_batch) * piece
+            pieces = (tokens * sizes.hidden * sizes.element for tokens in self._padded_tokens)
+            boundary = sum(1 << (n_bytes - 1).bit_length() for n_bytes in pieces)
         # All lower boundaries, and the gradients above and below the segment at work.
         hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
         accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]

@@ -123,8 +123,9 @@ class Keeper:
     def add(self, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], criterion: str) -> dict[str, Kept]:
         """Form the scores of some matrices and keep the best.
 
-        Together they say how high a score has to be, so only a matrix that holds more of the highest than its share is
-        asked for more: one by one, the first of 7 B weights would have to list 7 million each.
+        Together they say how high a score has to be. As soon as there are as many as the whole model may keep, only a
+        matrix that holds more of the highest than its share is asked for more: one by one, the first matrices of 7 B
+        weights would each have to list 7 million.
 
         Args:
             matrices: Name, one of ``sizes`` and not added before, to the matrix in stored layout and to what the
@@ -145,7 +146,7 @@ class Keeper:
             lowest = {}
             for name, ask in asks.items():
                 found = self._top(name, *matrices[name], criterion, ask)
-                lowest[name] = float(found.values[-1])
+                lowest[name] = float(found.values[-1]) if len(found) else -math.inf
                 enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
                 self._kept[name] = found.prefix(enough)
             self._trim()

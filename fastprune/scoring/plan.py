@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -94,6 +95,7 @@ def plan(
     boundaries: str | None = None,
     statistics: int = 1,
     micro_batch: tuple[int, int, int] | None = None,
+    padded_tokens: Sequence[int] | None = None,
     processes: int = 1,
     flops_per_second: float | None = None,
     read_bytes_per_second: float | None = None,
@@ -114,6 +116,7 @@ def plan(
             choosing the first that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
         micro_batch: Rows, tokens of each and scored tokens of the largest micro-batch, if the data are known.
+        padded_tokens: Tokens of every micro-batch, if the data are known.
         processes: How many of them share the device's free memory, each with a pass like this one.
         flops_per_second: Rate of matrix products, for the time.
         read_bytes_per_second: Rate of the disk, for the time; without it reading counts as free.
@@ -144,6 +147,7 @@ def plan(
         tokens=n_examples * n_tokens,
         # Of unknown data: two sets alike, and every token scored.
         micro_batch=micro_batch or _micro_batch(math.ceil(n_examples / 2), n_tokens),
+        padded_tokens=padded_tokens,
         statistics=statistics,
         rates=(flops_per_second, read_bytes_per_second),
     )

@@ -221,6 +221,7 @@ def _plan(
         boundaries=boundaries,
         statistics=max(len(group.statistics) for group in sets),
         micro_batch=max(group.largest() for group in sets),
+        padded_tokens=[tokens for group in sets for tokens in group.padded_tokens()],
         processes=ranks.sharing(weights.device),
         **budgets,
     )
