@@ -78,7 +78,7 @@ def score(
             Or a CalibrationSet, or its ``loader()``.
         benign_loader: The same for benign use; without it ``Scores.select`` takes ``p=None`` only.
         harm: Criterion of the harm score, or several, all from this one pass: signed, signed_reverse, abs, abs_of_sum,
-            fisher, wanda, magnitude.
+            fisher, wanda, magnitude. A score's last bits may depend on which others are asked for beside it.
         benign: The same for the benign score.
         p_max: Largest fraction of weights, in (0, 1], that a later ``select(p=…)`` can ask for.
         q_max: The same for ``q``.
