@@ -58,7 +58,7 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
             apart.setdefault((match["layer"], int(match["expert"])), {}).setdefault(match["part"], []).append(name)
     tried = []
     for removed, added in _prefixes(next(iter(mask)), on_disk, apart):
-        renamed = {name: added + name.removeprefix(removed) if name.startswith(removed) else name for name in mask}
+        renamed = {name: added + name.removeprefix(removed) if name.startswith(removed) else "" for name in mask}
         tried.append({name: (there, _find(there, on_disk, apart)) for name, there in renamed.items()})
     fits = [places for places in tried if all(found for _, found in places.values())]
     if not fits:
