@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,22 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     """Each test draws the same numbers alone, in any order and under any selection."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A Llama, small enough to be written many times."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+@pytest.fixture
+def folder(model: torch.nn.Module, tmp_path: Path) -> Path:
+    """It in shards."""
+    model.save_pretrained(tmp_path / "model", max_shard_size="6KB")
+    return tmp_path / "model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,13 +16,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (3, 5), (17, 129), (130, 64), (0, 4), (4, 0)]  # (out, in)
 PRODUCT_OPS = ["accumulate_grad_sum", "accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
 PER_EXAMPLE_OPS = PRODUCT_OPS[1:]
-SEVERAL = [
-    ("grad_abs_sum", "grad_sum"),
-    ("grad_sq_sum", "grad_sum"),
-    ("grad_abs_sum", "grad_sq_sum"),
-    ("grad_sq_sum", "grad_abs_sum", "grad_sum"),
-    ("grad_sum",),
-]
 # An empty example, tokens 29 to 33 in no example, and examples that do not stand in the order of their tokens.
 STARTS, LENGTHS, N_TOKENS = torch.tensor([7, 0, 5, 34]), torch.tensor([22, 7, 0, 6]), 40
 
@@ -149,80 +142,6 @@ def test_a_processor_without_the_kernel_is_served_by_its_blas(op, monkeypatch):
         sums[backend] = torch.zeros(17, 129)
         getattr(ops, op)(sums[backend], *args, backend=backend)
         assert torch.equal(sums[backend], sums["torch"])
-
-
-@pytest.mark.parametrize("names", SEVERAL, ids="+".join)
-@pytest.mark.parametrize("shape", [(1, 1), (8, 48), (9, 50), (67, 131), (131, 67), (0, 4)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_sums_of_the_same_gradients(backend, shape, names):
-    """Absolute values and squares have the bits of a call of their own; small whole numbers show a wrong sum in any."""
-    generator = torch.Generator().manual_seed(0)
-    real = torch.cat([torch.arange(start, start + length) for start, length in zip(STARTS, LENGTHS, strict=True)])
-    for whole in (True, False):
-        if whole:
-            dy, x = (torch.randint(-8, 9, (N_TOKENS, n), generator=generator).float() for n in shape)
-        else:
-            dy, x = (torch.randn(N_TOKENS, n, generator=generator) for n in shape)
-        dy = torch.zeros_like(dy).index_copy(0, real, dy[real])  # as padding's
-        start = torch.randint(0, 99, shape, generator=generator).float()
-        accs = {name: start.clone() for name in names}
-        ops.accumulate_gradients(accs, dy, x, STARTS, LENGTHS, backend=backend)
-        for name, found in accs.items():
-            args = (dy, x) if name == "grad_sum" else (dy, x, STARTS, LENGTHS)
-            wanted, alone = exact(f"accumulate_{name}", start, args), start.clone()
-            getattr(ops, f"accumulate_{name}")(alone, *args, backend=backend)
-            assert torch.equal(found, alone) or (name == "grad_sum" and not whole)
-            assert torch.equal(found.double(), wanted) if whole else error(found, wanted) < 1e-6
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_sums_may_be_stored_input_major(backend):
-    dy, x, *spans = arguments("accumulate_grad_abs_sum", 6, 9, torch.float64)
-    names = ("grad_abs_sum", "grad_sq_sum")
-    wide, plain = ({name: torch.zeros(9, 14) for name in names} for _ in range(2))
-    ops.accumulate_gradients({name: wide[name][:, 3:9].T for name in names}, dy, x, *spans, backend=backend)
-    ops.accumulate_gradients({name: plain[name][:, 3:9].T for name in names[:1]}, dy, x, *spans, backend=backend)
-    ops.accumulate_gradients({name: plain[name][:, 3:9].T for name in names[1:]}, dy, x, *spans, backend=backend)
-    for name in names:
-        assert torch.equal(wide[name], plain[name]) and not wide[name][:, :3].any() and not wide[name][:, 9:].any()
-        assert error(wide[name][:, 3:9].T, exact(f"accumulate_{name}", torch.zeros(6, 9), (dy, x, *spans))) < 1e-6
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1)], ids=str)
-def test_strides_of_a_single_row_or_column_mean_nothing(backend, shape):
-    dy, x, *spans = arguments("accumulate_grad_abs_sum", *shape, torch.float32)
-    names, other = ("grad_abs_sum", "grad_sq_sum"), (9, 1) if shape == (1, 5) else (1, 9)
-    accs = dict(zip(names, (torch.zeros(shape), torch.zeros(50).as_strided(shape, other)), strict=True))
-    ops.accumulate_gradients(accs, dy, x, *spans, backend=backend)
-    for name in names:
-        assert error(accs[name], exact(f"accumulate_{name}", torch.zeros(shape), (dy, x, *spans))) < 1e-6
-
-
-@pytest.mark.parametrize("name", ops.checks.GRADIENT_SUMS)
-def test_spans_are_checked_whatever_is_summed(name):
-    acc = torch.zeros(3, 5)
-    with pytest.raises(ArgumentError, match="example 0 has start 0 and length 99"):
-        ops.accumulate_gradients({name: acc}, GOOD["dy"], GOOD["x"], torch.tensor([0]), torch.tensor([99]))
-
-
-@pytest.mark.parametrize(
-    "accs",
-    [
-        {},
-        {"act_sq_sum": torch.zeros(3, 5)},
-        {"grad_sum": torch.zeros(3, 5), "grad_sq_sum": torch.zeros(5, 3).T},
-        {"grad_sum": torch.zeros(3, 5), "grad_sq_sum": torch.zeros(3, 5, dtype=torch.float64)},
-        {"grad_abs_sum": torch.zeros(3, 4), "grad_sq_sum": torch.zeros(3, 5)},
-        {"grad_abs_sum": torch.zeros(3, 5), "grad_sq_sum": torch.zeros(3, 5, device="meta")},
-    ],
-    ids=["none", "unknown", "layouts", "dtypes", "shapes", "devices"],
-)
-def test_sums_that_do_not_go_together_are_refused(accs):
-    args = {name: value for name, value in GOOD.items() if name != "acc"}
-    with pytest.raises(ArgumentError, match="accs"):
-        ops.accumulate_gradients(accs, **args)
-    assert not any(acc.any() for acc in accs.values() if acc.device.type != "meta")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

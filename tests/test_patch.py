@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
 from fastprune.masking import locate, patch
@@ -19,19 +19,6 @@ from fastprune.masking.mask import PruneMask
 from fastprune.masking.patch import patch_checkpoint
 from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.model.fingerprint import fingerprint
-
-
-@pytest.fixture
-def model() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
 
 
 def mask_for(model: torch.nn.Module) -> PruneMask:

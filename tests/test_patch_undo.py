@@ -6,15 +6,13 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from test_patch import contents, mask_for
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.artifact import read_artifact
@@ -22,18 +20,6 @@ from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, Mas
 from fastprune.masking import edits, patch
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.undo_file import UNDO_NAME
-
-
-@pytest.fixture
-def model() -> LlamaForCausalLM:
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-
-
-@pytest.fixture
-def folder(model: LlamaForCausalLM, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "model", max_shard_size="6KB")
-    return tmp_path / "model"
 
 
 def shards(folder: Path) -> list[Path]:
@@ -272,113 +258,3 @@ def test_other_copies_of_the_weights_are_pointed_out(model, folder):
     (folder / "pytorch_model.bin").write_text("x")
     with pytest.warns(FastpruneWarning, match=r"not pruned: pytorch_model\.bin"):
         fastprune.patch_in_place(folder, mask_for(model))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_error_takes_the_patch_out_again(model, folder, monkeypatch, error, call):
-    before, genuine, calls = contents(folder), os.pwrite, []
-
-    def fail(*args):
-        calls.append(args)
-        if len(calls) == call:
-            raise error
-        return genuine(*args)
-
-    monkeypatch.setattr(edits.os, "pwrite", fail)
-    with pytest.raises(error):
-        fastprune.patch_in_place(folder, mask_for(model))
-    assert contents(folder) == before
-
-
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-import fastprune
-from fastprune.masking import edits
-from fastprune.masking.undo_file import UNDO_NAME
-
-edits._WINDOW_BYTES = 64
-root, action = Path(sys.argv[1]), sys.argv[2]
-mask = fastprune.PruneMask.load(root / "mask")
-original = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
-work, real, killed, mixed = root / "work", {"pwrite": os.pwrite, "fsync": os.fsync}, 0, 0
-while True:
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(root / "model", work)
-    if action == "undo":
-        fastprune.patch_in_place(work, mask)
-    if (child := os.fork()) == 0:
-        calls = 0
-        def count(name):
-            def call(*args):
-                global calls
-                calls += 1
-                if calls == killed + 1:
-                    if name == "pwrite":  # half of a window
-                        real[name](args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real[name](*args)
-            return call
-        os.pwrite, os.fsync = count("pwrite"), count("fsync")
-        fastprune.patch_in_place(work, mask) if action == "patch" else fastprune.undo_patch(work)
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-    killed += 1
-    now = {path.name: path.read_bytes() for path in work.iterdir() if not path.name.startswith(".")}
-    if UNDO_NAME in now:
-        mixed += any(now[name] != data for name, data in original.items())
-        fastprune.undo_patch(work)
-    now = {path.name: path.read_bytes() for path in work.iterdir() if not path.name.startswith(".")}
-    assert now == original, (action, killed)
-print(killed, mixed)
-"""
-
-
-@pytest.mark.parametrize("action", ["patch", "undo"])
-def test_kill_at_any_write_can_be_undone(model, folder, action):
-    """The process dies by SIGKILL at each write and each flush in turn, in the middle of the write."""
-    mask_for(model).save(folder.parent / "mask")
-    command = [sys.executable, "-c", KILLED, str(folder.parent), action]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    killed, mixed = map(int, done.stdout.split())
-    assert killed > 20 and mixed > 10
-
-
-MEMORY = """
-import sys
-from pathlib import Path
-import torch, fastprune
-from fastprune.masking import patch_checkpoint, patch_in_place, undo_patch
-
-def peak():  # of this program; ru_maxrss would begin at that of the one that started it
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
-
-mask = fastprune.PruneMask.load(sys.argv[1] + "/mask")
-before = peak()
-patch_checkpoint(sys.argv[1] + "/model", mask, sys.argv[1] + "/copy")
-patch_in_place(sys.argv[1] + "/model", mask)
-undo_patch(sys.argv[1] + "/copy")
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_a_window_and_not_a_shard(tmp_path):
-    """Two shards of 100 MB; a loaded or mapped one would show. The limit has to hold for shards of any size."""
-    (tmp_path / "model").mkdir()
-    shapes, where = {f"layer.{index}.weight": (2500, 2500) for index in range(8)}, {}
-    for shard in range(2):
-        names = list(shapes)[4 * shard : 4 * shard + 4]
-        save_file({name: torch.randn(2500, 2500) for name in names}, tmp_path / "model" / f"model-{shard}.safetensors")
-        where |= dict.fromkeys(names, f"model-{shard}.safetensors")
-    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    mask = PruneMask({name: torch.randperm(6_250_000)[:300].sort().values for name in shapes}, shapes)
-    mask.save(tmp_path / "mask")
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 33, f"{done.stdout} MiB"  # a sixth of the checkpoint, as 100 MiB are of 600
