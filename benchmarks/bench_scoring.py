@@ -1,15 +1,22 @@
 """Whole scoring against one naive pass and against the replay of the published code, in one run.
 
-    python benchmarks/bench_scoring.py [--device cpu|cuda] [--rounds N] [--threads N] [--out FILE] [--dry-run]
+    python benchmarks/bench_scoring.py [--device cpu|cuda] [--large] [--rounds N] [--threads N] [--out FILE] [--dry-run]
 
-On the CPU the model is a random Llama of 16 blocks (hidden 384, intermediate 1024) in float32 with 16 + 16 examples of
-40 to 120 tokens; the pruned sets of the three are compared before anything is timed, and the three alternate. On a GPU
-it is a random Llama of the shape of Llama-3.1-8B in bfloat16 with 412 + 412 examples of 250 tokens, and one method
-follows the other, each after a warm-up. There the baselines take a few examples, the replay a few blocks, and what a
-line says was scaled: the time of the examples by ``scaled_by``; what does not grow with them (sums allocated, the best
-weights selected) by the blocks only, ``fixed_seconds`` in all. One JSON line a measurement goes to standard output and,
-after every round anew, with ``--out`` to a file. Interpreter overheads, the start-up self-check and the selection of
-the kept scores are inside fastprune's time; ``shares_of_time`` says where it goes (scoring_split.py).
+On the CPU the model is a random Llama of 16 blocks (hidden 384, intermediate 1024; ``--large``: 1024 and 2816) in
+float32 with 16 + 16 (32 + 32) examples of 40 to 120 tokens; fastprune's scores are compared with the naive pass's
+before anything is timed, and the methods alternate. On a GPU it is a random Llama of the shape of Llama-3.1-8B in
+bfloat16 with 412 + 412 examples of 250 tokens, and one method follows the other, each after a warm-up.
+
+A fourth method, ``gemm``, is plain products with the FLOPs that no exact method can do without. Its time is what the
+shares of the GEMM rate are of: a rate held for as long as a pass takes, between the passes, not the best product of
+many, which a shared or a hot machine gives for milliseconds only. Ratios and shares are medians over the rounds of a
+round's own.
+
+Some methods take a few examples, blocks or products, and what a line says was scaled: the time of the examples by
+``scaled_by``; what does not grow with them (sums allocated, the best weights selected) by the blocks only,
+``fixed_seconds`` in all. One JSON line a measurement goes to standard output and, after every round anew, with
+``--out`` to a file. Interpreter overheads, the start-up self-check and the selection of the kept scores are inside
+fastprune's time; ``shares_of_time`` says where it goes (scoring_split.py).
 """
 
 from __future__ import annotations
@@ -98,6 +105,7 @@ class Workload:
 
 WORKLOADS = {
     "cpu": Workload((384, 1024, 16, 6, 6, 2048), torch.float32, 16, (40, 120), 16, 16, 16, 16),
+    "cpu, large": Workload((1024, 2816, 16, 16, 16, 2048), torch.float32, 32, (40, 120), 32, 8, 4, 32),
     "cuda": Workload((4096, 14_336, 32, 32, 8, 128_256), torch.bfloat16, 412, (250, 250), 16, 4, 2, 32, 16),
     "dry": Workload((32, 48, 2, 4, 2, 97), torch.float32, 3, (5, 9), 3, 2, 1, 3, 1),
 }
@@ -105,7 +113,7 @@ WORKLOADS = {
 
 @dataclass
 class Method:
-    """One of the three, and its measurements.
+    """One of the methods, and its measurements.
 
     Attributes:
         run: Called with a number of examples of each set and with the stopwatch that is to run over all of them.
@@ -166,7 +174,7 @@ class Method:
 def methods_of(
     workload: Workload, model: torch.nn.Module, harm: list[Example], benign: list[Example]
 ) -> dict[str, Method]:
-    """The three, fastprune first: a run that is cut off has at least that."""
+    """Fastprune first: a run that is cut off has at least that."""
 
     def fast(n: int, _: Stopwatch) -> object:
         return fastprune.score(model, CalibrationSet(harm[:n]), CalibrationSet(benign[:n]), progress=False)
@@ -177,29 +185,44 @@ def methods_of(
     def replay(n: int, watch: Stopwatch) -> object:
         return baselines.replay(model, harm[:n], benign[:n], workload.replay_blocks, watch)
 
+    products, n_products, times_products = plain_products(
+        model.device.type, workload.dtype, workload.floor_flops(model, harm + benign)
+    )
     examples, times_blocks = workload.examples, workload.shape[2] / workload.replay_blocks
     n_naive, n_replay, warm_up = workload.naive_examples, workload.replay_examples, min(1, workload.warm_up)
     return {
         "fastprune": Method(fast, examples, workload.warm_up),
+        "gemm": Method(products, n_products, warm_up, times_products),
         "naive": Method(naive, n_naive, warm_up, examples / n_naive),
         "replay": Method(replay, n_replay, warm_up, examples / n_replay, times_blocks),
     }
 
 
-def gemm_rate(device: str, dtype: torch.dtype, rounds: int = 20) -> float:
-    """FLOP/s of a plain ``torch.mm``, the best of ``rounds``."""
+def plain_products(
+    device: str, dtype: torch.dtype, flops: float
+) -> tuple[Callable[[int, Stopwatch], object], int, float]:
+    """Products of a size that the device is at its best with.
+
+    Returns:
+        What forms a number of them, how many are timed, and by what their time is multiplied to be that of ``flops``.
+    """
     size, inner = (8192, 8192) if device == "cuda" else (2048, 512)
     a, b = torch.randn(size, inner, device=device, dtype=dtype), torch.randn(inner, size, device=device, dtype=dtype)
-    out, best = torch.empty(size, size, device=device, dtype=dtype), float("inf")
-    for _ in range(rounds):
-        with Stopwatch(device) as watch:
-            torch.mm(a, b, out=out)
-        best = min(best, watch.seconds)
-    return 2.0 * size * size * inner / best
+    out = torch.empty(size, size, device=device, dtype=dtype)
+
+    def run(count: int, watch: Stopwatch) -> None:
+        with watch:
+            for _ in range(count):
+                torch.mm(a, b, out=out)
+
+    needed = flops / (2.0 * size * size * inner)
+    timed = max(1, round(needed / 10 if device == "cuda" else needed))  # a second shows the rate that a GPU holds
+    return run, timed, needed / timed
 
 
 def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) -> None:
-    """The three methods keep the same best weights, up to near-ties; otherwise no time is worth reporting."""
+    """Fastprune and the naive pass keep the same best weights, up to near-ties; else no time is worth reporting."""
+    harm, benign = harm[:8], benign[:8]
     scores = fastprune.score(model, CalibrationSet(harm), CalibrationSet(benign), progress=False)
     truth = baselines.naive(model, harm, benign)
     for role, kept in zip((scores.harm, scores.benign), truth, strict=True):
@@ -215,9 +238,10 @@ def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) ->
 
 
 def main() -> None:
-    """Check, then time the three methods in turn and print one JSON line for each."""
+    """Check, then time the methods in turn and print one JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--large", action="store_true", help="on the CPU the larger model, some five minutes a round")
     parser.add_argument("--rounds", type=int, help="3 on the CPU and 2 on a GPU, if not given")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
@@ -225,7 +249,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device, rounds = options.device, 1 if options.dry_run else options.rounds or {"cpu": 3, "cuda": 2}[options.device]
-    workload = WORKLOADS["dry" if options.dry_run else device]
+    workload = WORKLOADS["dry" if options.dry_run else "cpu, large" if options.large and device == "cpu" else device]
     model, harm, benign = workload.model(device), workload.build_examples(1), workload.build_examples(2)
     if device == "cpu":
         check(model, harm, benign)
@@ -240,8 +264,7 @@ def main() -> None:
         "device": name_of_device if device == "cuda" else f"{name_of_device}, {options.threads} threads",
         "torch": torch.__version__,
     }
-    rate = 0.0
-    # A change of the CPU's pace has to meet all three; a GPU keeps its pace, and its memory is handed on once.
+    # A change of the CPU's pace has to meet all of them; a GPU keeps its pace, and its memory is handed on once.
     turns = [*methods] * rounds if device == "cpu" else [name for name in methods for _ in range(rounds)]
     with Report(options.out) as report:
         for name in turns:
@@ -249,32 +272,31 @@ def main() -> None:
             if method.warm_up and not method.seconds:
                 torch.cuda.empty_cache()
                 method.run(method.warm_up, Stopwatch(device))
-            rate = max(rate, gemm_rate(device, workload.dtype))
             method.measure(device)
             if name == "fastprune" and len(method.seconds) == rounds:
                 method.split = split(device, partial(method.run, workload.profiled, Stopwatch(device)))
-            report.write(lines_of(methods, about, flops, rate))
+            report.write(lines_of(methods, about, flops))
 
 
-def lines_of(
-    methods: dict[str, Method], about: dict[str, object], flops: float, rate: float
-) -> list[dict[str, object]]:
+def ratio(numerator: Method, denominator: Method) -> float:
+    """Of two methods' times: the median over the rounds, since both meet the machine's pace of that round."""
+    pairs = zip(numerator.seconds, denominator.seconds, strict=False)  # the last round may not be over
+    return statistics.median(above / below for above, below in pairs)
+
+
+def lines_of(methods: dict[str, Method], about: dict[str, object], flops: float) -> list[dict[str, object]]:
     """One line for each method that was measured."""
     measured = {name: method for name, method in methods.items() if method.seconds}
-    medians = {name: statistics.median(method.seconds) for name, method in measured.items()}
-    return [
-        {
-            "benchmark": "scoring",
-            "method": name,
-            **about,
-            **method.times(),
-            "fastprune_is_faster_by": round(medians[name] / medians["fastprune"], 2),
-            "floor_tflop": round(flops / 1e12, 3),
-            "gemm_gflops": round(rate / 1e9, 1),
-            "share_of_gemm_rate": round(flops / medians[name] / rate, 3),
-        }
-        for name, method in measured.items()
-    ]
+    lines = []
+    for name, method in measured.items():
+        line = {"benchmark": "scoring", "method": name, **about, **method.times()}
+        line["fastprune_is_faster_by"] = round(ratio(method, measured["fastprune"]), 2)
+        line["floor_tflop"] = round(flops / 1e12, 3)
+        if "gemm" in measured:
+            line["gemm_gflops"] = round(flops / statistics.median(measured["gemm"].seconds) / 1e9, 1)
+            line["share_of_gemm_rate"] = round(ratio(measured["gemm"], method), 3)
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

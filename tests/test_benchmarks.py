@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
@@ -84,6 +85,28 @@ def test_only_the_time_of_the_examples_is_scaled_by_their_number(monkeypatch: py
     method.measure("cpu")
     times = method.times()
     assert (times["fixed_seconds"], times["seconds_median"], times["scaled_by"]) == (3.0, 43.0, 20.0)
+
+
+def test_shares_of_the_gemm_rate_are_of_products_timed_like_a_method() -> None:
+    from bench_scoring import Method, lines_of, plain_products
+    from measure import Stopwatch
+
+    product = 2.0 * 2048 * 2048 * 512
+    run, count, times = plain_products("cpu", torch.float32, 2.5 * product)
+    assert count == 2 and times == 1.25
+    method = Method(run, count, warm_up=0, times_examples=times)
+    method.measure("cpu")
+    run(count, watch := Stopwatch("cpu"))
+    assert watch.seconds > 0 and len(method.seconds) == 1
+
+    methods = {name: Method(run, count, warm_up=0) for name in ("fastprune", "gemm", "naive")}
+    methods["fastprune"].seconds = [4.0, 50.0, 10.0]
+    assert "share_of_gemm_rate" not in lines_of(methods, {}, 1e9)[0]  # a run that was stopped before the products
+    methods["gemm"].seconds, methods["naive"].seconds = [2.0, 20.0, 8.0], [6.0, 100.0]
+    fast, gemm, naive = lines_of(methods, {}, 1e9)
+    # Round by round: the second was slow for all of them, and the third is not over.
+    assert [line["share_of_gemm_rate"] for line in (fast, gemm, naive)] == [0.5, 1.0, round((2 / 6 + 20 / 100) / 2, 3)]
+    assert (gemm["fastprune_is_faster_by"], naive["fastprune_is_faster_by"], fast["gemm_gflops"]) == (0.5, 1.75, 0.1)
 
 
 @pytest.mark.parametrize(("n_replays", "blocks"), [(None, [0, 1, 2, 3]), (2, [1, 3]), (1, [2])])
