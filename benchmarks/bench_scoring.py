@@ -172,9 +172,9 @@ class Method:
 
 
 def methods_of(
-    workload: Workload, model: torch.nn.Module, harm: list[Example], benign: list[Example]
+    workload: Workload, model: torch.nn.Module, harm: list[Example], benign: list[Example], flops: float
 ) -> dict[str, Method]:
-    """Fastprune first: a run that is cut off has at least that."""
+    """Fastprune first: a run that is cut off has at least that. ``flops``: of the plain products."""
 
     def fast(n: int, _: Stopwatch) -> object:
         return fastprune.score(model, CalibrationSet(harm[:n]), CalibrationSet(benign[:n]), progress=False)
@@ -185,9 +185,7 @@ def methods_of(
     def replay(n: int, watch: Stopwatch) -> object:
         return baselines.replay(model, harm[:n], benign[:n], workload.replay_blocks, watch)
 
-    products, n_products, times_products = plain_products(
-        model.device.type, workload.dtype, workload.floor_flops(model, harm + benign)
-    )
+    products, n_products, times_products = plain_products(model.device.type, workload.dtype, flops)
     examples, times_blocks = workload.examples, workload.shape[2] / workload.replay_blocks
     n_naive, n_replay, warm_up = workload.naive_examples, workload.replay_examples, min(1, workload.warm_up)
     return {
@@ -222,7 +220,6 @@ def plain_products(
 
 def check(model: torch.nn.Module, harm: list[Example], benign: list[Example]) -> None:
     """Fastprune and the naive pass keep the same best weights, up to near-ties; else no time is worth reporting."""
-    harm, benign = harm[:8], benign[:8]
     scores = fastprune.score(model, CalibrationSet(harm), CalibrationSet(benign), progress=False)
     truth = baselines.naive(model, harm, benign)
     for role, kept in zip((scores.harm, scores.benign), truth, strict=True):
@@ -253,9 +250,9 @@ def main() -> None:
     model, harm, benign = workload.model(device), workload.build_examples(1), workload.build_examples(2)
     if device == "cpu":
         check(model, harm, benign)
-    methods = methods_of(workload, model, harm, benign)
-    name_of_device = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     flops = workload.floor_flops(model, harm + benign)
+    methods = methods_of(workload, model, harm, benign, flops)
+    name_of_device = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     about = {
         "shape": f"llama {workload.shape[2]} blocks, hidden {workload.shape[0]}, intermediate {workload.shape[1]}",
         "examples": 2 * workload.examples,
