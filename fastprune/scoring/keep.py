@@ -82,10 +82,14 @@ def _local_counts(sizes: Sequence[int], fraction: float, n_lists: int) -> list[i
     return raised if n_lists * ENTRY_BYTES * sum(raised) < SMALL_BYTES else local
 
 
-def kept_bytes(sizes: Sequence[int], fraction: float = 1e-3, n_lists: int = 2) -> int:
-    """Memory of the lists of so many keepers over matrices of these sizes, global candidates included."""
-    own = sum(_local_counts(sizes, fraction, n_lists))
-    return n_lists * ENTRY_BYTES * (own + math.ceil(fraction * sum(sizes)))
+def kept_bytes(sizes: Sequence[int], first: int = 0, fraction: float = 1e-3, n_lists: int = 2) -> int:
+    """Memory of the lists of so many keepers over matrices of these sizes, global candidates included.
+
+    With ``first``, of the matrices from that one on: a pass goes backward, so these are the ones it has kept by then.
+    """
+    own = sum(_local_counts(sizes, fraction, n_lists)[first:])
+    of_all = min(math.ceil(fraction * sum(sizes)), sum(sizes[first:]))
+    return n_lists * ENTRY_BYTES * (own + of_all)
 
 
 class Keeper:
