@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from measure import Instant, flush_cache, write_lines
 
-from fastprune import cuda, reference
+from fastprune import cuda, ops, reference
 
 BLOCK = {  # out x in of Llama-3.1-8B
     "q_proj": (4096, 4096),
@@ -133,15 +133,17 @@ def bench_selection(bench: Bench, device: str, dtype: torch.dtype, block: dict[s
     ks = [int(FRACTION * weight.numel()) + 1 for weight in weights]
     sizes = [weight.numel() * (weight.element_size() + 4) for weight in weights]
     matrices = list(zip(weights, stats, ks, strict=True))
+    named, k_of = dict(zip(block, zip(weights, stats, strict=True), strict=True)), dict(zip(block, ks, strict=True))
+    backend = "torch" if bench.dry_run else "cuda"
 
     def exact() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [reference.top_scores(weight, stat, CRITERION, k) for weight, stat, k in matrices]
 
     def together() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return exact() if bench.dry_run else cuda.top_scores_of_each(weights, stats, CRITERION, ks)
+        return list(dict(ops.top_scores_of_each(named, CRITERION, k_of, backend=backend)).values())
 
     def one(weight: torch.Tensor, stat: torch.Tensor, k: int) -> torch.Tensor:
-        return (reference if bench.dry_run else cuda).top_scores(weight, stat, CRITERION, k)[1]
+        return ops.top_scores(weight, stat, CRITERION, k, backend=backend)[1]
 
     if not all(map(torch.equal, flat(together()), flat(exact()))):
         raise SystemExit("top_scores_of_each gives another result than the reference; refusing to time")

@@ -1,9 +1,12 @@
 // The boundary to Python: addresses, sizes and strides come in as integers, checked by fastprune/ops.py. No header of
 // torch is included, so the same build serves every torch; the interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "act_sq.h"
 #include "per_example.h"
@@ -50,13 +53,21 @@ void add_column_squares(Dtype acc_dtype, Address acc, Dtype x_dtype, Address x, 
   add(at<float>(acc), at<const float>(x));
 }
 
-int64_t top_scores(Dtype weight_dtype, Address weight, int64_t n, int64_t columns, Dtype statistic_dtype,
-                   Address statistic, int64_t statistic_row_stride, int64_t statistic_column_stride,
-                   Formula formula, int64_t k, int threads, Address indices, Address values) {
-  const fastprune::ScoreSource source{at<const void>(weight),    weight_dtype, at<const void>(statistic),
-                                      statistic_dtype,           columns,      statistic_row_stride,
-                                      statistic_column_stride,   formula};
-  return fastprune::top_scores(source, n, k, threads, at<int64_t>(indices), at<float>(values));
+// weight, its dtype, size, columns, statistic, its dtype, its row stride, its column stride, formula, k, indices, values
+using SelectionTuple = std::tuple<Address, Dtype, int64_t, int64_t, Address, Dtype, int64_t, int64_t, Formula, int64_t,
+                                  Address, Address>;
+
+std::vector<int64_t> top_scores(const std::vector<SelectionTuple>& tuples, int threads) {
+  std::vector<fastprune::Selection> selections;
+  for (const SelectionTuple& tuple : tuples) {
+    const auto& [weight, weight_dtype, n, columns, statistic, statistic_dtype, row_stride, column_stride, formula, k,
+                 indices, values] = tuple;
+    const fastprune::ScoreSource source{at<const void>(weight), weight_dtype, at<const void>(statistic),
+                                        statistic_dtype,        columns,      row_stride,
+                                        column_stride,          formula};
+    selections.push_back({source, n, k, at<int64_t>(indices), at<float>(values)});
+  }
+  return fastprune::top_scores(selections, threads);
 }
 
 template <class Call>

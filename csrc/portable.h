@@ -54,4 +54,29 @@ void parallel_ranges(int64_t n, int threads, Body body) {
   body(0, int64_t{0}, n);
 }
 
+// Calls body(item) for each item of [0, n), on at most `threads` threads, each of which takes another one when it is done.
+// An exception in a body is thrown again on the calling thread.
+template <class Body>
+void parallel_items(int64_t n, int threads, Body body) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1) {
+    std::exception_ptr failure;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t item = 0; item < n; ++item) {
+      try {
+        body(item);
+      } catch (...) {
+#pragma omp critical(fastprune_failure)
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  for (int64_t item = 0; item < n; ++item) body(item);
+}
+
 }  // namespace fastprune

@@ -82,12 +82,12 @@ FASTPRUNE_CLONES void mark_blocks(const float* scores, int blocks, float thresho
 }
 
 template <class Index>
-class Selection {
+class Selector {
   using Entry = fastprune::Entry<Index>;
   using Entries = std::vector<Entry>;
 
  public:
-  Selection(const ScoreSource& source, int64_t n, int64_t k, int threads)
+  Selector(const ScoreSource& source, int64_t n, int64_t k, int threads)
       : source_(source),
         n_(n),
         k_(k),
@@ -305,11 +305,32 @@ class Selection {
   int64_t first_nan_ = -1;
 };
 
+// A matrix of so many weights keeps all threads busy; smaller ones, of which sorting takes a larger part, go side by side.
+constexpr int64_t kAlone = int64_t{1} << 21;
+
+int64_t select(const Selection& selection, int threads) {
+  const auto& [source, n, k, indices, values] = selection;
+  if (n <= std::numeric_limits<uint32_t>::max()) return Selector<uint32_t>(source, n, k, threads).run(indices, values);
+  return Selector<int64_t>(source, n, k, threads).run(indices, values);
+}
+
 }  // namespace
 
-int64_t top_scores(const ScoreSource& source, int64_t n, int64_t k, int threads, int64_t* indices, float* values) {
-  if (n <= std::numeric_limits<uint32_t>::max()) return Selection<uint32_t>(source, n, k, threads).run(indices, values);
-  return Selection<int64_t>(source, n, k, threads).run(indices, values);
+std::vector<int64_t> top_scores(const std::vector<Selection>& selections, int threads) {
+  std::vector<int64_t> first_nan(selections.size());
+  std::vector<size_t> small;
+  for (size_t i = 0; i < selections.size(); ++i) {
+    if (selections[i].n < kAlone) small.push_back(i);
+  }
+  const bool side_by_side = small.size() > 1;
+  for (size_t i = 0; i < selections.size(); ++i) {
+    if (selections[i].n >= kAlone || !side_by_side) first_nan[i] = select(selections[i], threads);
+  }
+  if (side_by_side) {
+    parallel_items(static_cast<int64_t>(small.size()), threads,
+                   [&](int64_t i) { first_nan[small[i]] = select(selections[small[i]], 1); });
+  }
+  return first_nan;
 }
 
 }  // namespace fastprune

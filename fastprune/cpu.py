@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastprune import reference
+from fastprune.sources import Source, dtype_name
 
 
 @functools.cache
@@ -73,50 +74,31 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
         acc.copy_(sums)
 
 
-def top_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`fastprune.reference.top_scores`, to the same bits, without forming all scores in memory."""
+def top_scores_of_each(
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
+) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
+    """:func:`fastprune.reference.top_scores_of_each`, to the same bits, without forming all scores in memory."""
     from fastprune import _cpp
 
-    formula = {
-        "signed": _cpp.Formula.negated_product,
-        "signed_reverse": _cpp.Formula.product,
-        "abs": _cpp.Formula.abs_weight_times,
-        "abs_of_sum": _cpp.Formula.abs_product,
-        "fisher": _cpp.Formula.square_times,
-        "wanda": _cpp.Formula.abs_weight_times,
-        "magnitude": _cpp.Formula.abs_weight,
-    }[criterion]
-    if criterion == "wanda":
-        statistic = statistic.to(torch.promote_types(weight.dtype, statistic.dtype)).sqrt()
-    flat = weight.detach().contiguous()
-    columns = flat.shape[-1] if flat.dim() else 1
-    if statistic is None:
-        statistic, strides = flat.new_empty(0, dtype=torch.float32), (0, 0)
-    else:
-        statistic = statistic.detach().expand(flat.shape)
-        if flat.dim() != 2:
-            statistic = statistic.contiguous()
-        strides = statistic.stride() if flat.dim() == 2 else (columns, 1)
-    k = min(k, flat.numel())
-    indices = torch.empty(k, dtype=torch.int64)
-    values = torch.empty(k, dtype=torch.float32)
-    nan = _cpp.top_scores(
-        _cpp_dtype(flat),
-        flat.data_ptr(),
-        flat.numel(),
-        columns,
-        _cpp_dtype(statistic),
-        statistic.data_ptr(),
-        *strides,
-        formula,
-        k,
-        torch.get_num_threads(),
-        indices.data_ptr(),
-        values.data_ptr(),
-    )
-    if nan >= 0:
-        raise reference.nan_score(nan, weight, criterion)
-    return indices, values
+    sources = {name: Source.of(*pair, criterion) for name, pair in matrices.items()}
+    found = {}
+    for name, source in sources.items():
+        k = min(ks[name], source.weight.numel())
+        found[name] = torch.empty(k, dtype=torch.int64), torch.empty(k, dtype=torch.float32)
+    selections = [
+        (
+            *(source.weight.data_ptr(), _cpp_dtype(source.weight), source.weight.numel(), source.columns),
+            *(source.statistic.data_ptr(), _cpp_dtype(source.statistic), *source.strides),
+            getattr(_cpp.Formula, source.formula),
+            *(found[name][0].numel(), found[name][0].data_ptr(), found[name][1].data_ptr()),
+        )
+        for name, source in sources.items()
+    ]
+    first_nan = _cpp.top_scores(selections, torch.get_num_threads())
+    for (name, (weight, _)), index in zip(matrices.items(), first_nan, strict=True):
+        if index >= 0:
+            raise reference.nan_score(index, weight, criterion, name)
+    return found.items()
 
 
 def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
@@ -142,4 +124,4 @@ def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
 def _cpp_dtype(tensor: Tensor) -> object:
     from fastprune import _cpp
 
-    return getattr(_cpp.Dtype, str(tensor.dtype).removeprefix("torch."))
+    return getattr(_cpp.Dtype, dtype_name(tensor))

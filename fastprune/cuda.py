@@ -8,7 +8,7 @@ sparse writes do not. This module knows no model and no file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -16,54 +16,40 @@ import torch
 from torch import Tensor
 
 from fastprune import reference
-from fastprune.errors import ArgumentError, BackendError, ScoringError
+from fastprune.errors import ArgumentError, BackendError
+from fastprune.sources import Source, dtype_name
 
-_FORMULAS = {
-    "signed": "negated_product",
-    "signed_reverse": "product",
-    "abs": "abs_weight_times",
-    "abs_of_sum": "abs_product",
-    "fisher": "square_times",
-    "wanda": "abs_weight_times",  # with the root of the statistic
-    "magnitude": "abs_weight",
-}
-
-
-def top_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`fastprune.reference.top_scores`, to the same bits."""
-    return top_scores_of_each([weight], [statistic], criterion, [k])[0]
+# Entries of one launch: a launch needs some 140 bytes of workspace for each, and by then there is enough work in it.
+_ENTRIES = 1 << 20
 
 
 def top_scores_of_each(
-    weights: Sequence[Tensor], statistics: Sequence[Tensor | None], criterion: str, ks: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """:func:`top_scores` of each of several matrices in one launch.
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """:func:`fastprune.reference.top_scores_of_each`, to the same bits, of as many as fit in one launch.
 
     Args:
-        weights: Matrices on one device; dtypes may differ.
-        statistics: One for each, as for :func:`fastprune.reference.top_scores`.
+        matrices: On one device; dtypes may differ.
         criterion: One for all.
         ks: How many of each; all if it has fewer.
 
-    Returns:
-        Indices and values of each.
-
     Raises:
-        ScoringError: A score is not a number; the message names the matrix by its place and the first flat index.
+        ScoringError: A score is not a number; the message names the matrix and the first flat index.
     """
-    ks = [min(k, weight.numel()) for weight, k in zip(weights, ks, strict=True)]
-    _, indices, values = _select(weights, statistics, criterion, [1] * len(ks), ks, with_sources=False)
-    return list(zip(indices.split(ks), values.split(ks), strict=True))
+    lengths = {name: min(ks[name], weight.numel()) for name, (weight, _) in matrices.items()}
+    for names in _launches(lengths):
+        some, each = {name: matrices[name] for name in names}, [lengths[name] for name in names]
+        _, indices, values = _select(some, criterion, [1] * len(names), each, with_sources=False)
+        yield from zip(names, zip(indices.split(each), values.split(each), strict=True), strict=True)
 
 
 def top_scores_of_all(
-    weights: Sequence[Tensor], statistics: Sequence[Tensor | None], criterion: str, k: int
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best scores of all matrices together, ties by the place of the matrix and then by index.
 
     Args:
-        weights: As for :func:`top_scores_of_each`, at least one.
-        statistics: As for :func:`top_scores_of_each`.
+        matrices: As for :func:`top_scores_of_each`, at least one.
         criterion: One for all.
         k: How many of all; all if there are fewer.
 
@@ -73,8 +59,20 @@ def top_scores_of_all(
     Raises:
         ScoringError: As :func:`top_scores_of_each`.
     """
-    k = min(k, sum(weight.numel() for weight in weights))
-    return _select(weights, statistics, criterion, [len(weights)], [k], with_sources=True)
+    k = min(k, sum(weight.numel() for weight, _ in matrices.values()))
+    return _select(matrices, criterion, [len(matrices)], [k], with_sources=True)
+
+
+def _launches(ks: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in runs of at most ``_ENTRIES`` entries, or of one matrix."""
+    names: list[str] = []
+    for name, k in ks.items():
+        if names and sum(ks[other] for other in names) + k > _ENTRIES:
+            yield names
+            names = []
+        names.append(name)
+    if names:
+        yield names
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -119,60 +117,51 @@ def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], 
 
 
 def _select(
-    weights: Sequence[Tensor],
-    statistics: Sequence[Tensor | None],
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]],
     criterion: str,
     group_sizes: list[int],
     ks: list[int],
     *,
     with_sources: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not weights:
-        raise ArgumentError("weights: expected at least one matrix, got none")
-    largest = max(weight.numel() for weight in weights)
+    if not matrices:
+        raise ArgumentError("matrices: expected at least one, got none")
+    largest = max(weight.numel() for weight, _ in matrices.values())
     if largest >= 1 << 32:
         raise BackendError(f"backend 'cuda' selects from matrices of fewer than 2^32 weights, got one of {largest}")
-    flats = [weight.detach().contiguous() for weight in weights]
-    spread = [_spread(*pair, criterion) for pair in zip(flats, statistics, strict=True)]
-    sources = []
-    for flat, (statistic, *strides) in zip(flats, spread, strict=True):
-        weight_part = (flat.data_ptr(), _name(flat), flat.numel(), flat.shape[-1] if flat.dim() else 1)
-        sources.append((*weight_part, statistic.data_ptr(), _name(statistic), *strides, _FORMULAS[criterion]))
-    values = flats[0].new_empty(sum(ks), dtype=torch.float32)
-    indices = flats[0].new_empty(sum(ks), dtype=torch.int64)
+    read = [Source.of(*pair, criterion) for pair in matrices.values()]
+    sources = [
+        (
+            *(source.weight.data_ptr(), dtype_name(source.weight), source.weight.numel(), source.columns),
+            *(source.statistic.data_ptr(), dtype_name(source.statistic), *source.strides),
+            source.formula,
+        )
+        for source in read
+    ]
+    some = read[0].weight
+    values = some.new_empty(sum(ks), dtype=torch.float32)
+    indices = some.new_empty(sum(ks), dtype=torch.int64)
     places = torch.empty_like(indices) if with_sources else None
-    with _device_of([*flats, *(statistic for statistic, _, _ in spread)]) as (extension, device, stream):
-        sizes = [flat.numel() for flat in flats]
-        workspace = _bytes(extension.top_scores_workspace(sizes, group_sizes, ks, device), flats[0])
+    tensors = [tensor for source in read for tensor in (source.weight, source.statistic)]
+    with _device_of(tensors) as (extension, device, stream):
+        sizes = [source.weight.numel() for source in read]
+        workspace = _bytes(extension.top_scores_workspace(sizes, group_sizes, ks, device), some)
         nan = extension.top_scores(
             *(sources, group_sizes, ks, workspace.data_ptr(), workspace.numel()),
             *(0 if places is None else places.data_ptr(), indices.data_ptr(), values.data_ptr(), device, stream),
         )
     if nan is not None:
         place, index = nan
-        error = reference.nan_score(index, weights[place], criterion)
-        raise error if len(weights) == 1 else ScoringError(f"matrix {place} of {len(weights)}: {error}")
+        name = list(matrices)[place]
+        raise reference.nan_score(index, matrices[name][0], criterion, name)
     return places, indices, values
-
-
-def _spread(weight: Tensor, statistic: Tensor | None, criterion: str) -> tuple[Tensor, int, int]:
-    """The statistic as the kernels read it, with its row and column stride, 0 where it is broadcast."""
-    if statistic is None:
-        return weight.new_empty(0, dtype=torch.float32), 0, 0
-    statistic = statistic.detach()
-    if criterion == "wanda":
-        statistic = statistic.to(torch.promote_types(weight.dtype, statistic.dtype)).sqrt()
-    statistic = statistic.expand(weight.shape)
-    if weight.dim() == 2:
-        return statistic, *statistic.stride()
-    return statistic.contiguous(), weight.shape[-1] if weight.dim() else 1, 1
 
 
 def _write(elements: Sequence[Tensor], offsets: list[Tensor], old: list[Tensor], scale: float | None) -> None:
     if not elements:
         return
     weights = [
-        (weight.data_ptr(), where.data_ptr(), kept.data_ptr(), where.numel(), _name(weight))
+        (weight.data_ptr(), where.data_ptr(), kept.data_ptr(), where.numel(), dtype_name(weight))
         for weight, where, kept in zip(elements, offsets, old, strict=True)
     ]
     with _device_of([*elements, *offsets, *old]) as (extension, device, stream):
@@ -200,7 +189,3 @@ def _device_of(tensors: Sequence[Tensor]) -> Iterator[tuple[ModuleType, int, int
 
 def _bytes(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=like.device)
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

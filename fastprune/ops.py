@@ -14,14 +14,15 @@ neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from fastprune import backends, checks, cpu, products, reference
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, FastpruneError
 
 CRITERIA = reference.CRITERIA
 BACKENDS = backends.BACKENDS
@@ -173,16 +174,51 @@ def top_scores(
         BackendError: The backend that was asked for cannot serve.
         ScoringError: A score is not a number; the message names the first flat index.
     """
-    k = checks.check_scores(weight, statistic, criterion, k)
-    match backends.choose(backend, "top_scores", weight):
-        case "cpp":
-            return cpu.top_scores(weight, statistic, criterion, k)
-        case "cuda":
-            from fastprune import cuda
+    [(_, found)] = top_scores_of_each({"": (weight, statistic)}, criterion, {"": k}, backend=backend)
+    return found
 
-            return cuda.top_scores(weight, statistic, criterion, k)
-        case _:
-            return reference.top_scores(weight, statistic, criterion, k)
+
+def top_scores_of_each(
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]],
+    criterion: str,
+    ks: Mapping[str, int],
+    *,
+    backend: str | None = None,
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Select the highest scores of each of several matrices.
+
+    What costs the same whatever a matrix's size is then paid once: ``cuda`` selects from all of them in one launch (up
+    to a million entries), ``cpp`` from small ones side by side.
+
+    Args:
+        matrices: Name to weight and statistic, each as for :func:`top_scores`; dtypes and devices may differ. Messages
+            about a matrix begin with its name, unless that is empty.
+        criterion: As for :func:`top_scores`.
+        ks: Name to how many.
+        backend: As for :func:`top_scores`.
+
+    Returns:
+        Pairs of a name and what :func:`top_scores` returns for it, to the same bits; as they become ready, so that one
+        who takes them off the device needs no room there for all.
+
+    Raises:
+        ArgumentError, BackendError: As :func:`top_scores`, at once.
+        ScoringError: As :func:`top_scores`, while pairs are taken.
+    """
+    together: dict[tuple[str, torch.device], dict[str, tuple[Tensor, Tensor | None]]] = {}
+    checked = {}
+    for name, (weight, statistic) in matrices.items():
+        try:
+            checked[name] = checks.check_scores(weight, statistic, criterion, ks[name])
+            server = backends.choose(backend, "top_scores", weight)
+        except FastpruneError as error:
+            if not name:
+                raise
+            raise type(error)(f"{name}: {error}") from error
+        together.setdefault((server, weight.device), {})[name] = (weight, statistic)
+    servers = [_selection_of(server) for server, _ in together]
+    parts = zip(servers, together.values(), strict=True)
+    return itertools.chain.from_iterable(serve(some, criterion, checked) for serve, some in parts)
 
 
 def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backend: str | None = None) -> Tensor:
@@ -246,6 +282,18 @@ def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: st
                 cuda.restore_sparse_(elements, offsets, old.detach())
             case _:
                 reference.restore_sparse_(elements, offsets, old.detach())
+
+
+def _selection_of(server: str) -> Callable[..., Iterable[tuple[str, tuple[Tensor, Tensor]]]]:
+    match server:
+        case "cpp":
+            return cpu.top_scores_of_each
+        case "cuda":
+            from fastprune import cuda
+
+            return cuda.top_scores_of_each
+        case _:
+            return reference.top_scores_of_each
 
 
 def _accumulate_per_example(

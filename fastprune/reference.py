@@ -7,6 +7,8 @@ dtype of the accumulator (float32 or float64). Where ``ops`` has no faster backe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -92,16 +94,18 @@ def form_scores(weight: Tensor, statistic: Tensor | None, criterion: str) -> Ten
 
 
 @torch.no_grad()
-def top_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> tuple[Tensor, Tensor]:
+def top_scores(
+    weight: Tensor, statistic: Tensor | None, criterion: str, k: int, name: str = ""
+) -> tuple[Tensor, Tensor]:
     """The k best scores: int64 flat indices and float32 values, by descending score, ties by ascending index.
 
     Raises:
-        ScoringError: A score is not a number; the message names the first one.
+        ScoringError: A score is not a number; the message names the matrix, if it has a name, and the first such score.
     """
     scores = form_scores(weight, statistic, criterion).flatten()
     nan = scores.isnan()
     if nan.any():
-        raise nan_score(int(nan.nonzero()[0]), weight, criterion)
+        raise nan_score(int(nan.nonzero()[0]), weight, criterion, name)
     k = min(k, scores.numel())
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device), scores[:0]
@@ -111,11 +115,20 @@ def top_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int)
     return candidates[order], scores[candidates[order]]
 
 
-def nan_score(index: int, weight: Tensor, criterion: str) -> ScoringError:
-    """The error for a score that is not a number, at a flat index."""
+def top_scores_of_each(
+    matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """:func:`top_scores` of several matrices, each with its name; an error names the first matrix that has one."""
+    for name, pair in matrices.items():
+        yield name, top_scores(*pair, criterion, ks[name], name)
+
+
+def nan_score(index: int, weight: Tensor, criterion: str, name: str = "") -> ScoringError:
+    """The error for a score that is not a number, at a flat index of the matrix of that name, if it has one."""
     position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), weight.shape))
     return ScoringError(
-        f"the {criterion!r} score at flat index {index}, position {position} of the {tuple(weight.shape)} weight, "
+        f"{name and name + ': '}the {criterion!r} score at flat index {index}, position {position} of the "
+        f"{tuple(weight.shape)} weight, "
         "is not a number; the weight or its statistic is NaN, infinite times zero, or a negative sum of squares"
     )
 

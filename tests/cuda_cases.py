@@ -127,9 +127,15 @@ def _to(device: str, tensor: Tensor | None) -> Tensor | None:
     return empty.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def best_of(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> tuple[Tensor, Tensor]:
+    """The selection from one matrix."""
+    [(_, found)] = cuda.top_scores_of_each({"": (weight, statistic)}, criterion, {"": k})
+    return found
+
+
 def check_case(device: str, name: str) -> None:
     weight, statistic, criterion, k = CASES[name]()
-    got = cuda.top_scores(_to(device, weight), _to(device, statistic), criterion, k)
+    got = best_of(_to(device, weight), _to(device, statistic), criterion, k)
     assert_same(got, reference.top_scores(weight, statistic, criterion, k))
 
 
@@ -140,36 +146,37 @@ def check_nan(device: str, index: int, k: int, dtype: torch.dtype) -> None:
     with pytest.raises(ScoringError) as expected:
         reference.top_scores(weight, statistic, criterion, k)
     with pytest.raises(ScoringError) as raised:
-        cuda.top_scores(_to(device, weight), _to(device, statistic), criterion, k)
+        best_of(_to(device, weight), _to(device, statistic), criterion, k)
     assert str(raised.value) == str(expected.value)
 
 
-def _matrices() -> tuple[list[Tensor], list[Tensor]]:
+def _matrices() -> dict[str, tuple[Tensor, Tensor]]:
     """Matrices of many sizes and dtypes; one is empty, one has ties only, one the scores of another."""
     shapes = [(3, 5), (260, 258), (0, 4), (129, 517), (258, 260), (258, 260), (1, 1)]
     weights = [torch.randn(shape).to(DTYPES[i % 4]) for i, shape in enumerate(shapes)]
     statistics = [torch.randn(shape) for shape in shapes]
     weights[4], statistics[4] = torch.ones(258, 260), torch.ones(258, 260)
     weights[5], statistics[5] = weights[1].float().view(258, 260), statistics[1].view(258, 260)
-    return weights, statistics
+    return {f"m{i}": pair for i, pair in enumerate(zip(weights, statistics, strict=True))}
+
+
+def _all_to(device: str, matrices: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (_to(device, weight), _to(device, statistic)) for name, (weight, statistic) in matrices.items()}
 
 
 def check_each(device: str) -> None:
-    weights, statistics = _matrices()
-    ks = [4, 70, 3, 0, 50, 66, 9]
-    got = cuda.top_scores_of_each(
-        [_to(device, w) for w in weights], [_to(device, s) for s in statistics], "abs_of_sum", ks
-    )
-    assert len(got) == len(ks)
-    for i, result in enumerate(got):
-        assert_same(result, reference.top_scores(weights[i], statistics[i], "abs_of_sum", ks[i]))
+    matrices = _matrices()
+    ks = dict(zip(matrices, [4, 70, 3, 0, 50, 66, 9], strict=True))
+    got = dict(cuda.top_scores_of_each(_all_to(device, matrices), "abs_of_sum", ks))
+    assert list(got) == list(matrices)
+    for name, pair in matrices.items():
+        assert_same(got[name], reference.top_scores(*pair, "abs_of_sum", ks[name]))
 
 
 def check_all(device: str, k: int) -> None:
-    weights, statistics = _matrices()
-    on_device = [_to(device, w) for w in weights], [_to(device, s) for s in statistics]
-    places, indices, values = cuda.top_scores_of_all(*on_device, "abs_of_sum", k)
-    parts = [reference.form_scores(w, s, "abs_of_sum").flatten() for w, s in zip(weights, statistics, strict=True)]
+    matrices = _matrices()
+    places, indices, values = cuda.top_scores_of_all(_all_to(device, matrices), "abs_of_sum", k)
+    parts = [reference.form_scores(*pair, "abs_of_sum").flatten() for pair in matrices.values()]
     scores = torch.cat(parts)
     order = scores.sort(descending=True, stable=True).indices[:k]
     begins = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
@@ -179,14 +186,14 @@ def check_all(device: str, k: int) -> None:
 
 
 def check_nan_of_several(device: str) -> None:
-    weights, statistics = _matrices()
-    weights[3].view(-1)[5000] = float("nan")
-    weights[5].view(-1)[7] = float("nan")
-    on_device = [_to(device, w) for w in weights], [_to(device, s) for s in statistics]
-    with pytest.raises(ScoringError, match=r"matrix 3 of 7.*flat index 5000, position \(9, 347\)"):
-        cuda.top_scores_of_each(*on_device, "signed", [1] * 7)
-    with pytest.raises(ScoringError, match=r"matrix 3 of 7.*flat index 5000, position \(9, 347\)"):
-        cuda.top_scores_of_all(*on_device, "signed", 100)
+    matrices = _matrices()
+    for name, at in (("m3", 5000), ("m5", 7)):
+        matrices[name][0].view(-1)[at] = float("nan")
+    on_device = _all_to(device, matrices)
+    with pytest.raises(ScoringError, match=r"^m3: .*flat index 5000, position \(9, 347\)"):
+        list(cuda.top_scores_of_each(on_device, "signed", dict.fromkeys(matrices, 1)))
+    with pytest.raises(ScoringError, match=r"^m3: .*flat index 5000, position \(9, 347\)"):
+        cuda.top_scores_of_all(on_device, "signed", 100)
 
 
 def check_difference(device: str, a_size: int, b_size: int, highest: int) -> None:

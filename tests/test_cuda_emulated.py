@@ -123,8 +123,15 @@ def test_first_nan_is_named(index: int, k: int) -> None:
     cuda_cases.check_nan("cpu", index, k, torch.bfloat16)
 
 
-def test_top_scores_of_each() -> None:
+@pytest.mark.parametrize("entries", [1 << 20, 100, 1])
+def test_top_scores_of_each(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_ENTRIES", entries)  # all in one launch, some, or each alone
     cuda_cases.check_each("cpu")
+
+
+def test_entries_of_one_launch() -> None:
+    ks = {"a": 3, "b": 1 << 20, "c": (1 << 20) - 5, "d": 5, "e": 1, "f": 0}
+    assert list(cuda._launches(ks)) == [["a"], ["b"], ["c", "d"], ["e", "f"]]
 
 
 @pytest.mark.parametrize("k", [0, 1, 70, 80_000])
@@ -177,4 +184,4 @@ def test_workspace_of_a_large_model_is_a_small_part_of_it(emulated: ModuleType) 
 def test_tensors_that_are_not_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises((ArgumentError, ImportError)):
-        cuda.top_scores(torch.ones(2, 2), None, "magnitude", 1)
+        cuda_cases.best_of(torch.ones(2, 2), None, "magnitude", 1)

@@ -71,20 +71,21 @@ def test_real_shapes(shape: tuple[int, int], dtype: torch.dtype, criterion: str,
     weight, statistic = real(shape, dtype)
     statistic = None if criterion == "magnitude" else statistic
     k = int(fraction * weight.numel())
-    assert same(cuda.top_scores(weight, statistic, criterion, k), reference.top_scores(weight, statistic, criterion, k))
+    assert same(
+        cuda_cases.best_of(weight, statistic, criterion, k), reference.top_scores(weight, statistic, criterion, k)
+    )
 
 
 def test_all_matrices_of_a_block_in_one_launch() -> None:
-    matrices = [real(shape, torch.bfloat16) for shape in REAL_SHAPES]
-    weights, statistics = (list(column) for column in zip(*matrices, strict=True))
-    ks = [weight.numel() // 1000 for weight in weights]
-    together = cuda.top_scores_of_each(weights, statistics, "signed", ks)
-    for result, weight, statistic, k in zip(together, weights, statistics, ks, strict=True):
-        assert same(result, reference.top_scores(weight, statistic, "signed", k))
-    k = sum(ks)
-    places, indices, values = cuda.top_scores_of_all(weights, statistics, "signed", k)
-    scores = torch.cat([reference.form_scores(*pair, "signed").flatten() for pair in matrices])
-    begins = torch.tensor([0, *(weight.numel() for weight in weights)], device="cuda").cumsum(0)
+    matrices = {str(shape): real(shape, torch.bfloat16) for shape in REAL_SHAPES}
+    ks = {name: weight.numel() // 1000 for name, (weight, _) in matrices.items()}
+    together = dict(ops.top_scores_of_each(matrices, "signed", ks, backend="cuda"))
+    for name, pair in matrices.items():
+        assert same(together[name], reference.top_scores(*pair, "signed", ks[name]))
+    k = sum(ks.values())
+    places, indices, values = cuda.top_scores_of_all(matrices, "signed", k)
+    scores = torch.cat([reference.form_scores(*pair, "signed").flatten() for pair in matrices.values()])
+    begins = torch.tensor([0, *(weight.numel() for weight, _ in matrices.values())], device="cuda").cumsum(0)
     expected = reference.top_scores(scores, torch.ones_like(scores), "signed_reverse", k)
     assert same((begins[places] + indices, values), expected)
 
@@ -94,10 +95,10 @@ def test_same_bits_twice(few_values: bool) -> None:
     weight, statistic = real((4096, 4096), torch.bfloat16)
     if few_values:
         weight, statistic = weight.sign(), torch.ones_like(statistic)
-    first = cuda.top_scores(weight, statistic, "signed", 20_000)
+    first = cuda_cases.best_of(weight, statistic, "signed", 20_000)
     assert same(first, reference.top_scores(weight, statistic, "signed", 20_000))
     for _ in range(5):
-        assert same(cuda.top_scores(weight, statistic, "signed", 20_000), first)
+        assert same(cuda_cases.best_of(weight, statistic, "signed", 20_000), first)
 
 
 def test_work_is_queued_on_the_current_stream() -> None:
@@ -108,7 +109,7 @@ def test_work_is_queued_on_the_current_stream() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # about 0.1 s, in which another stream would find zeros
         on_stream.copy_(weight)
-        got = cuda.top_scores(on_stream, statistic, "signed", 4000)
+        got = cuda_cases.best_of(on_stream, statistic, "signed", 4000)
         torch.cuda._sleep(200_000_000)
         on_stream.neg_()
         old = cuda.apply_sparse_(on_stream.view(-1), offsets, 0.5)

@@ -113,16 +113,17 @@ def test_a_fraction_of_one_keeps_everything(no_small_matrices):
 def test_cold_matrices_are_asked_for_no_more_than_their_share(no_small_matrices, monkeypatch):
     """Growing the request where nothing can come of it would sort the whole model."""
     asked = []
-    genuine = ops.top_scores
+    genuine = ops.top_scores_of_each
 
-    def spy(weight, statistic, criterion, k, *, backend=None):
-        asked.append(k)
-        return genuine(weight, statistic, criterion, k, backend=backend)
+    def spy(matrices, criterion, ks, *, backend=None):
+        asked.append(list(ks.values()))
+        return genuine(matrices, criterion, ks, backend=backend)
 
-    monkeypatch.setattr(ops, "top_scores", spy)
+    monkeypatch.setattr(ops, "top_scores_of_each", spy)
     cold = torch.linspace(0.1, 0.2, 1000)[None]
     matrices = {"cold1": cold, "cold2": cold, "hot": torch.linspace(10, 20, 1000)[None]}
-    for together, expected in ((1, [11, 31, 11, 11]), (3, [11, 11, 11, 31])):  # the hot matrix is visited first
+    # The hot matrix is visited first.
+    for together, expected in ((1, [[11], [31], [11], [11]]), (3, [[11, 11, 11], [31]])):
         kept = run_keeper(matrices, 0.01, together=together)
         assert [len(kept[name]) for name in matrices] == [10, 10, 30]
         assert asked == expected

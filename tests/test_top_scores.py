@@ -91,6 +91,51 @@ def test_wanda_broadcasts_along_the_input_axis(backend: str) -> None:
     assert_bits(ops.top_scores(weight, inputs, "wanda", 100, backend=backend), expected, 100)
 
 
+def several() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Small matrices, which go side by side, around one that keeps all threads busy."""
+    shapes = {"small": (3, 5), "none": (0, 4), "large": (2048, 1030), "middle": (300, 311), "again": (300, 311)}
+    dtypes = {"large": torch.bfloat16, "middle": torch.float16}
+    return {
+        name: (torch.randn(shape).to(dtypes.get(name, torch.float32)), torch.randn(shape))
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_several_matrices_as_each_alone(threads: int, backend: str) -> None:
+    matrices = several()
+    ks = {"small": 20, "none": 2, "large": 2000, "middle": 40_000, "again": 0}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = dict(ops.top_scores_of_each(matrices, "signed", ks, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    assert list(found) == list(matrices)
+    for name, (weight, statistic) in matrices.items():
+        assert_bits(found[name], sorted_scores(weight, statistic, "signed"), min(ks[name], weight.numel()))
+    assert list(ops.top_scores_of_each({}, "signed", {}, backend=backend)) == []
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_the_first_of_several_matrices_with_a_nan_is_named(backend: str) -> None:
+    matrices = several()
+    for name, at in (("middle", 77), ("large", 2_000_000), ("again", 3)):
+        matrices[name][1].view(-1)[at:] = torch.nan
+    ks = dict.fromkeys(matrices, 5)
+    with pytest.raises(ScoringError, match=r"^large: the 'signed' score at flat index 2000000, "):
+        list(ops.top_scores_of_each(matrices, "signed", ks, backend=backend))
+
+
+def test_a_matrix_that_does_not_fit_is_named() -> None:
+    matrices = {"good": (torch.randn(3, 4), torch.randn(3, 4)), "bad": (torch.randn(3, 4), torch.randn(4, 3))}
+    with pytest.raises(ArgumentError, match=r"^bad: statistic: \(4, 3\) does not fit"):
+        ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1})
+    with pytest.raises(BackendError, match=r"^good: backend 'triton' has no top_scores"):
+        ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1}, backend="triton")
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 40),

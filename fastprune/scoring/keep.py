@@ -104,7 +104,7 @@ class Keeper:
         sizes: Number of weights of each matrix, in model order.
         fraction: In (0, 1]; 1 keeps everything.
         n_lists: How many keepers there are, this one included: they share ``SMALL_BYTES``.
-        backend: For :func:`fastprune.ops.top_scores`.
+        backend: For :func:`fastprune.ops.top_scores_of_each`.
 
     Raises:
         ArgumentError: ``fraction`` is outside (0, 1], or there is no matrix.
@@ -148,8 +148,11 @@ class Keeper:
         asks = {name: self._n_local[name] for name in matrices}
         while asks:
             lowest = {}
-            for name, ask in asks.items():
-                found = self._top(name, *matrices[name], criterion, ask)
+            # One more than is asked for: its score is the floor of what is kept.
+            ks = {name: min(self.sizes[name], ask + 1) for name, ask in asks.items()}
+            asked = {name: matrices[name] for name in asks}
+            for name, best in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
+                found = Kept(*(tensor.cpu() for tensor in best), self.sizes[name], -math.inf)
                 lowest[name] = float(found.values[-1]) if len(found) else -math.inf
                 enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
                 self._kept[name] = found.prefix(enough)
@@ -195,15 +198,6 @@ class Keeper:
     def _limit(self, name: str) -> int:
         """Entries of a matrix that may be kept."""
         return min(self.sizes[name], max(self._n_local[name], self._n_global))
-
-    def _top(self, name: str, weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str, k: int) -> Kept:
-        """The k best of a matrix, and one more: its score is the floor of what is kept."""
-        numel = self.sizes[name]
-        try:
-            indices, values = ops.top_scores(weight, statistic, criterion, min(numel, k + 1), backend=self._backend)
-        except ScoringError as error:
-            raise ScoringError(f"{name}: {error}") from error
-        return Kept(indices.cpu(), values.cpu(), numel, -math.inf)
 
     def _check_new(self, name: str, numel: int) -> None:
         if name not in self.sizes:

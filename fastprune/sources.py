@@ -1,0 +1,63 @@
+"""What a compiled selection reads the scores of a matrix from, on a CPU and on a GPU alike.
+
+In: a weight, its statistic and a criterion that :mod:`fastprune.checks` has seen. Out: memory without gaps, strides and
+the name of a product; a square root, which compilers do not agree on in every bit, is taken here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FORMULAS = {
+    "signed": "negated_product",
+    "signed_reverse": "product",
+    "abs": "abs_weight_times",
+    "abs_of_sum": "abs_product",
+    "fisher": "square_times",
+    "wanda": "abs_weight_times",  # with the root of the statistic
+    "magnitude": "abs_weight",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where scores are formed from.
+
+    Attributes:
+        weight: Row-major and without gaps.
+        statistic: float32 or float64 of the weight's shape; empty where none is read.
+        strides: Of the statistic, in elements, from row to row and from column to column; 0 where it is broadcast.
+        formula: Name of the product, as ``csrc/scores.h`` has it.
+    """
+
+    weight: Tensor
+    statistic: Tensor
+    strides: tuple[int, int]
+    formula: str
+
+    @property
+    def columns(self) -> int:
+        """Weights of a row."""
+        return self.weight.shape[-1] if self.weight.dim() else 1
+
+    @classmethod
+    def of(cls, weight: Tensor, statistic: Tensor | None, criterion: str) -> Source:
+        """The source of a criterion's scores."""
+        weight, formula = weight.detach().contiguous(), _FORMULAS[criterion]
+        if statistic is None:
+            return cls(weight, weight.new_empty(0, dtype=torch.float32), (0, 0), formula)
+        statistic = statistic.detach()
+        if criterion == "wanda":
+            statistic = statistic.to(torch.promote_types(weight.dtype, statistic.dtype)).sqrt()
+        statistic = statistic.expand(weight.shape)
+        if weight.dim() == 2:
+            return cls(weight, statistic, statistic.stride(), formula)
+        return cls(weight, statistic.contiguous(), (weight.shape[-1] if weight.dim() else 1, 1), formula)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The name by which compiled code knows a dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
