@@ -265,3 +265,18 @@ def test_a_real_ctrl_c_leaves_the_model_as_it_was(model: nn.Module) -> None:
         timer.cancel()
         signal.signal(signal.SIGINT, handler)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("GPT2", "n_positions"), ("OPT", "max_position_embeddings")])
+def test_an_example_beyond_the_models_positions_is_named(name: str, limit: str) -> None:
+    model = build(name, **{limit: 14})
+    with pytest.raises(CalibrationError, match=r"^harm_loader, example 4: 17 tokens, .* has positions for 14; nothing"):
+        fastprune.score(model, CalibrationSet(HARM), progress=False)
+    fastprune.score(model, CalibrationSet(HARM[:4]), progress=False)
+    rotary = build("Llama", max_position_embeddings=14)
+    fastprune.score(rotary, CalibrationSet(HARM), progress=False)
+
+
+def test_a_model_without_a_head_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"expected a causal language model, .*; LlamaModel has no head"):
+        fastprune.score(model.model, CalibrationSet(HARM), progress=False)

@@ -59,8 +59,25 @@ def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleLis
                 )
 
 
+def check_causal(model: nn.Module) -> None:
+    """Raise ModelError if a model has no head over its vocabulary."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ModelError(
+            f"model: expected a causal language model, as AutoModelForCausalLM loads it; {type(model).__name__} has no "
+            "head over the vocabulary"
+        )
+
+
 def check_resident(model: nn.Module) -> None:
-    """Raise ModelError if some weight is on the meta device, where accelerate leaves what it offloads."""
+    """Raise ModelError if a weight is on the meta device (accelerate offloads to it) or closed to autograd."""
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made:
+        raise ModelError(
+            f"model: {made[0]} was made under torch.inference_mode, so no gradient can go through it; load the model "
+            "outside of that mode"
+        )
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ModelError(

@@ -60,7 +60,9 @@ class Capture:
     def __enter__(self) -> Capture:
         for matrix in self._matrices:
             if matrix.expert is None:
-                self._installed.callback(matrix.module.register_forward_hook(self._forward_hook(matrix)).remove)
+                # First of all hooks: another one, such as an ablation's, may put something else in the output's place.
+                handle = matrix.module.register_forward_hook(self._forward_hook(matrix), prepend=True)
+                self._installed.callback(handle.remove)
         for module in {matrix.module: None for matrix in self._matrices if matrix.expert is not None}:
             self._installed.enter_context(watched(module, self))
         return self
@@ -129,6 +131,11 @@ class Capture:
 
     def _see(self, matrix: Matrix, x: torch.Tensor, y: torch.Tensor, tokens: ExpertTokens | None) -> None:
         """Hand on the input of one product now, and with the gradient of its output ``y`` when that is there."""
+        if x.dtype != y.dtype:
+            raise ModelError(
+                f"model: {matrix.name} was given {x.dtype} and returned {y.dtype}, as under autocast; cast the model "
+                "itself, or pass it as it was before accelerate's prepare wrapped its forward"
+            )
         x = x.detach()  # shares the version counter, but not the graph
         # A hook of accelerate's may have moved the input after this one saw it, to where the weight is.
         rows = x.reshape(-1, x.shape[-1]).to(y.device)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, plain_name
-from fastprune.model.admission import FLOAT_DTYPES, check_not_quantised, check_resident
+from fastprune.model.admission import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident
 from fastprune.model.experts import follows_interface, fused_weights
 
 
@@ -90,6 +90,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
             Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two blocks.
     """
     prefix, blocks = decoder_blocks(model)
+    check_causal(model)
     check_not_quantised(model, prefix, blocks)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):

@@ -3,17 +3,21 @@
 In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
 both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
 gradients of one weight, and of one expert where there are any, are compared. Catches what reading code cannot: blocks
-that share state, rows that see each other, padding that leaks, experts that are run another way. The model itself is
+that share state, rows that see each other, padding that leaks, experts that are run another way, Linears that do more
+than multiply. The model itself is
 used, which costs two passes over about ten tokens; of a streamed model the blocks of the first segment alone, as they
 are in memory then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
@@ -62,13 +66,19 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
     """
     view = BlockView(weights)
     batch, left_padded = _probe(view)
+    strangers: list[str] = []
     try:
-        with view.truncated(parts[-1].stop):
+        with view.truncated(parts[-1].stop), _compared_with_products(view.matrices, parts[-1].stop, strangers):
             reason = _disagreement(view, batch, left_padded, parts)
     except FastpruneError as error:
         reason = str(error)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
+    if strangers:
+        raise ModelError(
+            f"model: the module of {strangers[0]} does not multiply its input by its weight and add its bias "
+            f"({len(strangers)} such); its output's gradient is not the product's, so it cannot be scored"
+        )
     if reason is None:
         return view
     if weights.streamed:
@@ -87,6 +97,36 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
         stacklevel=3,
     )
     return WholeView(weights)
+
+
+@contextlib.contextmanager
+def _compared_with_products(matrices: Sequence[Matrix], depth: int, strangers: list[str]) -> Iterator[None]:
+    """Put the names of matrices into ``strangers`` whose modules return something else than a product with them.
+
+    A subclass of Linear may scale, quantise or round on its way. Experts are run by this package, and need no check.
+    """
+
+    def compare(matrix: Matrix):
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            handles.pop(matrix).remove()  # once is enough
+            weight = matrix.weight.T if matrix.input_major else matrix.weight
+            bias = None if module.bias is None else module.bias.to(weight)
+            product = nn.functional.linear(args[0].to(weight), weight, bias)
+            if _relative_error(output, product) > _TOLERANCE[weight.dtype]:
+                strangers.append(matrix.name)
+
+        return hook
+
+    handles: dict[Matrix, RemovableHandle] = {}
+    try:
+        for matrix in matrices:
+            if matrix.expert is None and matrix.block < depth:
+                handles[matrix] = matrix.module.register_forward_hook(compare(matrix), prepend=True)
+        yield
+    finally:
+        for handle in handles.values():
+            handle.remove()
 
 
 def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:

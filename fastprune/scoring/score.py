@@ -16,7 +16,7 @@ import torch
 
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
 from fastprune.model.selfcheck import checked_view
@@ -107,6 +107,9 @@ def score(
     ``backend="cpu:gloo,cuda:nccl"`` is best: with NCCL alone, everything else goes through the current device, which
     ``torch.cuda.set_device`` has to have set, and a process that was killed is noticed only by the group's timeout.
 
+    It does not matter whether gradients, inference mode or autocast are on where it is called: scores are formed in the
+    dtype of the weights, and the caller's modes are as they were afterwards.
+
     Returns:
         The kept scores, on the CPU, with their provenance.
 
@@ -122,6 +125,9 @@ def score(
     """
     ranks = Ranks()
     with contextlib.ExitStack() as stack:
+        # Whatever the caller has switched off or on: there are gradients here, in the dtype of the weights.
+        for mode in (torch.inference_mode(False), torch.enable_grad(), *_without_autocast()):
+            stack.enter_context(mode)
         stack.enter_context(ranks.together())
         criteria = {"harm": parse_criteria("harm", harm)}
         if benign_loader is not None:
@@ -261,6 +267,10 @@ def _weights(
     return Streamed(model, device, dtype)
 
 
+def _without_autocast() -> list[torch.autocast]:
+    return [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+
+
 def _fraction(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ArgumentError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
@@ -270,5 +280,21 @@ def _fraction(argument: str, value: float) -> float:
 def _scoring_set(role: str, loader: Iterable, criteria: tuple[str, ...], model: torch.nn.Module) -> ScoringSet:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     examples: CalibrationSet = collect(loader, f"{role}_loader", vocab_size)
+    _check_lengths(f"{role}_loader", examples, model)
     budget = getattr(loader, "batch_tokens", MICRO_BATCH_TOKENS)
     return ScoringSet(role, examples, budget, statistics_of(criteria))
+
+
+def _check_lengths(name: str, examples: CalibrationSet, model: torch.nn.Module) -> None:
+    """Refuse what is longer than a learned table of positions; rotary positions have no end."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) and part is not tokens]
+    if limit is None or not any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's has two more
+        return
+    for index, example in enumerate(examples):
+        if len(example) > limit:
+            raise CalibrationError(
+                f"{name}, example {index}: {len(example)} tokens, but the model has positions for {limit}; nothing is "
+                "cut, shorten or drop it"
+            )
