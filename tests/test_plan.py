@@ -75,6 +75,13 @@ def test_memory_falls_with_segments_and_grows_with_data() -> None:
     assert many == 4 * few
 
 
+def test_kept_scores_are_counted_as_they_come() -> None:
+    """The head makes the last segment the largest; it goes backward first, when nothing above it has been kept."""
+    plan = fastprune.plan(llama("8B"), 64, 64, segments=32, boundaries="disk")
+    others = plan.weight_bytes + plan.accumulator_bytes + plan.activation_bytes
+    assert others < plan.device_bytes < others + plan.kept_bytes
+
+
 def test_time_at_given_rates() -> None:
     plan = fastprune.plan(llama("8B"), 824, 250, segments=4, flops_per_second=1e14)
     assert plan.seconds == pytest.approx(plan.flops / 1e14)

@@ -6,6 +6,7 @@ tests compare it with measured peaks. Which plan to take is :mod:`fastprune.scor
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,10 @@ class Estimate:
         self._rows, self._length, self._scored = micro_batch
         self._micro_batch = self._rows * self._length
         self._padded_tokens = padded_tokens or [self._micro_batch] * math.ceil(tokens / self._micro_batch)
+        # The last segment goes backward first: what is kept while a block is at work is of it and of those above it.
+        matrices = [n for block in self.sizes.eligible for n in block]
+        firsts = itertools.accumulate((len(block) for block in self.sizes.eligible[:-1]), initial=0)
+        self._kept_from = [kept_bytes(matrices, first) for first in firsts]
         self._activations = activation_bound(model) * self._micro_batch  # of one block
         # Masks and position tables that blocks are given, of one micro-batch.
         self._given = self._rows * self._length**2 + 4 * self._length * self.sizes.hidden
@@ -144,14 +149,12 @@ class Estimate:
         hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
         accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]
         temporary = 4 * sizes.widest * self._micro_batch * max(4, sizes.element)
-        matrices = [n for block in sizes.eligible for n in block]
         stages = []
         for number, part in enumerate(parts):
             activations = len(part) * self._activations + temporary
             if number == segments - 1:
                 activations = max(activations, len(part) * self._activations + self._head_bytes())
-            # The last segment goes backward first: what is kept by then is of this one and of those after it.
-            kept = kept_bytes(matrices, sum(len(block) for block in sizes.eligible[: part.start]))
+            kept = self._kept_from[part.start]
             stages.append((self._weights(parts, number), accumulators[number], activations, hidden[number], kept))
         on_device = tier == "device" or (tier == "host" and self.on_cpu)
         given = self._given * math.ceil(self._tokens / self._micro_batch)
@@ -173,7 +176,7 @@ class Estimate:
             accumulator_bytes=max(accumulators),
             activation_bytes=max(stage[2] for stage in stages),
             boundary_bytes=max(hidden),
-            kept_bytes=kept_bytes(matrices),
+            kept_bytes=self._kept_from[0],
             device_bytes=device,
             host_bytes=host,
             disk_bytes=max(hidden) if tier == "disk" else 0,
