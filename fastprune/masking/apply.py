@@ -190,6 +190,23 @@ def original_fingerprint(model: torch.nn.Module, weights: Mapping[str, torch.Ten
     return _fingerprints(unwrap(model), weights)[-1]
 
 
+def original_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix without the masks that are on the model; a copy if one of them changes it, otherwise ``weight`` itself.
+
+    Args:
+        model: The model.
+        name: Name of the matrix, as in a mask.
+        weight: The matrix as :func:`matrices_of` gives it; it is only read.
+    """
+    overlays = [overlay for undo in reversed(_live.get(unwrap(model), [])) if name in (overlay := undo.overlay())]
+    if overlays:
+        weight = weight.clone()
+    for overlay in overlays:  # the latest first: what the oldest replaced is the original
+        indices, old = overlay[name]
+        ops.restore_sparse_(weight, indices.to(weight.device), old.to(weight))
+    return weight
+
+
 def _fingerprints(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Of the model as it is, without the latest mask, without the latest two, …; a mask may be of any of these."""
     overlays = [undo.overlay() for undo in reversed(_live.get(model, []))]

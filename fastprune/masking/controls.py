@@ -1,7 +1,7 @@
 """Control masks: as many weights per matrix as another mask has, chosen without looking at any behaviour.
 
-In: a model and the mask to be like. Out: a mask. Each matrix has a random stream of its own, so that the draw does not
-depend on the order or the number of matrices.
+In: a model and the mask to be like. Out: a mask, the same whether or not masks are on the model. Each matrix has a
+random stream of its own, so that the draw does not depend on the order or the number of matrices.
 It must not know scores or gradients.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError
-from fastprune.masking.apply import matrices_of, original_fingerprint
+from fastprune.masking.apply import matrices_of, original_fingerprint, original_weight
 from fastprune.masking.mask import PruneMask
 from fastprune.model.adapters import unwrap
 
@@ -54,7 +54,7 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
         generator = torch.Generator().manual_seed(state)
         if match == "count":
             return _distinct(weight.numel(), len(like[name]), generator)
-        return _like_in_magnitude(name, weight, like[name], generator)
+        return _like_in_magnitude(name, original_weight(model, name, weight), like[name], generator)
 
     return _control(model, like, draw, {"kind": f"random ({match})", "seed": seed})
 
@@ -72,7 +72,7 @@ def largest_magnitude_mask(model: torch.nn.Module, like: PruneMask) -> PruneMask
     """
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return ops.top_scores(weight, None, "magnitude", len(like[name]))[0].cpu()
+        return ops.top_scores(original_weight(model, name, weight), None, "magnitude", len(like[name]))[0].cpu()
 
     return _control(model, like, draw, {"kind": "largest magnitude"})
 
