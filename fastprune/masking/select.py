@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -134,7 +135,8 @@ class _Demand:
     def _check_asked(self, where: str, numel: int) -> None:
         if self.asked == 0:
             raise SelectionError(
-                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; expected {1 / numel:.3g} or more"
+                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; "
+                f"expected {_least_fraction(numel)} or more"
             )
 
     def report(self) -> dict[str, Any]:
@@ -202,6 +204,15 @@ class _Demand:
             f"{self.argument}={self.fraction!r}{times} needs the top {rank} scores; of {name} only {kept} were kept, "
             f"and others of its scores may be among them; score again with {limit}={min(1.0, fraction)!r} or more"
         )
+
+
+def _least_fraction(numel: int) -> str:
+    """A fraction in three digits that, read again, selects one of ``numel`` weights; the next lower one does not."""
+    context = Context(prec=3, rounding=ROUND_CEILING)
+    fraction = context.divide(Decimal(1), Decimal(numel))
+    if int(float(fraction) * numel) < 1:  # exact as a decimal, a last bit too low as a float
+        fraction = context.next_plus(fraction)
+    return f"{float(fraction):.3g}"
 
 
 def _bound_below(kept: list[Kept], rank: int) -> float:
