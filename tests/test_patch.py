@@ -171,6 +171,10 @@ def test_checkpoints_that_the_mask_does_not_fit_are_refused(model, tmp_path):
     missing = PruneMask({"h.0.w": torch.tensor([0])}, {"h.0.w": (2, 2)})
     refused(tmp_path, MaskError, r"lacks 1 of the 1 matrices of the mask, the first is h\.0\.w", missing, strict=False)
     refused(tmp_path, MaskError, "over no matrices", PruneMask({}, {}))
+    for file in ("a.mask", Path("a.mask")):
+        load = r"mask must be a PruneMask, got (str|PosixPath); fastprune\.PruneMask\.load\('a.mask'\) reads one"
+        refused(tmp_path, ArgumentError, load, file)
+    refused(tmp_path, ArgumentError, "mask must be a PruneMask, got dict$", dict(mask))
     for scale in (math.nan, math.inf, "0", True):
         refused(tmp_path, ArgumentError, "scale must be a finite number", mask, scale=scale)
     patch_checkpoint(
