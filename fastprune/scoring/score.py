@@ -123,9 +123,9 @@ def score(
     ranks = Ranks()
     with contextlib.ExitStack() as stack:
         stack.enter_context(ranks.together())
-        criteria = {"harm": parse_criteria("harm", harm)}
-        if benign_loader is not None:
-            criteria["benign"] = parse_criteria("benign", benign)
+        criteria = {role: parse_criteria(role, names) for role, names in (("harm", harm), ("benign", benign))}
+        if benign_loader is None:
+            del criteria["benign"]
         fractions = {"harm": _fraction("q_max", q_max), "benign": _fraction("p_max", p_max)}
         if statistics_dtype not in _STATISTICS_DTYPES:
             raise ArgumentError(
