@@ -7,7 +7,7 @@ import warnings
 import pytest
 from test_selection import make_scores, random_dense
 
-from fastprune.errors import SelectionError
+from fastprune.errors import ArgumentError, SelectionError
 from fastprune.masking.select import _least_fraction
 
 
@@ -31,3 +31,12 @@ def test_the_least_fraction_that_an_error_names_is_enough(role, scope, sizes):
 def test_the_least_fraction_is_enough_for_any_number_of_weights():
     for numel in [*range(1, 5000), *(2**i * 5**j for i in range(30) for j in range(12)), 4096 * 14336, 70 * 10**9]:
         assert int(float(_least_fraction(numel)) * numel) >= 1
+
+
+def test_nothing_to_protect_may_be_none():
+    scores = make_scores(random_dense(1000))
+    mask = scores.select(None, 0.1, protect=None)
+    assert mask == scores.select(None, 0.1) and mask.metadata["protect"] == []
+    assert scores.select(None, 0.1, protect=mask).total == 0  # a mask is an iterable, too, of names
+    with pytest.raises(ArgumentError, match="protect must be an iterable of PruneMasks, got 3"):
+        scores.select(None, 0.1, protect=3)

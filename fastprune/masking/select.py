@@ -37,7 +37,7 @@ def select(
     scope: str,
     layers: Iterable[int] | None,
     slice: int,
-    protect: Iterable[PruneMask],
+    protect: Iterable[PruneMask] | None,
 ) -> PruneMask:
     """See :meth:`fastprune.scoring.scores.Scores.select`."""
     q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
@@ -47,7 +47,7 @@ def select(
         raise ArgumentError(f"slice must be an integer of 0 or more, got {slice!r}")
     layers = None if layers is None else _check_layers(layers, scores)
     matrices = _Numbering(scores.shapes, None if layers is None else _in_layers(layers, scores))
-    masks = (protect,) if isinstance(protect, PruneMask) else tuple(protect)
+    masks = _check_protect(protect)
 
     criteria = {"harm": harm or scores.criteria["harm"][0]}
     harmful = _Demand("q", q, slice, matrices)
@@ -252,6 +252,15 @@ def _check_fraction(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise SelectionError(f"{argument} must be a fraction in (0, 1], got {value!r}")
     return float(value)
+
+
+def _check_protect(protect: object) -> tuple[PruneMask, ...]:
+    if protect is None or isinstance(protect, PruneMask):
+        return () if protect is None else (protect,)
+    try:
+        return tuple(protect)
+    except TypeError:
+        raise ArgumentError(f"protect must be an iterable of PruneMasks, got {protect!r}") from None
 
 
 def _check_layers(layers: Iterable[int], scores: Scores) -> list[int]:
