@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,7 +140,9 @@ def test_masks_on_the_model_change_no_control(model, like, dtype):
 def test_arguments_are_checked(model, like):
     with pytest.raises(ArgumentError, match=r"match must be one of \('count', 'magnitude'\), got 'size'"):
         random_mask(model, like=like, match="size")
-    for seed in (1.5, None, True):
+    same = random_mask(model, like=like, seed=np.int64(3))
+    assert same == random_mask(model, like=like, seed=3) and type(same.metadata["seed"]) is int
+    for seed in (1.5, None, True, np.bool_(True)):
         with pytest.raises(ArgumentError, match="seed must be an integer"):
             random_mask(model, like=like, seed=seed)
     with pytest.raises(MaskError, match="like must be a PruneMask, got dict"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 from test_selection import make_scores, random_dense
 
@@ -40,3 +41,13 @@ def test_nothing_to_protect_may_be_none():
     assert scores.select(None, 0.1, protect=mask).total == 0  # a mask is an iterable, too, of names
     with pytest.raises(ArgumentError, match="protect must be an iterable of PruneMasks, got 3"):
         scores.select(None, 0.1, protect=3)
+
+
+def test_a_slice_may_be_an_integer_of_numpy(tmp_path):
+    scores = make_scores(random_dense(1000))
+    mask = scores.select(None, 0.1, slice=np.int64(2))
+    assert mask == scores.select(None, 0.1, slice=2) and type(mask.metadata["slice"]) is int
+    mask.save(tmp_path / "a.mask")
+    for value in (True, np.bool_(True), np.float64(2), np.int64(-1)):
+        with pytest.raises(ArgumentError, match="slice must be an integer of 0 or more"):
+            scores.select(None, 0.1, slice=value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 
@@ -45,8 +46,9 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
     """
     if match not in MATCHES:
         raise ArgumentError(f"match must be one of {MATCHES}, got {match!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ArgumentError(f"seed must be an integer, got {seed!r}")
+    seed = int(seed)  # NumPy's would not go into a file
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
         # not hash(): that differs from process to process

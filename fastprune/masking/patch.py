@@ -8,7 +8,6 @@ window. It must not know transformers or model classes.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from fastprune.artifact import sha256, sync, try_lock
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
+from fastprune.masking.apply import checked_scale
 from fastprune.masking.edits import hashes, scatter
 from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
@@ -60,7 +60,7 @@ def patch_checkpoint(
     """
     source, target = Path(in_dir), Path(out_dir)
     _check_mask(mask)
-    _check_scale(scale)
+    scale = checked_scale(scale)
     _check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
         raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
@@ -130,7 +130,7 @@ def patch_in_place(
     """
     folder = Path(folder)
     _check_mask(mask)
-    _check_scale(scale)
+    scale = checked_scale(scale)
     _check_folder("folder", folder)
     with _alone(folder):
         if (folder / UNDO_NAME).exists():
@@ -221,11 +221,6 @@ def _check_mask(mask: PruneMask) -> None:
             f"; fastprune.PruneMask.load({os.fspath(mask)!r}) reads one" if isinstance(mask, str | os.PathLike) else ""
         )
         raise ArgumentError(f"mask must be a PruneMask, got {type(mask).__name__}{way}")
-
-
-def _check_scale(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
 
 
 def _check_folder(argument: str, folder: Path) -> None:

@@ -43,8 +43,9 @@ def select(
     q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
     if scope not in SCOPES:
         raise ArgumentError(f"scope must be one of {SCOPES}, got {scope!r}")
-    if isinstance(slice, bool) or not isinstance(slice, int) or slice < 0:
+    if isinstance(slice, bool) or not isinstance(slice, Integral) or slice < 0:
         raise ArgumentError(f"slice must be an integer of 0 or more, got {slice!r}")
+    slice = int(slice)  # NumPy's would not go into a file
     layers = None if layers is None else _check_layers(layers, scores)
     matrices = _Numbering(scores.shapes, None if layers is None else _in_layers(layers, scores))
     masks = _check_protect(protect)
