@@ -6,7 +6,9 @@ import copy
 import gc
 import math
 import weakref
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +48,12 @@ def test_a_scale_multiplies():
     old = model.a.weight.detach().view(-1)[10:12].clone()
     with mask.applied(model, scale=0.25):
         assert torch.equal(model.a.weight.detach().view(-1)[10:12], old * 0.25)
-    for scale in (math.nan, math.inf, "0", None, True):
+    for scale in (np.float32(0.25), np.float16(0.25), Fraction(1, 4)):
+        with mask.applied(model, scale=scale):
+            assert torch.equal(model.a.weight.detach().view(-1)[10:12], old * 0.25)
+    with mask.applied(model, scale=np.int64(2)):
+        assert torch.equal(model.a.weight.detach().view(-1)[10:12], old * 2)
+    for scale in (math.nan, math.inf, "0", None, True, np.bool_(True), np.float32("nan"), 1j, 10**400):
         with pytest.raises(ArgumentError, match="scale must be a finite number"):
             mask.apply_(model, scale=scale)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,10 +119,30 @@ def test_the_fingerprint_is_that_of_the_model_without_masks(model, like):
         assert random_mask(model, like=like).metadata["fingerprint"] == clean
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_on_the_model_change_no_control(model, like, dtype):
+    """Magnitudes are those of the original weights, which the fingerprint is of; not of zeros that masks have put."""
+    model["a"].weight = nn.Parameter(torch.randn(50, 60).T)  # the transpose of what is stored
+    model.to(dtype)
+    draws = [partial(random_mask, model, like=like, match=match) for match in ("count", "magnitude")]
+    draws.append(partial(largest_magnitude_mask, model, like=like))
+    overlapping = PruneMask({n: torch.arange(0, math.prod(s), 3) for n, s in SHAPES.items()}, SHAPES)
+    clean = [draw() for draw in draws]
+    undos = [like.apply_(model), overlapping.apply_(model, scale=50.0), like.apply_(model, scale=0.5)]
+    while undos:
+        weights = [p.detach().clone() for p in model.parameters()]
+        for draw, expected in zip(draws, clean, strict=True):
+            assert draw() == expected and draw().metadata == expected.metadata
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+        undos.pop().restore_(model)
+
+
 def test_arguments_are_checked(model, like):
     with pytest.raises(ArgumentError, match=r"match must be one of \('count', 'magnitude'\), got 'size'"):
         random_mask(model, like=like, match="size")
-    for seed in (1.5, None, True):
+    same = random_mask(model, like=like, seed=np.int64(3))
+    assert same == random_mask(model, like=like, seed=3) and type(same.metadata["seed"]) is int
+    for seed in (1.5, None, True, np.bool_(True)):
         with pytest.raises(ArgumentError, match="seed must be an integer"):
             random_mask(model, like=like, seed=seed)
     with pytest.raises(MaskError, match="like must be a PruneMask, got dict"):

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,7 +17,7 @@ from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, Mas
 from fastprune.masking import locate, patch
 from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.patch import patch_checkpoint
+from fastprune.masking.patch import patch_checkpoint, patch_in_place, undo_patch
 from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.model.fingerprint import fingerprint
 
@@ -78,6 +79,15 @@ def test_a_patched_folder_holds_the_masked_model(model, tmp_path, dtype, shard, 
         )
     )
     assert differing == mask.total == 30
+
+
+def test_a_scale_of_numpy_is_a_number(model, tmp_path):
+    model.save_pretrained(tmp_path / "in")
+    mask = mask_for(model)
+    for name, scale in (("numpy", np.float32(-0.5)), ("python", -0.5)):
+        patch_checkpoint(tmp_path / "in", mask, tmp_path / name, scale=scale)
+    assert contents(tmp_path / "numpy") == contents(tmp_path / "python")
+    assert undo_patch(patch_in_place(tmp_path / "in", mask, scale=np.float64(2))) == tmp_path / "in"
 
 
 def test_zero_is_plus_zero_and_odd_bits_elsewhere_stay(tmp_path):
@@ -171,6 +181,10 @@ def test_checkpoints_that_the_mask_does_not_fit_are_refused(model, tmp_path):
     missing = PruneMask({"h.0.w": torch.tensor([0])}, {"h.0.w": (2, 2)})
     refused(tmp_path, MaskError, r"lacks 1 of the 1 matrices of the mask, the first is h\.0\.w", missing, strict=False)
     refused(tmp_path, MaskError, "over no matrices", PruneMask({}, {}))
+    for file in ("a.mask", Path("a.mask")):
+        load = r"mask must be a PruneMask, got (str|PosixPath); fastprune\.PruneMask\.load\('a.mask'\) reads one"
+        refused(tmp_path, ArgumentError, load, file)
+    refused(tmp_path, ArgumentError, "mask must be a PruneMask, got dict$", dict(mask))
     for scale in (math.nan, math.inf, "0", True):
         refused(tmp_path, ArgumentError, "scale must be a finite number", mask, scale=scale)
     patch_checkpoint(

@@ -10,7 +10,7 @@ import transformers
 from architectures import CONFIGS, MOE_CONFIGS, build
 
 import fastprune
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, NotFoundError
 from fastprune.scoring.footprint import activation_bound, activation_bytes
 
 GIB = 2**30
@@ -116,6 +116,22 @@ def test_a_plan_prints_what_lies_where() -> None:
 def test_impossible_plans_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         fastprune.plan(llama("70B"), 824, 250, **settings)
+
+
+def test_a_folder_is_planned_as_its_config(tmp_path) -> None:
+    llama("70B").save_pretrained(tmp_path)
+    budgets = {"memory": "80GiB", "host_memory": "128GiB"}
+    expected = fastprune.plan(llama("70B"), 824, 250, **budgets)
+    for source in (tmp_path, str(tmp_path), tmp_path / "config.json"):
+        assert fastprune.plan(source, 824, 250, **budgets) == expected
+    with pytest.raises(NotFoundError, match="expected a checkpoint folder"):
+        fastprune.plan("no/such/folder", 824, 250)
+
+
+@pytest.mark.parametrize("source", [None, {"hidden_size": 32}, 7, transformers.LlamaConfig])
+def test_what_is_no_model_is_refused(source: object) -> None:
+    with pytest.raises(ArgumentError, match=r"model_or_config: expected a causal language model, .*, got .*[A-Za-z]"):
+        fastprune.plan(source, 824, 250)
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

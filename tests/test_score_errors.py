@@ -13,7 +13,7 @@ from torch import nn
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.errors import CalibrationError, FastpruneError, FastpruneWarning, ModelError
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneError, FastpruneWarning, ModelError
 from fastprune.scoring import engine
 
 
@@ -95,6 +95,8 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"harm": "random"}, "random_mask"),
         ({"benign": ()}, "benign"),
         ({"benign": ("abs", "abs")}, "benign"),
+        ({"benign": None}, "benign: expected one of signed, .*, got None"),
+        ({"harm": (["signed"],)}, r"harm: expected one of signed, .*, got \['signed'\]"),
         ({"statistics_dtype": "int8"}, "statistics_dtype"),
         ({"memory": "much"}, "memory"),
         ({"memory": "1KiB"}, "memory.*need"),
@@ -109,6 +111,13 @@ def test_bad_arguments(model: nn.Module, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError if "backend" not in arguments else FastpruneError, match=message):
         fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, **arguments)
     assert_unchanged(model, before)
+
+
+def test_a_benign_criterion_is_checked_without_a_benign_set(model: nn.Module) -> None:
+    with pytest.raises(ArgumentError, match=r"benign: expected one of .* got 'fishre'"):
+        fastprune.score(model, CalibrationSet(HARM), benign="fishre", progress=False)
+    scores = fastprune.score(model, CalibrationSet(HARM), benign="fisher", progress=False)
+    assert scores.criteria == {"harm": ("signed",), "benign": ()}
 
 
 def test_missing_checkpoint_folder_and_not_a_model(tmp_path) -> None:

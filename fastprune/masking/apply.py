@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,7 +102,8 @@ class Undo:
 
 def apply_mask_(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Undo:
     """See :meth:`PruneMask.apply_`."""
-    weights, undo = _prepare(mask, model, scale, strict)
+    scale = checked_scale(scale)
+    weights, undo = _prepare(mask, model, strict)
     undo.write_(weights, scale)
     return undo
 
@@ -109,7 +111,8 @@ def apply_mask_(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict
 @contextmanager
 def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Iterator[torch.nn.Module]:
     """See :meth:`PruneMask.applied`."""
-    weights, undo = _prepare(mask, model, scale, strict)
+    scale = checked_scale(scale)
+    weights, undo = _prepare(mask, model, strict)
     try:
         undo.write_(weights, scale)
         yield model
@@ -118,12 +121,8 @@ def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bo
             undo.restore_(model)
 
 
-def _prepare(
-    mask: PruneMask, model: torch.nn.Module, scale: float, strict: bool
-) -> tuple[dict[str, torch.Tensor], Undo]:
-    """Everything that can be refused, before anything is written."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dict[str, torch.Tensor], Undo]:
+    """Everything else that can be refused, before anything is written."""
     model = unwrap(model)
     weights = matrices_of(model, mask.shapes)
     expected = mask.metadata.get("fingerprint")
@@ -133,6 +132,21 @@ def _prepare(
             f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
         )
     return weights, Undo(model, mask, weights)
+
+
+def checked_scale(scale: object) -> float:
+    """A finite real number, NumPy's too, as a float.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    try:
+        value = math.nan if isinstance(scale, bool) or not isinstance(scale, Real) else float(scale)
+    except OverflowError:  # an integer beyond every float
+        value = math.inf
+    if not math.isfinite(value):
+        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+    return value
 
 
 def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -188,6 +202,23 @@ def split_name(name: str) -> tuple[str, int | None]:
 def original_fingerprint(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> str:
     """Fingerprint of the model without the masks that are on it."""
     return _fingerprints(unwrap(model), weights)[-1]
+
+
+def original_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix without the masks that are on the model; a copy if one of them changes it, otherwise ``weight`` itself.
+
+    Args:
+        model: The model.
+        name: Name of the matrix, as in a mask.
+        weight: The matrix as :func:`matrices_of` gives it; it is only read.
+    """
+    overlays = [overlay for undo in reversed(_live.get(unwrap(model), [])) if name in (overlay := undo.overlay())]
+    if overlays:
+        weight = weight.clone()
+    for overlay in overlays:  # the latest first: what the oldest replaced is the original
+        indices, old = overlay[name]
+        ops.restore_sparse_(weight, indices.to(weight.device), old.to(weight))
+    return weight
 
 
 def _fingerprints(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:

@@ -1,7 +1,7 @@
 """Control masks: as many weights per matrix as another mask has, chosen without looking at any behaviour.
 
-In: a model and the mask to be like. Out: a mask. Each matrix has a random stream of its own, so that the draw does not
-depend on the order or the number of matrices.
+In: a model and the mask to be like. Out: a mask, the same whether or not masks are on the model. Each matrix has a
+random stream of its own, so that the draw does not depend on the order or the number of matrices.
 It must not know scores or gradients.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError
-from fastprune.masking.apply import matrices_of, original_fingerprint
+from fastprune.masking.apply import matrices_of, original_fingerprint, original_weight
 from fastprune.masking.mask import PruneMask
 from fastprune.model.adapters import unwrap
 
@@ -45,8 +46,9 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
     """
     if match not in MATCHES:
         raise ArgumentError(f"match must be one of {MATCHES}, got {match!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ArgumentError(f"seed must be an integer, got {seed!r}")
+    seed = int(seed)  # NumPy's would not go into a file
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
         # not hash(): that differs from process to process
@@ -54,7 +56,7 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
         generator = torch.Generator().manual_seed(state)
         if match == "count":
             return _distinct(weight.numel(), len(like[name]), generator)
-        return _like_in_magnitude(name, weight, like[name], generator)
+        return _like_in_magnitude(name, original_weight(model, name, weight), like[name], generator)
 
     return _control(model, like, draw, {"kind": f"random ({match})", "seed": seed})
 
@@ -72,7 +74,7 @@ def largest_magnitude_mask(model: torch.nn.Module, like: PruneMask) -> PruneMask
     """
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return ops.top_scores(weight, None, "magnitude", len(like[name]))[0].cpu()
+        return ops.top_scores(original_weight(model, name, weight), None, "magnitude", len(like[name]))[0].cpu()
 
     return _control(model, like, draw, {"kind": "largest magnitude"})
 

@@ -8,7 +8,6 @@ window. It must not know transformers or model classes.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from fastprune.artifact import sha256, sync, try_lock
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
+from fastprune.masking.apply import checked_scale
 from fastprune.masking.edits import hashes, scatter
 from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
@@ -50,7 +50,7 @@ def patch_checkpoint(
 
     Raises:
         NotFoundError: ``in_dir``, its weights, or the folder to write into do not exist.
-        ArgumentError: ``out_dir`` is not empty, or ``scale`` is not finite.
+        ArgumentError: ``out_dir`` is not empty, ``mask`` is no mask (but its file, say), or ``scale`` is not finite.
         ArtifactError: A shard or the index is truncated or not what its name says, or an earlier patch of ``in_dir``
             in place was interrupted.
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
@@ -59,7 +59,8 @@ def patch_checkpoint(
         FastpruneWarning: Other copies of the weights were left out.
     """
     source, target = Path(in_dir), Path(out_dir)
-    _check_scale(scale)
+    _check_mask(mask)
+    scale = checked_scale(scale)
     _check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
         raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
@@ -120,7 +121,7 @@ def patch_in_place(
     Raises:
         NotFoundError: The folder or its weights do not exist.
         ArgumentError: The folder is patched already or being patched, a shard is a link or cannot be written, another
-            backup is there, or ``scale`` is not finite.
+            backup is there, ``mask`` is no mask (but its file, say), or ``scale`` is not finite.
         ArtifactError: A shard or the index is truncated or not what its name says.
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
 
@@ -128,7 +129,8 @@ def patch_in_place(
         FastpruneWarning: There are other copies of the weights in the folder; they are not pruned.
     """
     folder = Path(folder)
-    _check_scale(scale)
+    _check_mask(mask)
+    scale = checked_scale(scale)
     _check_folder("folder", folder)
     with _alone(folder):
         if (folder / UNDO_NAME).exists():
@@ -213,9 +215,12 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _check_scale(scale: float) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+def _check_mask(mask: PruneMask) -> None:
+    if not isinstance(mask, PruneMask):
+        way = (
+            f"; fastprune.PruneMask.load({os.fspath(mask)!r}) reads one" if isinstance(mask, str | os.PathLike) else ""
+        )
+        raise ArgumentError(f"mask must be a PruneMask, got {type(mask).__name__}{way}")
 
 
 def _check_folder(argument: str, folder: Path) -> None:

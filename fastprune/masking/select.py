@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -36,17 +37,18 @@ def select(
     scope: str,
     layers: Iterable[int] | None,
     slice: int,
-    protect: Iterable[PruneMask],
+    protect: Iterable[PruneMask] | None,
 ) -> PruneMask:
     """See :meth:`fastprune.scoring.scores.Scores.select`."""
     q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
     if scope not in SCOPES:
         raise ArgumentError(f"scope must be one of {SCOPES}, got {scope!r}")
-    if isinstance(slice, bool) or not isinstance(slice, int) or slice < 0:
+    if isinstance(slice, bool) or not isinstance(slice, Integral) or slice < 0:
         raise ArgumentError(f"slice must be an integer of 0 or more, got {slice!r}")
+    slice = int(slice)  # NumPy's would not go into a file
     layers = None if layers is None else _check_layers(layers, scores)
     matrices = _Numbering(scores.shapes, None if layers is None else _in_layers(layers, scores))
-    masks = (protect,) if isinstance(protect, PruneMask) else tuple(protect)
+    masks = _check_protect(protect)
 
     criteria = {"harm": harm or scores.criteria["harm"][0]}
     harmful = _Demand("q", q, slice, matrices)
@@ -134,7 +136,8 @@ class _Demand:
     def _check_asked(self, where: str, numel: int) -> None:
         if self.asked == 0:
             raise SelectionError(
-                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; expected {1 / numel:.3g} or more"
+                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; "
+                f"expected {_least_fraction(numel)} or more"
             )
 
     def report(self) -> dict[str, Any]:
@@ -204,6 +207,15 @@ class _Demand:
         )
 
 
+def _least_fraction(numel: int) -> str:
+    """A fraction in three digits that, read again, selects one of ``numel`` weights; the next lower one does not."""
+    context = Context(prec=3, rounding=ROUND_CEILING)
+    fraction = context.divide(Decimal(1), Decimal(numel))
+    if int(float(fraction) * numel) < 1:  # exact as a decimal, a last bit too low as a float
+        fraction = context.next_plus(fraction)
+    return f"{float(fraction):.3g}"
+
+
 def _bound_below(kept: list[Kept], rank: int) -> float:
     """A score that at least ``rank`` kept ones reach, close below the ``rank``-th highest; -inf if there are too few.
 
@@ -241,6 +253,15 @@ def _check_fraction(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise SelectionError(f"{argument} must be a fraction in (0, 1], got {value!r}")
     return float(value)
+
+
+def _check_protect(protect: object) -> tuple[PruneMask, ...]:
+    if protect is None or isinstance(protect, PruneMask):
+        return () if protect is None else (protect,)
+    try:
+        return tuple(protect)
+    except TypeError:
+        raise ArgumentError(f"protect must be an iterable of PruneMasks, got {protect!r}") from None
 
 
 def _check_layers(layers: Iterable[int], scores: Scores) -> list[int]:

@@ -36,8 +36,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """``….q_proj.base_layer.weight`` as ``….q_proj.weight``, its name in the plain model."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    """``….0._orig_mod.….q_proj.base_layer.weight`` as ``….0.….q_proj.weight``, its name in the plain model."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "_orig_mod"))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile`` puts around a module, the one below it."""
+    return "_orig_mod" in module._modules
 
 
 def adapter_parts(name: str, block: nn.Module) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
-from fastprune.model.adapters import adapter_parts, plain_name
+from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
 from fastprune.model.admission import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident
 from fastprune.model.experts import follows_interface, fused_weights
 
@@ -23,8 +23,9 @@ class Matrix:
     """One eligible weight.
 
     Attributes:
-        name: Parameter name in the model without adapters, e.g. ``model.layers.0.mlp.up_proj.weight``; one expert of a
-            fused parameter: ``model.layers.0.mlp.experts.down_proj[3]``.
+        name: Parameter name in the model without adapters and compilation, e.g.
+            ``model.layers.0.mlp.up_proj.weight``; one expert of a fused parameter:
+            ``model.layers.0.mlp.experts.down_proj[3]``.
         block: Index of its decoder block.
         module: The module whose forward multiplies by it.
         input_major: ``True`` if the weight is stored ``(in_features, out_features)`` (GPT-2's Conv1D).
@@ -98,7 +99,8 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
         owned = {id(parameter) for part in adapters for parameter in part.parameters()}
         for path, module in block.named_modules():
             stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
-            if id(getattr(module, "weight", None)) in owned:
+            # What is around a compiled module has all of its attributes, and is not it.
+            if is_compiled(module) or id(getattr(module, "weight", None)) in owned:
                 continue
             if isinstance(module, nn.Linear | Conv1D):
                 owned.add(id(module.weight))
@@ -116,8 +118,9 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                     )
         for path, parameter in block.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
+                name = plain_name(f"{prefix}.{index}.{path}")
                 raise ModelError(
-                    f"model: {prefix}.{index}.{path} of shape {tuple(parameter.shape)} is a weight inside a decoder "
+                    f"model: {name} of shape {tuple(parameter.shape)} is a weight inside a decoder "
                     "block that belongs to no Linear and to no module that follows transformers' experts interface "
                     "(use_experts_implementation), so it cannot be scored"
                 )
@@ -151,13 +154,13 @@ def _n_experts(model: nn.Module) -> set[int]:
 
 
 def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
-    last, width = path.rsplit(".", 1)[-1], getattr(module, "out_features", None)
+    last, width = plain_name(path).rsplit(".", 1)[-1], getattr(module, "out_features", None)
     # Qwen2-MoE weighs what all tokens' expert adds by a gate of its own, with a single row.
     return (last in ("gate", "router") and width in _n_experts(model)) or (last == "shared_expert_gate" and width == 1)
 
 
 def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> bool:
-    owner = path.rsplit(".", 2)
+    owner = plain_name(path).rsplit(".", 2)
     return len(owner) >= 2 and owner[-2] in ("gate", "router") and parameter.shape[0] in _n_experts(model)
 
 

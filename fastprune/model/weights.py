@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.model.adapters import plain_name
 from fastprune.model.eligible import decoder_blocks
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
 from fastprune.model.shards import DTYPES, read_elements
@@ -57,7 +58,7 @@ class Resident:
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
-            digest.update(f"{name} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+            digest.update(f"{plain_name(name)} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
         return digest.hexdigest()
 
     def files(self) -> list[list[Any]]:

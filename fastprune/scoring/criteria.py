@@ -34,14 +34,17 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
     Raises:
         ArgumentError: Unknown, repeated or no criterion.
     """
-    names = (value,) if isinstance(value, str) else tuple(value)
     known = ", ".join(STATISTIC)
+    try:
+        names = (value,) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {value!r}") from None
     for name in names:
         if name == "random":
             raise ArgumentError(
                 f"{argument}: 'random' is a mask, not a score; use fastprune.random_mask(model, like=mask)"
             )
-        if name not in STATISTIC:
+        if not isinstance(name, str) or name not in STATISTIC:
             raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {name!r}")
     if not names or len(set(names)) != len(names):
         raise ArgumentError(f"{argument}: expected one or more different criteria out of {known}, got {value!r}")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import ArgumentError
+from fastprune.model.checkpoint import load_config
 from fastprune.model.weights import Streamed
 from fastprune.scoring.estimate import Estimate, Plan, human
 from fastprune.scoring.footprint import skeleton_of
@@ -103,8 +104,9 @@ def plan(
     """Choose the number of segments for a budget and estimate what a pass takes.
 
     Args:
-        model_or_config: A causal LM, whose weights are all in memory; or a Hugging Face config (no weights are made) or
-            :class:`~fastprune.model.weights.Streamed` weights, for a pass that streams them from disk.
+        model_or_config: A causal LM, whose weights are all in memory; or, for a pass that streams them from disk, the
+            folder of a checkpoint or its ``config.json``, a Hugging Face config (no weights are read or made), or
+            :class:`~fastprune.model.weights.Streamed` weights.
         n_examples: Examples of both sets together.
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
@@ -125,8 +127,10 @@ def plan(
         The plan; ``print`` it.
 
     Raises:
-        ArgumentError: A number is not positive, ``segments`` is not in 1 … L, or no number of segments fits the budget;
-            the message says how much would be needed.
+        ArgumentError: ``model_or_config`` is none of these, a number is not positive, ``segments`` is not in 1 … L, or
+            no number of segments fits the budget; the message says how much would be needed.
+        NotFoundError: There is no such folder.
+        ModelError: The folder's weights are quantised, or transformers does not know this kind of model.
     """
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -136,7 +140,7 @@ def plan(
             raise ArgumentError(f"{argument}: expected a positive rate, got {rate!r}")
     if boundaries is not None and boundaries not in TIERS:
         raise ArgumentError(f"boundaries: expected one of {', '.join(TIERS)}, got {boundaries!r}")
-    source = model_or_config
+    source = _source(model_or_config)
     model = source if isinstance(source, nn.Module) else source.model if isinstance(source, Streamed) else None
     # Of a model on several devices, all that a segment needs may fall to the one with the least room.
     devices = {source.device} if isinstance(source, Streamed) else _devices_of(model)
@@ -167,6 +171,19 @@ def plan(
     if host_budget is None and devices and not estimate.on_cpu:
         host_budget = int(_USABLE["cpu"] * _available(torch.device("cpu")) / processes)
     return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
+
+
+def _source(model_or_config: object) -> object:
+    """A model, streamed weights or a config; that of the checkpoint where a folder is given."""
+    if isinstance(model_or_config, str | os.PathLike):
+        return load_config(model_or_config)
+    known = isinstance(model_or_config, nn.Module | Streamed) or hasattr(model_or_config, "get_text_config")
+    if not known or isinstance(model_or_config, type):
+        raise ArgumentError(
+            "model_or_config: expected a causal language model, a Hugging Face config or the folder of a checkpoint, "
+            f"got {model_or_config if isinstance(model_or_config, type) else type(model_or_config).__name__}"
+        )
+    return model_or_config
 
 
 def _micro_batch(examples: int, length: int) -> tuple[int, int, int]:

@@ -130,8 +130,10 @@ def score(
             stack.enter_context(mode)
         stack.enter_context(ranks.together())
         criteria = {"harm": parse_criteria("harm", harm)}
-        if benign_loader is not None:
+        if benign_loader is not None or benign is not None:  # a name is checked whether or not it is needed
             criteria["benign"] = parse_criteria("benign", benign)
+        if benign_loader is None:
+            criteria.pop("benign", None)
         fractions = {"harm": _fraction("q_max", q_max), "benign": _fraction("p_max", p_max)}
         if statistics_dtype not in _STATISTICS_DTYPES:
             raise ArgumentError(
@@ -257,10 +259,10 @@ def _weights(
         # torchrun says which of a node's GPUs belongs to this process
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+        raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         # "cuda" is whichever device is a thread's current one, and the thread that reads the weights has its own.
         device = torch.device("cuda", torch.cuda.current_device())

@@ -112,7 +112,7 @@ class Scores:
         scope: str = "matrix",
         layers: Iterable[int] | None = None,
         slice: int = 0,
-        protect: Iterable[PruneMask] = (),
+        protect: Iterable[PruneMask] | None = (),
     ) -> PruneMask:
         """The weights among the top ``q`` by harm score and not among the top ``p`` by benign score.
 
@@ -124,7 +124,7 @@ class Scores:
             scope: ``"matrix"``: the fractions hold in each matrix; ``"global"``: over all matrices together.
             layers: Indices of decoder blocks; P, Q and N are of these alone.
             slice: ``s`` takes the harm ranks ``[s*k, (s+1)*k)`` instead of the first ``k``.
-            protect: Masks whose weights are never pruned.
+            protect: Masks whose weights are never pruned; ``None`` is none.
 
         Returns:
             The mask; ``metadata["report"]`` says what was asked and what came of it.
@@ -132,7 +132,7 @@ class Scores:
         Raises:
             SelectionError: A fraction is out of range, was not kept, or rounds to no weight anywhere; a layer is
                 unknown; a mask of ``protect`` has other shapes.
-            ArgumentError: ``scope`` or ``slice`` is out of range.
+            ArgumentError: ``scope`` or ``slice`` is out of range, or ``protect`` is no iterable.
 
         Warns:
             FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than
