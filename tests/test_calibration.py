@@ -172,6 +172,36 @@ def test_chat_without_anything_after_the_content_scores_nothing_extra(tokenizer)
 
 
 @pytest.mark.parametrize(
+    ("after", "closing", "scored"),
+    [
+        ("<turn>\n<eos>", "<turn>", "<turn>"),
+        ("\n<turn>\n", "/ <turn>", "<turn>"),
+        ("\n\n<eos>", "/ / <eos>", "<eos>"),
+        ("Z<turn>", "<unk> <turn>", "<turn>"),  # an unknown word is called special too, and ends nothing
+        ("\na", "/", "/"),  # no special token: the first one, whatever it is
+    ],
+)
+def test_chat_ends_at_the_first_special_token_after_the_content(tokenizer, after, closing, scored):
+    """Regression: where a space or a line break came first, it was scored and the end of the turn was left out."""
+    ends = f"{{{{ '<turn>' if m['role'] == 'user' else {after!r} }}}}"
+    tokenizer.chat_template = TEMPLATE.replace("<turn>\n", ends)
+    example = encode_row(tokenizer, Row("a", "b"), "chat")
+    context = encode_context(tokenizer, "a", format="chat")
+    between = len(ids(closing)) - 1
+    assert example.input_ids == (*context, *ids("b " + closing))
+    assert example.labels == (*unscored(len(context)), *ids("b"), *unscored(between), *ids(scored))
+
+
+def test_added_white_space_does_not_end_a_turn_but_an_added_marker_does(tokenizer):
+    """Gemma's tokenizer has added runs of line breaks; some markers are added without being called special."""
+    tokenizer.add_tokens(["\n\n", "<|end|>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n\n<|end|>\n{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids(["\n\n", "<|end|>"])
+    example = encode_row(tokenizer, Row("a", "b"), "chat")
+    assert (example.input_ids[-3:], example.labels[-3:]) == ((*ids("b"), *end), (*ids("b"), -100, end[1]))
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         (None, "needs a chat template and this .* has none"),
