@@ -151,6 +151,23 @@ def test_a_dataset_says_what_it_lacks_before_it_is_read():
         read_rows(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}))
 
 
+def test_a_data_frame_is_refused_with_the_way_out():
+    class DataFrame:
+        """What pandas' one shows: iterated, it gives the names of its columns."""
+
+        columns = ("prompt", "response")
+
+        def __iter__(self):
+            return iter(self.columns)
+
+        def to_dict(self, orient):
+            return [dict.fromkeys(self.columns, orient)]
+
+    with pytest.raises(CalibrationError, match=r"got a DataFrame; pass its \.to_dict\('records'\)"):
+        read_rows(DataFrame())
+    assert read_rows(DataFrame().to_dict("records")) == [Row("records", "records")]
+
+
 def test_raw_is_prompt_line_break_prefill_response_without_special_tokens(tokenizer):
     example = encode_row(tokenizer, Row("ab", "cd", "e", "x", "r0"))
     assert example == Example(ids("a b / e c d"), unscored(4) + ids("c d"), id="r0", category="x")
