@@ -200,13 +200,14 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
 
 
 def test_score_streams_the_folder_and_goes_on_from_a_journal(
-    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.delattr("fastprune.model.checkpoint.load_model")
     score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--format", "chat"]
     settings = ["--segments", 4, "--boundaries", "disk", "--host-memory", "1GiB", "--device", "cpu"]
     plain, journaled = tmp_path / "plain.safetensors", tmp_path / "journaled.safetensors"
     assert run(*score, *settings, "--out", plain) == 0
+    assert f"next: fastprune select {plain} -q 1e-4\n" in capsys.readouterr().out  # no p without benign scores
     for _ in range(2):  # the second time from the journal alone
         assert run(*score, *settings, "--resume", tmp_path / "journal", "--out", journaled) == 0
         monkeypatch.setattr("fastprune.scoring.engine.Pass._backward", None)

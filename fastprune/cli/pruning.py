@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -92,7 +93,9 @@ def score(
             dtype=dtype,
         )
         if is_first():
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} -p 5e-5 -q 1e-5")
+            protect, prune = _fractions(scores)
+            options = f"-q {prune}" if benign is None else f"-p {protect} -q {prune}"
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} {options}")
 
 
 @app.command()
@@ -215,6 +218,13 @@ def _check_patch_options(
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+
+
+def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
+    """The paper's p and q, or the first power of ten times them at which q is a weight of the largest matrix."""
+    largest = max(map(math.prod, scores.shapes.values()))
+    exponent = next((digits for digits in (5, 4, 3, 2) if int(float(f"1e-{digits}") * largest) > 0), 1)
+    return f"5e-{exponent}", f"1e-{exponent}"
 
 
 def _writable(path: Path) -> None:
