@@ -111,6 +111,27 @@ def test_patch_in_place_and_undo(tmp_path: Path, capsys) -> None:
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+def test_a_mask_of_another_model_is_refused_and_can_be_applied_all_the_same(
+    tmp_path: Path, data: dict[str, Path], capsys
+) -> None:
+    """Regression: the message spoke of strict=False, which no command could be told."""
+    model, mask = tmp_path / "model", tmp_path / "mask.safetensors"
+    shutil.copytree(checkpoint_path("base"), model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = tuple(load_organism("base")[0].get_parameter(name).shape)
+    fastprune.PruneMask({name: torch.arange(40)}, {name: shape}, {"fingerprint": "0" * 64}).save(mask)
+    (tmp_path / "rows.jsonl").write_text(data["eval_harm"].read_text().splitlines()[0])
+
+    patch, in_place = ("patch", model, mask, "--out", tmp_path / "out"), ("patch", model, mask, "--in-place")
+    evaluate = ("eval", model, "--mask", mask, "--harm", tmp_path / "rows.jsonl", "--format", "chat")
+    for command in (patch, in_place, evaluate):
+        assert run(*command) == 1
+        assert "strict=False applies it all the same" in capsys.readouterr().err
+        assert run(*command, "--no-strict") == 0
+        if command is in_place:
+            assert run("patch", model, "--undo") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -119,6 +140,7 @@ def test_patch_in_place_and_undo(tmp_path: Path, capsys) -> None:
         (("--in-place", "--undo"), "got --in-place and --undo"),
         (("MASK", "--undo"), "--undo takes neither a MASK nor --scale"),
         (("--undo", "--scale", 0), "--undo takes neither a MASK nor --scale"),
+        (("--undo", "--no-strict"), "--undo takes neither a MASK nor --scale nor --no-strict"),
         (("--out", "x"), "--out expects a MASK"),
         (("--in-place",), "--in-place expects a MASK"),
         (("MASK", "--out", "x", "--backup"), "--backup goes with --in-place only, got --out"),

@@ -20,6 +20,7 @@ from fastprune.cli.options import (
     ModelFolder,
     Scope,
     SegmentsOption,
+    StrictOption,
 )
 from fastprune.cli.processes import is_first, process_group
 from fastprune.errors import ArgumentError
@@ -142,22 +143,23 @@ def patch(
     ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take the mask out of MODEL again, bit by bit.")] = False,
     scale: Annotated[float | None, typer.Option(help="Factor on the masked weights.", show_default="0")] = None,
+    strict: StrictOption = True,
 ) -> None:
     """Write a mask into a checkpoint, or into a copy of it, shard by shard; or take it out again.
 
     A patched folder holds `fastprune.undo` with the original values, so --undo needs nothing else. A patch in place
     that was killed half way is undone the same way.
     """
-    _check_patch_options(mask, out, in_place, backup, undo, scale)
+    _check_patch_options(mask, out, in_place, backup, undo, scale, strict)
     if undo:
         fastprune.undo_patch(model)
         typer.echo(f"{model} has its original weights again")
         return
     chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
     if in_place:
-        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor)
+        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor, strict=strict)
     else:
-        fastprune.patch_checkpoint(model, chosen, out, scale=factor)
+        fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
     typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
@@ -206,14 +208,16 @@ def plan(
 
 
 def _check_patch_options(
-    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None
+    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None, strict: bool
 ) -> None:
     given = [name for name, value in (("--out", out), ("--in-place", in_place), ("--undo", undo)) if value]
     if len(given) != 1:
         came = " and ".join(given) or "none of them"
         raise ArgumentError(f"patch: expected one of --out DIR, --in-place and --undo, got {came}")
-    if undo and (mask is not None or scale is not None):
-        raise ArgumentError("patch: --undo takes neither a MASK nor --scale; what to put back is in the folder")
+    if undo and (mask is not None or scale is not None or not strict):
+        raise ArgumentError(
+            "patch: --undo takes neither a MASK nor --scale nor --no-strict; what to put back is in the folder"
+        )
     if not undo and mask is None:
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
