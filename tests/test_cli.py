@@ -158,6 +158,7 @@ def test_contradictory_options_of_patch(words: tuple, message: str, tmp_path: Pa
     ("words", "message"),
     [
         (("score", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
+        (("score", "nowhere", "--harm", "nothing.jsonl", "--device", "abacus"), "device: 'abacus' cannot be used"),
         (("select", "missing.safetensors", "-q", "0.1"), "missing.safetensors"),
         (("patch", "nowhere", "missing.safetensors", "--out", "x"), "missing.safetensors"),
         (("patch", "nowhere", "--undo"), "nowhere"),
@@ -184,10 +185,11 @@ def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path
     assert run(*score, "--out", tmp_path / "s.safetensors", "--dtype", "int4") == 1
     assert run(*score, "--out", tmp_path / "s.safetensors") == 0
     assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "a-b", "--out", tmp_path / "m") == 1
+    assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "0,3-1", "--out", tmp_path / "m") == 1
     assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "9", "--out", tmp_path / "m") == 1
     assert run("select", tmp_path / "s.safetensors", "-q", 1.5, "--out", tmp_path / "m") == 1
     errors = capsys.readouterr().err
-    for word in ("out:", "dtype:", "layers", "q"):
+    for word in ("out:", "dtype:", "layers", "such as 0-11, got '3-1'", "q"):
         assert word in errors
     assert not (tmp_path / "m").exists()
 
@@ -196,6 +198,13 @@ def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path
 def test_help_teaches(command: str, capsys) -> None:
     assert run(command, "--help") == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_a_gpu_that_is_not_there_is_called_by_its_name(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: the message spoke of device(type='cuda', index=99)."""
+    score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--out", tmp_path / "scores.safetensors"]
+    assert run(*score, "--device", "cuda:99") == 1
+    assert "device: 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
 def test_plan_and_version(capsys) -> None:

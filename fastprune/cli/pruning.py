@@ -69,6 +69,7 @@ def score(
     from fastprune.model.checkpoint import load_tokenizer
 
     with process_group(device):
+        _usable(device)
         if is_first():
             _writable(out)
         tokenizer = load_tokenizer(model)
@@ -238,6 +239,16 @@ def _writable(path: Path) -> None:
         raise ArgumentError(f"out: expected a file in a folder that can be written to, got {path}")
 
 
+def _usable(device: str | None) -> None:
+    """Refuse a device that is not there before the rows are read, by the name that was given."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+
+
 def _blocks(text: str) -> list[int]:
     """``"0-2,5"`` as ``[0, 1, 2, 5]``."""
     chosen: list[int] = []
@@ -245,5 +256,10 @@ def _blocks(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ArgumentError(f"layers: expected block numbers such as 0-11,14, got {text!r}")
-        chosen += range(int(first), int(last if dash else first) + 1)
+        blocks = range(int(first), int(last if dash else first) + 1)
+        if not blocks:
+            raise ArgumentError(
+                f"layers: expected the lower block of a range first, such as 0-11, got {part.strip()!r}"
+            )
+        chosen += blocks
     return chosen
