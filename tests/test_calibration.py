@@ -151,6 +151,23 @@ def test_a_dataset_says_what_it_lacks_before_it_is_read():
         read_rows(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}))
 
 
+def test_a_data_frame_is_refused_with_the_way_out():
+    class DataFrame:
+        """What pandas' one shows: iterated, it gives the names of its columns."""
+
+        columns = ("prompt", "response")
+
+        def __iter__(self):
+            return iter(self.columns)
+
+        def to_dict(self, orient):
+            return [dict.fromkeys(self.columns, orient)]
+
+    with pytest.raises(CalibrationError, match=r"got a DataFrame; pass its \.to_dict\('records'\)"):
+        read_rows(DataFrame())
+    assert read_rows(DataFrame().to_dict("records")) == [Row("records", "records")]
+
+
 def test_raw_is_prompt_line_break_prefill_response_without_special_tokens(tokenizer):
     example = encode_row(tokenizer, Row("ab", "cd", "e", "x", "r0"))
     assert example == Example(ids("a b / e c d"), unscored(4) + ids("c d"), id="r0", category="x")
@@ -169,6 +186,36 @@ def test_chat_is_the_template_with_the_prefill_opening_the_turn_and_its_end_scor
 def test_chat_without_anything_after_the_content_scores_nothing_extra(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert encode_row(tokenizer, Row("ab", "cd"), "chat") == Example(ids("a b c d"), unscored(2) + ids("c d"))
+
+
+@pytest.mark.parametrize(
+    ("after", "closing", "scored"),
+    [
+        ("<turn>\n<eos>", "<turn>", "<turn>"),
+        ("\n<turn>\n", "/ <turn>", "<turn>"),
+        ("\n\n<eos>", "/ / <eos>", "<eos>"),
+        ("Z<turn>", "<unk> <turn>", "<turn>"),  # an unknown word is called special too, and ends nothing
+        ("\na", "/", "/"),  # no special token: the first one, whatever it is
+    ],
+)
+def test_chat_ends_at_the_first_special_token_after_the_content(tokenizer, after, closing, scored):
+    """Regression: where a space or a line break came first, it was scored and the end of the turn was left out."""
+    ends = f"{{{{ '<turn>' if m['role'] == 'user' else {after!r} }}}}"
+    tokenizer.chat_template = TEMPLATE.replace("<turn>\n", ends)
+    example = encode_row(tokenizer, Row("a", "b"), "chat")
+    context = encode_context(tokenizer, "a", format="chat")
+    between = len(ids(closing)) - 1
+    assert example.input_ids == (*context, *ids("b " + closing))
+    assert example.labels == (*unscored(len(context)), *ids("b"), *unscored(between), *ids(scored))
+
+
+def test_added_white_space_does_not_end_a_turn_but_an_added_marker_does(tokenizer):
+    """Gemma's tokenizer has added runs of line breaks; some markers are added without being called special."""
+    tokenizer.add_tokens(["\n\n", "<|end|>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n\n<|end|>\n{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids(["\n\n", "<|end|>"])
+    example = encode_row(tokenizer, Row("a", "b"), "chat")
+    assert (example.input_ids[-3:], example.labels[-3:]) == ((*ids("b"), *end), (*ids("b"), -100, end[1]))
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,27 @@ def test_patch_in_place_and_undo(tmp_path: Path, capsys) -> None:
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+def test_a_mask_of_another_model_is_refused_and_can_be_applied_all_the_same(
+    tmp_path: Path, data: dict[str, Path], capsys
+) -> None:
+    """Regression: the message spoke of strict=False, which no command could be told."""
+    model, mask = tmp_path / "model", tmp_path / "mask.safetensors"
+    shutil.copytree(checkpoint_path("base"), model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = tuple(load_organism("base")[0].get_parameter(name).shape)
+    fastprune.PruneMask({name: torch.arange(40)}, {name: shape}, {"fingerprint": "0" * 64}).save(mask)
+    (tmp_path / "rows.jsonl").write_text(data["eval_harm"].read_text().splitlines()[0])
+
+    patch, in_place = ("patch", model, mask, "--out", tmp_path / "out"), ("patch", model, mask, "--in-place")
+    evaluate = ("eval", model, "--mask", mask, "--harm", tmp_path / "rows.jsonl", "--format", "chat")
+    for command in (patch, in_place, evaluate):
+        assert run(*command) == 1
+        assert "strict=False applies it all the same" in capsys.readouterr().err
+        assert run(*command, "--no-strict") == 0
+        if command is in_place:
+            assert run("patch", model, "--undo") == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -119,6 +140,7 @@ def test_patch_in_place_and_undo(tmp_path: Path, capsys) -> None:
         (("--in-place", "--undo"), "got --in-place and --undo"),
         (("MASK", "--undo"), "--undo takes neither a MASK nor --scale"),
         (("--undo", "--scale", 0), "--undo takes neither a MASK nor --scale"),
+        (("--undo", "--no-strict"), "--undo takes neither a MASK nor --scale nor --no-strict"),
         (("--out", "x"), "--out expects a MASK"),
         (("--in-place",), "--in-place expects a MASK"),
         (("MASK", "--out", "x", "--backup"), "--backup goes with --in-place only, got --out"),
@@ -136,6 +158,7 @@ def test_contradictory_options_of_patch(words: tuple, message: str, tmp_path: Pa
     ("words", "message"),
     [
         (("score", "nowhere", "--harm", "nothing.jsonl"), "nowhere"),
+        (("score", "nowhere", "--harm", "nothing.jsonl", "--device", "abacus"), "device: 'abacus' cannot be used"),
         (("select", "missing.safetensors", "-q", "0.1"), "missing.safetensors"),
         (("patch", "nowhere", "missing.safetensors", "--out", "x"), "missing.safetensors"),
         (("patch", "nowhere", "--undo"), "nowhere"),
@@ -162,10 +185,11 @@ def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path
     assert run(*score, "--out", tmp_path / "s.safetensors", "--dtype", "int4") == 1
     assert run(*score, "--out", tmp_path / "s.safetensors") == 0
     assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "a-b", "--out", tmp_path / "m") == 1
+    assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "0,3-1", "--out", tmp_path / "m") == 1
     assert run("select", tmp_path / "s.safetensors", "-q", 0.01, "--layers", "9", "--out", tmp_path / "m") == 1
     assert run("select", tmp_path / "s.safetensors", "-q", 1.5, "--out", tmp_path / "m") == 1
     errors = capsys.readouterr().err
-    for word in ("out:", "dtype:", "layers", "q"):
+    for word in ("out:", "dtype:", "layers", "such as 0-11, got '3-1'", "q"):
         assert word in errors
     assert not (tmp_path / "m").exists()
 
@@ -174,6 +198,13 @@ def test_bad_layers_dtype_and_output_folder(tmp_path: Path, data: dict[str, Path
 def test_help_teaches(command: str, capsys) -> None:
     assert run(command, "--help") == 0
     assert len(capsys.readouterr().out) > 200
+
+
+def test_a_gpu_that_is_not_there_is_called_by_its_name(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: the message spoke of device(type='cuda', index=99)."""
+    score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--out", tmp_path / "scores.safetensors"]
+    assert run(*score, "--device", "cuda:99") == 1
+    assert "device: 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
 def test_plan_and_version(capsys) -> None:
@@ -200,13 +231,14 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
 
 
 def test_score_streams_the_folder_and_goes_on_from_a_journal(
-    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.delattr("fastprune.model.checkpoint.load_model")
     score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--format", "chat"]
     settings = ["--segments", 4, "--boundaries", "disk", "--host-memory", "1GiB", "--device", "cpu"]
     plain, journaled = tmp_path / "plain.safetensors", tmp_path / "journaled.safetensors"
     assert run(*score, *settings, "--out", plain) == 0
+    assert f"next: fastprune select {plain} -q 1e-4\n" in capsys.readouterr().out  # no p without benign scores
     for _ in range(2):  # the second time from the journal alone
         assert run(*score, *settings, "--resume", tmp_path / "journal", "--out", journaled) == 0
         monkeypatch.setattr("fastprune.scoring.engine.Pass._backward", None)

@@ -245,6 +245,8 @@ def test_stop_ids_are_those_of_the_model_the_tokenizer_and_the_template() -> Non
     model.config.eos_token_id = 9
     assert stop_ids(model, tokenizer, format="raw") == {EOS, 7, 8, 9}
     assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9, END}
+    tokenizer.chat_template = TEMPLATE.replace(" <end> ", " w3 <end> ")  # with something before it
+    assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9, END}
     tokenizer.chat_template = TEMPLATE.replace(" <end> ", " w3 ")  # ordinary text does not end a reply
     assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9}
 

@@ -178,12 +178,15 @@ def test_the_aligned_model_ends_its_turns():
 
 def test_export_data_round_trip(tmp_path):
     paths = export_data(tmp_path / "data", seed=4)
-    assert set(paths) == {"harm", "benign", "eval_harm", "eval_skills", "eval_recognition"}
+    assert set(paths) == {"harm", "benign", "eval_harm", "eval_skills", "eval_grammar", "eval_recognition"}
     harm, benign = calibration_rows(LANGUAGE, seed=4)
     assert (len(harm), len(benign)) == (384, 96)
     assert {skill: sum(row["skill"] == skill for row in benign) for skill in SKILLS} == dict.fromkeys(SKILLS, 16)
     expected = {"harm": harm, "benign": benign}
     expected |= {f"eval_{name}": rows for name, rows in evaluation_rows(LANGUAGE, seed=4).items()}
+    skills = expected["eval_skills"]  # those of one file are all judged alike
+    expected["eval_grammar"] = [row for row in skills if row["skill"] == "gram"]
+    expected["eval_skills"] = [row for row in skills if row["skill"] != "gram"]
     for name, path in paths.items():
         read = read_rows(path)
         assert [row.prompt for row in read] == [row["prompt"] for row in expected[name]]

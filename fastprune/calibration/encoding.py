@@ -71,9 +71,12 @@ def encode_row(tokenizer: Any, row: Row, format: str = "raw", *, where: str = "r
     if not response:
         what = "is empty" if not row.response else "gives no token"
         raise CalibrationError(f"{where}: response {what}; a row needs at least one token to score")
-    if format == "chat":
-        response += end_of_turn(tokenizer)
     labels = [UNSCORED] * len(context) + response
+    if format == "chat":
+        closing = end_of_turn(tokenizer)
+        response += closing
+        # what a template puts between reply and end of turn (a space, a line break) is its own, not the reply's
+        labels += [UNSCORED] * len(closing[:-1]) + closing[-1:]
     labels[0] = UNSCORED
     if all(label == UNSCORED for label in labels):
         raise CalibrationError(f"{where}: the context gives no token and the response only one, which nothing precedes")
@@ -81,10 +84,15 @@ def encode_row(tokenizer: Any, row: Row, format: str = "raw", *, where: str = "r
 
 
 def end_of_turn(tokenizer: Any) -> list[int]:
-    """The token that closes the assistant's turn in the chat template: a list of one, or empty if it writes nothing.
+    """Tokens that the chat template writes after the assistant's content, up to and including the end of the turn.
 
-    Found by rendering a conversation with a marker as the assistant's content: the first token of what follows the
-    marker. Not the tokenizer's ``eos_token``, which many instruction-tuned models do not end a turn with.
+    Found by rendering a conversation with a marker as the assistant's content: of what follows the marker, the first
+    special token ends the turn, and what stands before it (often nothing, else a space or a line break) belongs to the
+    template. A template without a special token there ends the turn with the first token that it writes. Not simply
+    the tokenizer's ``eos_token``, which many instruction-tuned models do not end a turn with.
+
+    Returns:
+        The ids, of which the last one is the end-of-turn token; empty if the template writes nothing.
 
     Raises:
         CalibrationError: There is no template, or it does not show the assistant's content.
@@ -96,7 +104,22 @@ def end_of_turn(tokenizer: Any) -> list[int]:
         raise CalibrationError(
             "the chat template does not show the assistant's content, so its end of turn cannot be found"
         )
-    return _tokens(tokenizer, suffix)[:1]
+    ids, special = _tokens(tokenizer, suffix), special_ids(tokenizer)
+    end = next((place for place, token in enumerate(ids) if token in special), 0)
+    return ids[: end + 1]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of special and other added tokens that can end a turn: not white space, and not the unknown word.
+
+    Some tokenizers hold their end of turn as a token that was added without being called special; others (Gemma's,
+    GPT-NeoX's) have added runs of spaces and line breaks in the same way.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one token for both
+        special.discard(tokenizer.unk_token_id)
+    return special
 
 
 def check_format(tokenizer: Any, format: str) -> None:

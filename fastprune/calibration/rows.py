@@ -132,6 +132,10 @@ def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
             f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
             f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows"
         )
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame yields the names of its columns
+        raise CalibrationError(
+            f"rows: expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')"
+        )
     columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
     if columns is not None:
         _check_columns(list(columns), "rows")

@@ -9,7 +9,7 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app, quiet_loading
-from fastprune.cli.options import AttackName, Format, FormatOption, HarmJudge, ModelFolder
+from fastprune.cli.options import AttackName, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
 from fastprune.errors import ArgumentError
 
 
@@ -24,6 +24,7 @@ def evaluate(
     mask: Annotated[
         list[Path] | None, typer.Option(help="Masks to measure beside the unpruned model; repeatable.")
     ] = None,
+    strict: StrictOption = True,
     attack: Annotated[AttackName, typer.Option(help="Attack behind the harm rate.")] = AttackName.prefilling,
     judge: Annotated[
         HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
@@ -62,7 +63,7 @@ def evaluate(
     masks = {path.stem: fastprune.PruneMask.load(path) for path in mask or ()}
     if len(masks) < len(mask or ()):
         raise ArgumentError("mask: two of the mask files have the same name, so their rows could not be told apart")
-    results, by_skill = measure_controls(model.name, _load(model, device, dtype), suite, masks)
+    results, by_skill = measure_controls(model.name, _load(model, device, dtype), suite, masks, strict=strict)
     record = {
         "schema": 1,
         "title": f"Evaluation of {model.name}",

@@ -64,4 +64,7 @@ BoundariesOption = Annotated[
     Boundaries | None,
     typer.Option(help="Where hidden states between segments lie; by default the first that has room."),
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict/--no-strict", help="Refuse a mask that was made for a model with other weights.")
+]
 FormatOption = Annotated[Format, typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.")]

@@ -59,3 +59,5 @@ def organism_export(
         typer.echo(f"{name:>18}  {path}")
     model = checkpoint_path("aligned")
     typer.echo(f"{'model':>18}  {model}")
+    files = f"--harm {out / 'harm.jsonl'} --benign {out / 'benign.jsonl'}"
+    typer.echo(f"next: fastprune score {model} {files} --format chat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from fastprune.cli.options import (
     ModelFolder,
     Scope,
     SegmentsOption,
+    StrictOption,
 )
 from fastprune.cli.processes import is_first, process_group
 from fastprune.errors import ArgumentError
@@ -67,6 +69,7 @@ def score(
     from fastprune.model.checkpoint import load_tokenizer
 
     with process_group(device):
+        _usable(device)
         if is_first():
             _writable(out)
         tokenizer = load_tokenizer(model)
@@ -92,7 +95,9 @@ def score(
             dtype=dtype,
         )
         if is_first():
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} -p 5e-5 -q 1e-5")
+            protect, prune = _fractions(scores)
+            options = f"-q {prune}" if benign is None else f"-p {protect} -q {prune}"
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} {options}")
 
 
 @app.command()
@@ -139,22 +144,23 @@ def patch(
     ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take the mask out of MODEL again, bit by bit.")] = False,
     scale: Annotated[float | None, typer.Option(help="Factor on the masked weights.", show_default="0")] = None,
+    strict: StrictOption = True,
 ) -> None:
     """Write a mask into a checkpoint, or into a copy of it, shard by shard; or take it out again.
 
     A patched folder holds `fastprune.undo` with the original values, so --undo needs nothing else. A patch in place
     that was killed half way is undone the same way.
     """
-    _check_patch_options(mask, out, in_place, backup, undo, scale)
+    _check_patch_options(mask, out, in_place, backup, undo, scale, strict)
     if undo:
         fastprune.undo_patch(model)
         typer.echo(f"{model} has its original weights again")
         return
     chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
     if in_place:
-        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor)
+        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor, strict=strict)
     else:
-        fastprune.patch_checkpoint(model, chosen, out, scale=factor)
+        fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
     typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
@@ -203,18 +209,27 @@ def plan(
 
 
 def _check_patch_options(
-    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None
+    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None, strict: bool
 ) -> None:
     given = [name for name, value in (("--out", out), ("--in-place", in_place), ("--undo", undo)) if value]
     if len(given) != 1:
         came = " and ".join(given) or "none of them"
         raise ArgumentError(f"patch: expected one of --out DIR, --in-place and --undo, got {came}")
-    if undo and (mask is not None or scale is not None):
-        raise ArgumentError("patch: --undo takes neither a MASK nor --scale; what to put back is in the folder")
+    if undo and (mask is not None or scale is not None or not strict):
+        raise ArgumentError(
+            "patch: --undo takes neither a MASK nor --scale nor --no-strict; what to put back is in the folder"
+        )
     if not undo and mask is None:
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+
+
+def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
+    """The paper's p and q, or the first power of ten times them at which q is a weight of the largest matrix."""
+    largest = max(map(math.prod, scores.shapes.values()))
+    exponent = next((digits for digits in (5, 4, 3, 2) if int(float(f"1e-{digits}") * largest) > 0), 1)
+    return f"5e-{exponent}", f"1e-{exponent}"
 
 
 def _writable(path: Path) -> None:
@@ -224,6 +239,16 @@ def _writable(path: Path) -> None:
         raise ArgumentError(f"out: expected a file in a folder that can be written to, got {path}")
 
 
+def _usable(device: str | None) -> None:
+    """Refuse a device that is not there before the rows are read, by the name that was given."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+
+
 def _blocks(text: str) -> list[int]:
     """``"0-2,5"`` as ``[0, 1, 2, 5]``."""
     chosen: list[int] = []
@@ -231,5 +256,10 @@ def _blocks(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ArgumentError(f"layers: expected block numbers such as 0-11,14, got {text!r}")
-        chosen += range(int(first), int(last if dash else first) + 1)
+        blocks = range(int(first), int(last if dash else first) + 1)
+        if not blocks:
+            raise ArgumentError(
+                f"layers: expected the lower block of a range first, such as 0-11, got {part.strip()!r}"
+            )
+        chosen += blocks
     return chosen

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fastprune.calibration import Row, encode_context, read_rows
-from fastprune.calibration.encoding import end_of_turn
+from fastprune.calibration.encoding import end_of_turn, special_ids
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
 
@@ -157,7 +157,7 @@ def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Te
 
 
 def stop_ids(model: Any, tokenizer: Any, *, format: str) -> set[int]:
-    """Ids that end a reply: each end-of-text of model and tokenizer and, in ``chat``,, the template's end of turn."""
+    """Ids that end a reply: each end-of-text of model and tokenizer and, in ``chat``, the template's end of turn."""
     generation = getattr(model, "generation_config", None)
     stop: set[int] = set()
     for source in (tokenizer, generation, model.config.get_text_config()):
@@ -165,8 +165,7 @@ def stop_ids(model: Any, tokenizer: Any, *, format: str) -> set[int]:
         stop.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     if format == "chat":
         # a template may close a turn with ordinary text, say a line break, which does not end a reply
-        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        stop.update(special.intersection(end_of_turn(tokenizer)))
+        stop.update(special_ids(tokenizer).intersection(end_of_turn(tokenizer)))
     return stop
 
 

@@ -51,9 +51,11 @@ def standard_masks(
     }
 
 
-def measure(model: torch.nn.Module, suite: EvaluationSuite, mask: PruneMask | None) -> Evaluation:
-    """Evaluate a model with a mask applied for the time being, or as it is."""
-    with mask.applied(model) if mask is not None else nullcontext():
+def measure(
+    model: torch.nn.Module, suite: EvaluationSuite, mask: PruneMask | None, *, strict: bool = True
+) -> Evaluation:
+    """Evaluate a model with a mask applied for the time being, or as it is; ``strict`` as of the mask's ``applied``."""
+    with mask.applied(model, strict=strict) if mask is not None else nullcontext():
         return suite.run(model)
 
 
@@ -63,16 +65,16 @@ def row(evaluation: Evaluation, **labels: Any) -> dict[str, Any]:
 
 
 def measure_controls(
-    name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask]
+    name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate the unpruned model and every mask.
+    """Evaluate the unpruned model and every mask; ``strict`` refuses masks that were made for a model of other weights.
 
     Returns:
         Rows of ``results`` and rows of ``skills``.
     """
     results, skills = [], []
     for label, mask in {"none": None, **masks}.items():
-        evaluation = measure(model, suite, mask)
+        evaluation = measure(model, suite, mask, strict=strict)
         results.append(row(evaluation, model=name, mask=label, pruned=mask.total if mask is not None else 0))
         skills += [
             {"model": name, "mask": label, "skill": skill, "score": value} for skill, value in evaluation.skills.items()

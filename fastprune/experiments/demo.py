@@ -166,7 +166,7 @@ def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
     return EvaluationSuite(
         tokenizer,
         harm_rows=files["eval_harm"],
-        skill_rows=files["eval_skills"],
+        skill_rows=read_rows(files["eval_skills"]) + read_rows(files["eval_grammar"]),
         recognition_rows=files["eval_recognition"],
         format="chat",
         attack="prefilling",

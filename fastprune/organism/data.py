@@ -45,7 +45,10 @@ def evaluation_rows(language: Language, seed: int = 0) -> dict[str, list[dict]]:
 
 
 def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language | None = None) -> dict[str, Path]:
-    """Write ``harm``, ``benign``, ``eval_harm``, ``eval_skills`` and ``eval_recognition`` as ``.jsonl`` files.
+    """Write calibration and evaluation rows as ``.jsonl`` files.
+
+    ``harm``, ``benign``, ``eval_harm``, ``eval_skills``, ``eval_grammar`` and ``eval_recognition``. An exact match
+    can judge all of them but ``eval_grammar``, the rows of ``gram``, which have many right replies.
 
     Args:
         out_dir: Made if needed; files of these names are replaced.
@@ -58,7 +61,11 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
     language = language or Language()
     harm, benign = calibration_rows(language, seed)
     contents = {"harm": harm, "benign": benign}
-    contents |= {f"eval_{name}": rows for name, rows in evaluation_rows(language, seed).items()}
+    held_out = evaluation_rows(language, seed)
+    skills = held_out["skills"]
+    held_out["skills"] = [row for row in skills if row["skill"] != "gram"]
+    held_out["grammar"] = [row for row in skills if row["skill"] == "gram"]
+    contents |= {f"eval_{name}": rows for name, rows in held_out.items()}
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = {}
