@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from architectures import BENIGN, HARM, VOCAB, build, pad, stateful
@@ -289,3 +290,16 @@ def test_an_example_beyond_the_models_positions_is_named(name: str, limit: str) 
 def test_a_model_without_a_head_is_refused(model: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"expected a causal language model, .*; LlamaModel has no head"):
         fastprune.score(model.model, CalibrationSet(HARM), progress=False)
+
+
+def test_numbers_of_numpy_are_numbers(model: nn.Module, tmp_path) -> None:
+    fractions = {"p_max": np.float32(0.25), "q_max": np.float64(0.5)}
+    scores = fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, **fractions)
+    plain = fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, p_max=0.25, q_max=0.5)
+    loaded = fastprune.Scores.load(scores.save(tmp_path / "scores.safetensors"))
+    assert loaded.select(0.1, 0.2) == plain.select(0.1, 0.2)
+    sizes = (
+        fastprune.plan(model, np.int64(3), np.int32(70_000), segments=2),
+        fastprune.plan(model, 3, 70_000, segments=2),
+    )
+    assert sizes[0] == sizes[1]

@@ -1,4 +1,4 @@
-"""The command line: ``fastprune demo | score | select | patch | plan | eval | organism``.
+"""The command line: ``fastprune demo | score | select | patch | plan | control | eval | organism``.
 
 Thin: each command reads files, calls one function of the library and writes files. Errors that fastprune raises on
 purpose are one line on standard error; anything else is a bug and shows its traceback.

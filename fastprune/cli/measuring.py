@@ -1,4 +1,4 @@
-"""``eval``: what a model can do, unpruned and with masks."""
+"""``control`` and ``eval``: what a model can do, unpruned, with a mask, and with as many other weights removed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,32 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app, quiet_loading
-from fastprune.cli.options import AttackName, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
+from fastprune.cli.options import AttackName, Control, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
 from fastprune.errors import ArgumentError
+
+
+@app.command()
+def control(
+    model: ModelFolder,
+    mask: Annotated[Path, typer.Argument(help="The mask that the control is to be like.", show_default=False)],
+    kind: Annotated[
+        Control,
+        typer.Option(help="random: any weights. matched: random ones of nearly the same size. largest: by size."),
+    ] = Control.random,
+    seed: Annotated[int, typer.Option(help="Of the random kinds: same seed, same mask.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the control goes.")] = Path("control.safetensors"),
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights.")] = "auto",
+) -> None:
+    """Choose as many weights in each matrix as a mask has, without looking at any behaviour."""
+    from fastprune.masking import largest_magnitude_mask
+
+    like, loaded = fastprune.PruneMask.load(mask), _load(model, "cpu", dtype)
+    match kind:
+        case Control.largest:
+            chosen = largest_magnitude_mask(loaded, like)
+        case _:
+            chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
+    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: fastprune eval {model} --mask {mask} --mask {out} …")
 
 
 @app.command(name="eval")

@@ -31,6 +31,14 @@ class Boundaries(StrEnum):
     disk = "disk"
 
 
+class Control(StrEnum):
+    """Masks that are chosen without looking at any behaviour."""
+
+    random = "random"
+    matched = "matched"
+    largest = "largest"
+
+
 class AttackName(StrEnum):
     """Attacks that bear on harm during an evaluation."""
 

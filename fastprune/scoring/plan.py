@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -133,8 +134,9 @@ def plan(
         ModelError: The folder's weights are quantised, or transformers does not know this kind of model.
     """
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ArgumentError(f"{argument}: expected a positive integer, got {value!r}")
+    n_examples, n_tokens = int(n_examples), int(n_tokens)  # NumPy's numbers overflow
     for argument, rate in (("flops_per_second", flops_per_second), ("read_bytes_per_second", read_bytes_per_second)):
         if rate is not None and not rate > 0:
             raise ArgumentError(f"{argument}: expected a positive rate, got {rate!r}")

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -205,8 +206,8 @@ def score(
             provenance=provenance_of(
                 view.model, view.matrices, sets, criteria, statistics_dtype, collector.fingerprint()
             ),
-            p_max=p_max,
-            q_max=q_max,
+            p_max=fractions["benign"],
+            q_max=fractions["harm"],
         )
 
 
@@ -274,7 +275,7 @@ def _without_autocast() -> list[torch.autocast]:
 
 
 def _fraction(argument: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise ArgumentError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
     return float(value)
 
