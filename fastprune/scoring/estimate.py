@@ -18,9 +18,10 @@ from fastprune.scoring.engine import split_blocks
 from fastprune.scoring.footprint import Footprint, activation_bound, activation_bytes, footprint
 from fastprune.scoring.keep import kept_bytes
 
-# On a CPU: buffers of the matrix library, threads' stacks and what lies free between pieces in use. A pass over a tiny
-# model takes 64 MiB of it; of one over 0.3 B weights, what the allocator holds differs by up to 45 MiB from run to run.
-_WORKSPACE = 80 * 2**20
+# On a CPU: buffers of the matrix library, threads' stacks: what a pass over a tiny model takes.
+_WORKSPACE = 64 * 2**20
+# Share that lies free between pieces in use where weights come and go; it differs by some 5 % from run to run.
+_FRAGMENTED = 0.05
 
 
 def human(n_bytes: float) -> str:
@@ -159,7 +160,8 @@ class Estimate:
         on_device = tier == "device" or (tier == "host" and self.on_cpu)
         given = self._given * math.ceil(self._tokens / self._micro_batch)
         peak = max(w + acc + act + on_device * h + given + self.on_cpu * kept for w, acc, act, h, kept in stages)
-        device = max(peak, self._first_weights(parts)) + self.on_cpu * _WORKSPACE
+        peak = max(peak, self._first_weights(parts))
+        device = peak + self.on_cpu * (_WORKSPACE + self._streamed * int(_FRAGMENTED * peak))
         host = 0 if self.on_cpu else max(kept + (tier == "host") * h for *_, h, kept in stages)
         recomputed = 1.0 + (segments - 1) / segments if segments > 1 else 1.0
         flops = 2.0 * sizes.active * self._tokens * (2 + recomputed)
