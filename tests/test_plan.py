@@ -11,6 +11,7 @@ from architectures import CONFIGS, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.errors import ArgumentError, NotFoundError
+from fastprune.scoring.estimate import _FRAGMENTED, _WORKSPACE
 from fastprune.scoring.footprint import activation_bound, activation_bytes
 
 GIB = 2**30
@@ -79,7 +80,8 @@ def test_kept_scores_are_counted_as_they_come() -> None:
     """The head makes the last segment the largest; it goes backward first, when nothing above it has been kept."""
     plan = fastprune.plan(llama("8B"), 64, 64, segments=32, boundaries="disk")
     others = plan.weight_bytes + plan.accumulator_bytes + plan.activation_bytes
-    assert others < plan.device_bytes < others + plan.kept_bytes
+    in_use = (plan.device_bytes - _WORKSPACE) / (1 + _FRAGMENTED)
+    assert others < in_use < others + 0.6 * plan.kept_bytes
 
 
 def test_time_at_given_rates() -> None:
