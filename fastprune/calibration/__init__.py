@@ -3,7 +3,7 @@
 from fastprune.calibration.encoding import encode_context, encode_row
 from fastprune.calibration.examples import Example, MicroBatch, micro_batches
 from fastprune.calibration.foreign import collect
-from fastprune.calibration.rows import Row, read_rows
+from fastprune.calibration.rows import Row, read_rows, read_texts_or_rows
 from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_calibration
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "load_calibration",
     "micro_batches",
     "read_rows",
+    "read_texts_or_rows",
 ]

@@ -67,6 +67,15 @@ def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Ro
     return rows
 
 
+def read_texts_or_rows(source: str | Path | Iterable[str | Row | Mapping[str, Any]]) -> list[str] | list[Row]:
+    """Texts as they are if all items are; anything else is read by :func:`read_rows`, a single string as a path."""
+    if isinstance(source, (str, Path)):
+        return read_rows(source)
+    _check_yields_rows(source)
+    items = list(source)
+    return items if items and all(isinstance(item, str) for item in items) else read_rows(items)
+
+
 def describe(path_or_rows: object) -> str:
     """Name of a source in messages: its path, or ``rows`` for what is in memory."""
     return str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else "rows"
@@ -127,31 +136,32 @@ def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if isinstance(source, Mapping):
-        raise CalibrationError(
-            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
-            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows"
-        )
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame yields the names of its columns
-        raise CalibrationError(
-            f"rows: expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')"
-        )
+    _check_yields_rows(source)
     columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
     if columns is not None:
         _check_columns(list(columns), "rows")
-    try:
-        iterator = iter(source)
-    except TypeError:
-        raise CalibrationError(
-            f"rows: expected a path or an iterable of mappings, got {type(source).__name__}"
-        ) from None
-    for number, record in enumerate(iterator):
+    for number, record in enumerate(source):
         where = f"rows, row {number}"
         if isinstance(record, Row):
             record = {**record.extra, **{name: getattr(record, name) for name in REQUIRED + OPTIONAL}}
         if not isinstance(record, Mapping):
             raise CalibrationError(f"{where}: expected a mapping, got {type(record).__name__}")
         yield record, where
+
+
+def _check_yields_rows(source: Any) -> None:
+    """Refuse what yields the names of its columns or splits instead of rows."""
+    if isinstance(source, Mapping):
+        raise CalibrationError(
+            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
+            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows"
+        )
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
+        raise CalibrationError(
+            f"rows: expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')"
+        )
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        raise CalibrationError(f"rows: expected a path or an iterable of mappings, got {type(source).__name__}")
 
 
 def _check_columns(columns: list[str], where: str) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from fastprune.errors import ArgumentError, ModelError, ScoringError
+from fastprune.model.adapters import unwrap
+from fastprune.model.positions import rotary_conflict
 from fastprune.model.state import quiet
 
 
@@ -29,6 +31,9 @@ class Forward:
     """
 
     def __init__(self, model: Any) -> None:
+        # Compiled and adapter-wrapped models forward *args, **kwargs; what they wrap says what it takes. An adapter
+        # that puts tokens before the text is refused here: it would do so at every step.
+        self._inner = unwrap(model)
         embedding = model.get_input_embeddings().weight
         if embedding.device.type == "meta":
             raise ModelError("model: expected weights in memory, got a model on the meta device")
@@ -37,13 +42,17 @@ class Forward:
         self.vocab_size = embedding.shape[0]
         self.max_tokens = limit if isinstance(limit, int) and limit > 0 else None
         self._model = model
-        # compiled and adapter-wrapped models forward *args, **kwargs; what they wrap says what it takes
-        inner = getattr(model, "_orig_mod", model)
-        inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-        self._takes = inspect.signature(inner.forward).parameters
+        self._takes = inspect.signature(self._inner.forward).parameters
 
     def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, past: Any = None, use_cache: bool, last: bool
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        past: Any = None,
+        use_cache: bool,
+        last: bool,
+        ends: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """Run the model.
 
@@ -53,6 +62,8 @@ class Forward:
             past: The cache of the tokens before, or ``None``.
             use_cache: Whether to ask for a cache; a model without one gives ``None`` all the same.
             last: Only the logits of the last token are wanted.
+            ends: ``(rows,)`` int64, tokens of each row when it is over. What comes after, beside rows that go on, stays
+                at its last position: there may be none beyond, and no other row may notice.
 
         Returns:
             Logits ``(rows, new_tokens, vocabulary)``, or ``(rows, 1, vocabulary)`` with ``last``, and the cache.
@@ -62,6 +73,8 @@ class Forward:
             keywords["past_key_values"] = past
         if "position_ids" in self._takes:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            if ends is not None:
+                positions = torch.minimum(positions, ends[:, None] - 1)
             keywords["position_ids"] = positions[:, -input_ids.shape[1] :]
         if last and "logits_to_keep" in self._takes:
             keywords["logits_to_keep"] = 1
@@ -69,7 +82,7 @@ class Forward:
         return output.logits[:, -1:] if last else output.logits, getattr(output, "past_key_values", None)
 
     def check(self, sequences: Sequence[Sequence[int]], budgets: Sequence[int], names: Sequence[str]) -> None:
-        """Raise ArgumentError for ids without an embedding or sequences that, with their budget, are too long."""
+        """Raise ArgumentError for ids without an embedding, and for sequences that are too long with their budget."""
         for sequence, new, name in zip(sequences, budgets, names, strict=True):
             if max(sequence) >= self.vocab_size:
                 raise ArgumentError(
@@ -81,14 +94,34 @@ class Forward:
                     f"{name}: {len(sequence)} tokens and {new} new ones are more than the {self.max_tokens} "
                     "that the model has positions for; nothing is cut"
                 )
+        grown = [(len(sequence), len(sequence) + new) for sequence, new in zip(sequences, budgets, strict=True)]
+        conflict = rotary_conflict(self._inner, grown)
+        if conflict is not None:
+            index, reason = conflict
+            fewest, most = grown[index]
+            raise ArgumentError(
+                f"{names[index]}: {fewest} tokens and {most - fewest} new ones; {reason}; evaluate shorter and longer "
+                "rows apart, with answers that do not cross the limit"
+            )
 
 
 @contextlib.contextmanager
 def inference(model: Any) -> Iterator[Forward]:
     """Evaluation mode without gradients; every flag of model and config is restored on exit, also after an error."""
     # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
+    _check_causal(model)
     with quiet(model), torch.no_grad():
         yield Forward(model)
+
+
+def _check_causal(model: Any) -> None:
+    inner = unwrap(model) if isinstance(model, torch.nn.Module) else None
+    generates = getattr(inner, "can_generate", lambda: True)  # transformers' word for "causal, and with its head"
+    if inner is None or not generates() or getattr(inner.config, "is_encoder_decoder", False):
+        raise ModelError(
+            "model: expected a causal language model with its head, as AutoModelForCausalLM gives, got "
+            f"{type(model if inner is None else inner).__name__}"
+        )
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import Row, encode_context, read_rows
+from fastprune.calibration import Row, encode_context, read_texts_or_rows
 from fastprune.calibration.encoding import end_of_turn, special_ids
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
@@ -55,7 +55,8 @@ def generate(
         ArgumentError: An argument is out of range, or the tokens do not fit the model.
         ScoringError: The model's logits are NaN.
     """
-    rows = _rows(rows_or_prompts)
+    items = read_texts_or_rows(rows_or_prompts)
+    rows = [Row(prompt=item, response="") if isinstance(item, str) else item for item in items]
     if prefill is not None:
         prefills = [prefill] * len(rows) if isinstance(prefill, str) else list(prefill)
         if len(prefills) != len(rows):
@@ -95,7 +96,9 @@ def continue_greedily(
     """Continue token ids, each context until a stop token or its own budget.
 
     Contexts are grouped by budget and length, so that short answers never wait for long ones; ties of the argmax go
-    to the lower id, as in ``model.generate(do_sample=False)``, to which the ids are equal.
+    to the lower id, as in ``model.generate(do_sample=False)``, to which the ids are equal unless the model's generation
+    config changes logits or searches (``repetition_penalty``, ``suppress_tokens``, ``num_beams``): nothing of it but
+    the end-of-text ids is followed here.
 
     Args:
         model: A causal LM.
@@ -129,11 +132,12 @@ def _continue_batch(
     forward: Any, contexts: list[list[int]], limits: torch.Tensor, stop: torch.Tensor
 ) -> list[list[int]]:
     input_ids, attention_mask = _pad_left(contexts, forward.device)
+    ends = attention_mask.sum(1) + limits
     finished = torch.zeros(len(contexts), dtype=torch.bool, device=forward.device)
     lengths = limits.clone()
     columns, past = [], None
     for step in range(int(limits.max())):
-        logits, past = forward(input_ids, attention_mask, past=past, use_cache=True, last=True)
+        logits, past = forward(input_ids, attention_mask, past=past, use_cache=True, last=True, ends=ends)
         values, tokens = logits[:, -1].max(dim=-1)
         check_finite(values, "generation")
         columns.append(tokens)
@@ -174,15 +178,6 @@ def decode(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[str]:
     return [
         tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in sequences
     ]
-
-
-def _rows(source: Any) -> list[Row]:
-    if isinstance(source, (str, Path)):
-        return read_rows(source)
-    items = list(source)
-    if items and all(isinstance(item, str) for item in items):
-        return [Row(prompt=item, response="") for item in items]
-    return read_rows(items)
 
 
 def describe_row(name: str, index: int, row: Row) -> str:

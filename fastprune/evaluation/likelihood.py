@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import Example, MicroBatch, Row, micro_batches, read_rows
+from fastprune.calibration import Example, MicroBatch, Row, micro_batches, read_texts_or_rows
 from fastprune.calibration.encoding import encode_row
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError
@@ -116,15 +116,13 @@ def perplexity(
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
         raise ArgumentError(f"window must be an integer of at least 2 tokens, got {window!r}")
     check_positive(batch_tokens, "batch_tokens")
-    items = texts_or_rows if isinstance(texts_or_rows, (str, Path)) else list(texts_or_rows)
-    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+    items = read_texts_or_rows(texts_or_rows)
+    if isinstance(items[0], str):
         examples = [example for index, text in enumerate(items) for example in _windows(tokenizer, index, text, window)]
     elif window is not None:
         raise ArgumentError("window is for plain texts; rows are scored whole")
     else:
-        examples = [
-            encode_row(tokenizer, row, format, where=f"row {index}") for index, row in enumerate(read_rows(items))
-        ]
+        examples = [encode_row(tokenizer, row, format, where=f"row {index}") for index, row in enumerate(items)]
     sums = log_probabilities(model, micro_batches(examples, batch_tokens), progress=progress)
     n_tokens = sum(example.scored for example in examples)
     nll = -math.fsum(sums.tolist()) / n_tokens

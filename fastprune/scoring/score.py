@@ -20,6 +20,7 @@ from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
+from fastprune.model.positions import rotary_conflict, table_size
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import quiet
 from fastprune.model.view import BlockView
@@ -289,15 +290,18 @@ def _scoring_set(role: str, loader: Iterable, criteria: tuple[str, ...], model: 
 
 
 def _check_lengths(name: str, examples: CalibrationSet, model: torch.nn.Module) -> None:
-    """Refuse what is longer than a learned table of positions; rotary positions have no end."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = model.get_input_embeddings()
-    tables = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) and part is not tokens]
-    if limit is None or not any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's has two more
-        return
+    """Refuse what the model has no positions for, or what would change the examples beside it."""
+    limit = table_size(model)
     for index, example in enumerate(examples):
-        if len(example) > limit:
+        if limit is not None and len(example) > limit:
             raise CalibrationError(
                 f"{name}, example {index}: {len(example)} tokens, but the model has positions for {limit}; nothing is "
                 "cut, shorten or drop it"
             )
+    conflict = rotary_conflict(model, [(len(example), len(example)) for example in examples])
+    if conflict is not None:
+        index, reason = conflict
+        raise CalibrationError(
+            f"{name}, example {index}: {len(examples.examples[index])} tokens; {reason}; load the set with a "
+            "max_length, which drops such examples and counts them"
+        )

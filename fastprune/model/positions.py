@@ -1,0 +1,60 @@
+"""How long the rows of a forward pass may be, as far as positions go.
+
+In: a resident causal LM and the lengths of rows. Out: limits, in tokens. Nothing here knows what the rows are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+
+def table_size(model: nn.Module) -> int | None:
+    """Tokens that a learned table of positions has room for, ``None`` without one: rotary positions have no end."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = model.get_input_embeddings()
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
+    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    return limit if learned else None  # OPT's table has two rows more
+
+
+def rotary_conflict(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> tuple[int, str] | None:
+    """The first row that could not be in one forward pass with the others without changing what they compute.
+
+    Some rotary embeddings have frequencies that the longest row of a pass decides for all of its rows, once it is
+    longer than the text that the model was first trained on: ``longrope`` (Phi-3, Phi-4) has a second set of them,
+    ``dynamic`` another one for each length.
+
+    Args:
+        model: The model; only its config is looked at.
+        lengths: Fewest and most tokens that each row has in its passes; more than the fewest if it grows.
+
+    Returns:
+        Its index and the reason, or ``None``.
+    """
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    for rope in _ropes(getattr(config, "rope_parameters", None)):
+        kind = str(rope.get("rope_type"))
+        limit = rope.get("original_max_position_embeddings", longest) if kind == "longrope" else longest
+        if limit is None or not (kind == "longrope" or "dynamic" in kind):
+            continue
+        if kind == "longrope" and all(fewest > limit for fewest, _ in lengths):
+            continue
+        for index, (_, most) in enumerate(lengths):
+            if most > limit:
+                return index, (
+                    f"with more than {limit} tokens this model's rotary frequencies ({kind}) change, for every row "
+                    "that goes through it together with such a one"
+                )
+    return None
+
+
+def _ropes(parameters: Any) -> Iterator[Mapping[str, Any]]:
+    """The parameters of all kinds of layers: one mapping, or one for each kind of attention."""
+    if isinstance(parameters, Mapping):
+        yield parameters
+        for value in parameters.values():
+            yield from _ropes(value)
