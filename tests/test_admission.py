@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from architectures import HARM, build
 from test_engine import kept
@@ -115,6 +117,26 @@ def test_a_config_that_says_so_is_refused(config: dict, message: str, tmp_path, 
             fastprune.score(tmp_path, CalibrationSet(HARM), progress=False)
     file.write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_filled_with_random_weights(tmp_path: Path) -> None:
+    build("Llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert checkpoint.load_model(tmp_path) is not None
+    whole = safetensors.torch.load_file(file)
+    less = {name: weight for name, weight in whole.items() if ".layers.1." not in name}
+    safetensors.torch.save_file(less, file, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"^model: {tmp_path} lacks 9 of the weights of a LlamaForCausalLM.*layers\.1"
+    ):
+        checkpoint.load_model(tmp_path)
+    other = {name: weight[:, :-1] if "1.mlp.up_proj" in name else weight for name, weight in whole.items()}
+    safetensors.torch.save_file({n: w.contiguous() for n, w in other.items()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1\.mlp\.up_proj"):
+        checkpoint.load_model(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
         checkpoint.load_model(tmp_path)
 
 

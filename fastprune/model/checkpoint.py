@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from fastprune.errors import ModelError, NotFoundError
 from fastprune.model.admission import check_config
@@ -21,18 +22,31 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: Its weights are quantised, or transformers cannot build the model from it.
+        ModelError: Its weights are quantised or incomplete, or transformers cannot build the model from it.
     """
     _check_folder(path)
     _check_unquantised(path)
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            os.fspath(path), dtype=dtype, local_files_only=True, use_safetensors=True
-        ).eval()
-    except (OSError, ValueError, KeyError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            os.fspath(path),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"model: {path} cannot be loaded as a causal language model: {error}") from error
+    # transformers draws these at random, and says so where few look.
+    random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if random:
+        raise ModelError(
+            f"model: {path} lacks {len(random)} of the weights of a {type(model).__name__}, or has them in another "
+            f"shape, the first is {random[0]}; is the folder whole, and does config.json belong to the weights?"
+        )
+    return model.eval()
 
 
 def _check_unquantised(path: str | Path) -> None:
