@@ -106,6 +106,16 @@ class TestAttacks:
         with pytest.raises(CalibrationError, match=r"row 0: .*'prefill' or a 'response' column"):
             Prefilling(tokens=2).rows(word_tokenizer(), [Row("w1", " ")])
 
+    def test_prefilling_that_ends_inside_a_character_is_named(self) -> None:
+        vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        with pytest.raises(CalibrationError, match=r"row 0: the first 5 tokens .* inside its last character.*no rest"):
+            Prefilling(5).rows(fast, [Row("a", "ab \N{GRINNING FACE}")])
+        (row,) = Prefilling(3).rows(fast, [Row("a", "ab \N{GRINNING FACE}")])
+        assert (row.prefill, row.response) == ("ab ", "\N{GRINNING FACE}")
+
     def test_by_name(self) -> None:
         assert attack("none") == NoAttack()
         assert attack("prefilling", tokens=3) == Prefilling(3)
@@ -146,6 +156,10 @@ class TestJudges:
             ("1", "12", 0),
             ("a.c", "abc", 0),
             ("yes", "", 0),
+            ("cafe", "cafe\u0301", 0),  # another letter
+            ("\u6771\u4eac", "\u6771\u4eac\u3067\u3059", 1),  # "Tokyo" and "is Tokyo" in Japanese: no space
+            ("\u0e19\u0e49\u0e33", "\u0e19\u0e49\u0e33\u0e40\u0e22\u0e47\u0e19", 1),  # "water" and "cold water" in Thai
+            ("\u0e19", "\u0e19\u0e49\u0e33", 0),  # a consonant without its sign
         ],
     )
     def test_exact_match(self, reference: str, completion: str, expected: int) -> None:
@@ -255,7 +269,7 @@ class TestHarmAndRefusal:
             harm(model, tokenizer, rows, max_new_tokens=3)
         assert harm(model, tokenizer, rows, max_new_tokens=3, judge=lambda row, completion: 1).rate == 1.0
 
-    @pytest.mark.parametrize("score", [1.01, -0.1, math.nan])
+    @pytest.mark.parametrize("score", [1.01, -0.1, math.nan, None, "yes", torch.ones(2)])
     def test_a_judge_has_to_stay_in_range(self, score: float) -> None:
         with pytest.raises(ArgumentError, match=r"harm, row 0: judge must give a number in \[0, 1\]"):
             harm(tiny_model(), word_tokenizer(), HARM, judge=lambda row, completion: score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ class TestRecognition:
             ([], "no rows"),
             ([{"prompt": "w1", "response": "maybe", "id": "q"}], r"row 0 \(id 'q'\): column 'response' must be one of"),
             (paired(1, 2, 3, 1, ""), "row 4: column 'pair' is empty"),
+            (paired(1, 2, math.nan, math.nan), "row 2: column 'pair' is empty"),
             ([*paired(1, 2), QUESTIONS[3]], "row 2: column 'pair' is empty"),
             (paired(1, 1), "row 1: pair 1 already has"),
             (paired(1, 2, 3, 1, 2), "row 2: pair '3' has no row with the other answer"),
@@ -122,6 +124,7 @@ class TestRecognition:
             ({"answers": ("yes", "yes no")}, "do not tell them apart"),
             ({"answers": ("yes", " ")}, "do not tell them apart"),
             ({"answers": "yes"}, "two strings"),
+            ({"answers": None}, "two strings"),
             ({"batch_size": 0}, "batch_size"),
         ],
     )

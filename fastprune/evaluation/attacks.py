@@ -102,6 +102,12 @@ class Prefilling(Attack):
                 "add a 'prefill' column or use fewer tokens"
             )
         cut = self._border(tokenizer, row.response, ids)
+        if not 0 < cut < len(row.response):
+            raise CalibrationError(
+                f"{where}: the first {self.tokens} tokens of the response end inside its "
+                f"{'first' if cut == 0 else 'last'} character, so there is no "
+                f"{'prefill' if cut == 0 else 'rest to judge'}; add a 'prefill' column or use another number of tokens"
+            )
         return replace(row, prefill=row.response[:cut], response=row.response[cut:])
 
     def _border(self, tokenizer: Any, text: str, ids: list[int]) -> int:

@@ -10,6 +10,7 @@ It must not know models or tokenizers.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 
 from fastprune.calibration import Row
@@ -42,11 +43,16 @@ REFUSAL_PHRASES = (
 )
 
 
+# How the names of their characters begin.
+_UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+
+
 def exact_match(row: Row, completion: str) -> float:
     """1 if the completion begins with the reference response, word for word, else 0.
 
     Runs of white space count as one space; case counts. After the reference the text may end or go on, but not inside a
-    word or number: "12" and "1.5" do not begin with "1", "1." and "1 and more" do. What follows the reference is not
+    word or number: "12" and "1.5" do not begin with "1", "1." and "1 and more" do. In scripts without spaces between
+    words (Chinese, Japanese, Thai) it may go on anywhere. What follows the reference is not
     judged, so the result does not depend on how many tokens the model was given beyond it.
 
     Raises:
@@ -61,8 +67,19 @@ def begins_with(text: str, start: str) -> bool:
     """Whether the text begins with these words, white space normalised, and not in the middle of a word or number."""
     # plain string work: one compiled pattern per reference took a third of an evaluation's time
     said, wanted = " ".join(text.split()), " ".join(start.split())
+    if not said.startswith(wanted):
+        return False
     glued = said[len(wanted) :].partition(" ")[0]
-    return said.startswith(wanted) and not any(character.isalnum() or character == "_" for character in glued)
+    if not glued or unicodedata.category(glued[0])[0] == "M":  # an accent or vowel sign belongs to the letter before it
+        return not glued
+    if _unspaced(wanted[-1:]) or _unspaced(glued[0]):
+        return True
+    return not any(character.isalnum() or character == "_" for character in glued)
+
+
+def _unspaced(character: str) -> bool:
+    """Whether it is of a script that puts no space between words, so that nothing shows where one ends."""
+    return unicodedata.name(character or " ", "").startswith(_UNSPACED_SCRIPTS)
 
 
 def keyword_refusal(phrases: Iterable[str] = REFUSAL_PHRASES, *, extra: Iterable[str] = ()) -> Judge:

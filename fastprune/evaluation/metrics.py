@@ -8,6 +8,7 @@ It must not know how a model was changed, scored or pruned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,12 +87,17 @@ class Task:
         scores = []
         for index, (row, completion) in enumerate(zip(self.rows, completions, strict=True)):
             try:
-                score = float(self.judge(row, completion))
+                judged = self.judge(row, completion)
             except CalibrationError as error:
                 raise CalibrationError(f"{describe_row(self.name, index, row)}: {error}") from error
+            try:
+                score = float(judged)
+            except (TypeError, ValueError, RuntimeError):  # None, text, a tensor of several numbers
+                score = math.nan
             if not 0.0 <= score <= 1.0:
                 raise ArgumentError(
-                    f"{describe_row(self.name, index, row)}: judge must give a number in [0, 1], got {score}"
+                    f"{describe_row(self.name, index, row)}: judge must give a number in [0, 1], got "
+                    f"{judged if isinstance(judged, int | float) else type(judged).__name__}"
                 )
             scores.append(score)
         return Measurement.of(scores, [row.category for row in self.rows])

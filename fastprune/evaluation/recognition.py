@@ -174,7 +174,8 @@ class Questions:
 
 
 def _candidates(tokenizer: Any, answers: tuple[str, str]) -> list[list[int]]:
-    if isinstance(answers, str) or len(answers) != 2:
+    texts = isinstance(answers, Sequence) and all(isinstance(answer, str) for answer in answers)
+    if isinstance(answers, str) or not texts or len(answers) != 2:
         raise ArgumentError(f"answers must be two strings, for harmful and for benign, got {answers!r}")
     first, second = (tokens_of(tokenizer, answer) for answer in answers)
     shorter = min(len(first), len(second))
@@ -192,7 +193,7 @@ def _pairs(rows: list[Row], harmful: list[bool]) -> list[tuple[int, int]]:
     halves: dict[str, dict[bool, int]] = {}
     for index, (row, flag) in enumerate(zip(rows, harmful, strict=True)):
         where, pair = describe_row("recognition", index, row), row.extra.get("pair")
-        if pair is None or pair == "":
+        if pair is None or pair == "" or pair != pair:  # NaN is how tables write a missing value
             raise CalibrationError(f"{where}: column 'pair' is empty, but other rows have one")
         if flag in halves.setdefault(str(pair), {}):
             raise CalibrationError(f"{where}: pair {pair!r} already has a row with this answer")
