@@ -3,8 +3,8 @@
 All of these are one entry of the metadata: the format's writer puts several in any order, and equal runs are to give
 equal files.
 
-In: tensors and a JSON-able dict. Out: the same again, or an error that says what the file is instead. Nothing is
-unpickled. It must not know what the tensors mean.
+In: tensors and a JSON-able dict. Out: the same again, down to the bit, or an error that says what the file is instead.
+Nothing is unpickled. It must not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from fastprune.errors import ArtifactError, NotFoundError
 
-VERSION = 1
+VERSION = 2  # 1 had no hash
 _ENTRY = "fastprune"
 
 
@@ -48,13 +48,17 @@ def write_artifact(
 
     Raises:
         NotFoundError: The folder does not exist.
-        ArtifactError: ``content`` is not JSON-able.
+        ArtifactError: ``content`` is not JSON-able, or ``path`` is a folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise NotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ArtifactError(f"cannot write {path}: it is a folder; name a file")
+    facts = {"kind": kind, "version": VERSION, "content": content}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        text = json.dumps({"kind": kind, "version": VERSION, "content": content})
+        text = json.dumps({**facts, "sha256": _hash(tensors, json.dumps(facts))})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: its metadata is not JSON-able ({error})") from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -121,24 +125,36 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor],
 
     Raises:
         NotFoundError: There is no such file.
-        ArtifactError: It is truncated, no safetensors file, not one of this package, of another kind or of a newer
-            version.
+        ArtifactError: It is truncated, no safetensors file, not one of this package, of another kind or version, or
+            not as it was written.
     """
     path = Path(path)
     if not path.is_file():
         raise NotFoundError(f"{kind} file {path} does not exist or is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            content = _content(file.metadata() or {}, kind, path)
+            facts, expected = _facts(file.metadata() or {}, kind, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except SafetensorError as error:
         raise ArtifactError(f"{path} is truncated or no safetensors file ({error})") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: the metadata of this {kind} file cannot be read ({error})") from error
-    return tensors, content
+    if _hash(tensors, json.dumps(facts)) != expected:
+        raise ArtifactError(f"{path}: this {kind} file is damaged: its contents are not those that were written")
+    return tensors, facts["content"]
 
 
-def _content(metadata: Mapping[str, str], kind: str, path: Path) -> dict[str, Any]:
+def _hash(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """Of everything that a file holds; the tensors are on the CPU and contiguous."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _facts(metadata: Mapping[str, str], kind: str, path: Path) -> tuple[dict[str, Any], str]:
     if _ENTRY not in metadata:
         raise ArtifactError(f"{path} was not written by fastprune; expected a {kind} file")
     found = json.loads(metadata[_ENTRY])
@@ -146,4 +162,5 @@ def _content(metadata: Mapping[str, str], kind: str, path: Path) -> dict[str, An
         raise ArtifactError(f"{path} is a {found['kind']} file, expected a {kind} file")
     if found["version"] != VERSION:
         raise ArtifactError(f"{path} has version {found['version']}, this fastprune reads version {VERSION}")
-    return found["content"]
+    expected = found.pop("sha256")
+    return found, expected

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from mask_models import SHAPES, Toy, mask_of, masks, thorough
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArtifactError, MaskError, NotFoundError
 from fastprune.masking.mask import PruneMask
 
@@ -94,6 +94,19 @@ def test_a_file_gives_the_same_mask_again(tmp_path):
     assert load_file(tmp_path / "m.safetensors")["b"].tolist() == [1, 5]  # any reader of safetensors finds the indices
 
 
+def test_a_mask_is_not_changed_by_what_happens_to_the_tensors_that_it_was_made_of():
+    indices = torch.tensor([0, 1, 2])
+    mask = PruneMask({"a": indices}, {"a": (2, 2)})
+    indices[0] = 3
+    assert mask["a"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_is_not_taken_for_a_file(tmp_path):
+    with pytest.raises(ArtifactError, match="it is a folder; name a file"):
+        mask_of({}, a=[1]).save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     mask, path = mask_of({"q": 0.1}, a=[1, 2], b=[3]), tmp_path / "m"
     whole = mask.save(path).read_bytes()
@@ -102,15 +115,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(ArtifactError, match="truncated or no safetensors file"):
             PruneMask.load(path)
     path.write_bytes(whole[:-8] + (4).to_bytes(8, "little"))  # another index, as valid as the one that was saved
-    with pytest.raises(ArtifactError, match="the indices are not those that were saved"):
+    with pytest.raises(ArtifactError, match="damaged: its contents are not those that were written"):
         PruneMask.load(path)
-    path.write_bytes(whole[:-8] + (999).to_bytes(8, "little"))
+    path.write_bytes(whole.replace(b"0.1", b"0.2"))
+    with pytest.raises(ArtifactError, match="damaged: its contents are not those that were written"):
+        PruneMask.load(path)
+    tensors, content = read_artifact(mask.save(path), "mask")
+    write_artifact(path, "mask", {**tensors, "b.weight": torch.tensor([999])}, content)
     with pytest.raises(ArtifactError, match=r"damaged \(.*must be ascending, unique"):
         PruneMask.load(path)
-    path.write_bytes(whole)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    save_file({"a.weight": torch.tensor([1])}, path, metadata)
+    write_artifact(path, "mask", {"a.weight": tensors["a.weight"]}, content)
     with pytest.raises(ArtifactError, match=r"damaged \(indices and shapes must name the same"):
         PruneMask.load(path)
     save_file({"a.weight": torch.tensor([1])}, path)

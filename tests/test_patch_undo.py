@@ -15,7 +15,7 @@ from test_patch import contents, mask_for
 from transformers import AutoModelForCausalLM
 
 import fastprune
-from fastprune.artifact import read_artifact
+from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
 from fastprune.masking import edits, patch
 from fastprune.masking.mask import PruneMask
@@ -192,13 +192,17 @@ def test_damaged_undo_files_are_refused(model, folder):
     for damaged in (b"", whole[:-1], b"no artifact"):
         file.write_bytes(damaged)
         assert_refused(folder, ArtifactError, f"{UNDO_NAME} is truncated")
-    for old, new in ((b"model-0", b"../el-0"), (b"original", b"origina1"), (b"F32\\", b"F99\\")):
-        assert old in whole
-        file.write_bytes(whole.replace(old, new))
-        assert_refused(folder, ArtifactError, UNDO_NAME if old != b"F32\\" else "should be F99")
+    for offset in (len(whole) - 1, whole.index(b"model-0")):  # an old value or an index; a fact
+        file.write_bytes(whole)
+        flip(file, offset)
+        assert_refused(folder, ArtifactError, f"{UNDO_NAME}: this undo file is damaged")
     file.write_bytes(whole)
-    flip(file, len(whole) - 1)  # an old value, or an index
-    assert_refused(folder, ArtifactError, r"is not as the patch left it|is damaged")
+    tensors, content = read_artifact(file, "undo")
+    for old, new in (("model-0", "../el-0"), ("original", "origina1"), ("F32", "F99")):
+        facts = json.dumps(content)
+        assert old in facts
+        write_artifact(file, "undo", tensors, json.loads(facts.replace(old, new)))
+        assert_refused(folder, ArtifactError, UNDO_NAME if old != "F32" else "should be F99")
     file.unlink()
     assert_refused(folder, NotFoundError, f"holds no {UNDO_NAME}")
     with pytest.raises(NotFoundError, match="does not exist"):

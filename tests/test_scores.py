@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fastprune import ops
+from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError, NotFoundError, ScoringError, SelectionError
 from fastprune.masking.mask import PruneMask
 from fastprune.scoring import keep
@@ -270,15 +271,14 @@ def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="is a mask file, expected a scores file"):
         Scores.load(path)
     save_file({"a": torch.ones(2)}, path, {"fastprune": '{"kind": "scores", "version": 99, "content": {}}'})
-    with pytest.raises(ArtifactError, match="has version 99, this fastprune reads version 1"):
+    with pytest.raises(ArtifactError, match="has version 99, this fastprune reads version 2"):
         Scores.load(path)
-    for entry in ("3", "[]", "{}"):
+    for entry in ("3", "[]", "{}", '{"kind": "scores"', '{"kind": "scores", "version": 2, "content": {}}'):
         save_file({"a": torch.ones(2)}, path, {"fastprune": entry})
         with pytest.raises(ArtifactError, match="cannot be read"):
             Scores.load(path)
-    for content in ("{}", "[]", '{"shapes": 3}', "{"):
-        entry = '{"kind": "scores", "version": 1, "content": ' + content + "}"
-        save_file({"a": torch.ones(2)}, path, {"fastprune": entry})
+    for content in ({}, [], {"shapes": 3}):
+        write_artifact(path, "scores", {"a": torch.ones(2)}, content)
         with pytest.raises(ArtifactError):
             Scores.load(path)
     with pytest.raises(NotFoundError, match=r"missing\.safetensors does not exist"):
@@ -287,15 +287,20 @@ def test_foreign_files_are_refused(tmp_path):
         scores.save(tmp_path / "nowhere" / "s")
 
 
+def test_a_file_of_which_one_bit_has_changed_is_refused(tmp_path):
+    path = make_scores().save(tmp_path / "s.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ArtifactError, match="damaged: its contents are not those that were written"):
+            Scores.load(path)
+
+
 @pytest.mark.parametrize("key", ["indices", "values", "lengths", "floors"])
 def test_lists_that_are_not_in_order_are_refused(tmp_path, key):
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
     path = make_scores().save(tmp_path / "s.safetensors")
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    tensors, content = read_artifact(path, "scores")
     name = f"harm/signed/{key}"
     damaged = tensors[name][:-1] if key == "floors" else tensors[name].flip(0)
     if key == "indices":
@@ -303,7 +308,7 @@ def test_lists_that_are_not_in_order_are_refused(tmp_path, key):
         damaged[0] = 12  # one past the end of the first matrix
     if key == "lengths":
         damaged = tensors[name] + 1
-    save_file({**tensors, name: damaged}, path, metadata)
+    write_artifact(path, "scores", {**tensors, name: damaged}, content)
     with pytest.raises(ArtifactError, match=r"harm/signed .* damaged"):
         Scores.load(path)
 

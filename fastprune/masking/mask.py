@@ -90,6 +90,10 @@ class PruneMask(Mapping[str, torch.Tensor]):
         """Prune inside a ``with`` block; the same bits are back when it is left, by an exception too.
 
         Arguments and errors are those of :meth:`apply_`. The block gets the model.
+
+        Raises:
+            MaskError: On leaving, if the old values do not fit any more: the block has cast the model, or left another
+                mask on it. The mask is on the model still, and ``error.undo`` restores it when they fit again.
         """
         return applied(self, model, scale=scale, strict=strict)
 
@@ -166,7 +170,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
             NotFoundError: The folder does not exist.
             ArtifactError: The metadata is not JSON-able.
         """
-        content = {"shapes": self.shapes, "nominal": self.nominal, "metadata": self.metadata, "digest": self.digest}
+        content = {"shapes": self.shapes, "nominal": self.nominal, "metadata": self.metadata}
         return write_artifact(path, "mask", self._indices, content)
 
     @classmethod
@@ -179,13 +183,9 @@ class PruneMask(Mapping[str, torch.Tensor]):
         """
         tensors, content = read_artifact(path, "mask")
         try:
-            mask = cls(tensors, content["shapes"], content["metadata"], content["nominal"])
-            digest = content["digest"]
+            return cls(tensors, content["shapes"], content["metadata"], content["nominal"])
         except (KeyError, TypeError, AttributeError, MaskError) as error:
             raise ArtifactError(f"{path}: this mask file is damaged ({error})") from error
-        if mask.digest != digest:
-            raise ArtifactError(f"{path}: the indices are not those that were saved; the file is damaged")
-        return mask
 
     def __repr__(self) -> str:
         size = sum(math.prod(shape) for shape in self.shapes.values())
@@ -203,7 +203,7 @@ def _checked(indices: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
         if not isinstance(given, torch.Tensor) or given.dtype != torch.int64 or given.ndim != 1:
             came = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
             raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
-        checked[name] = given.detach().cpu().contiguous()
+        checked[name] = given.detach().clone(memory_format=torch.contiguous_format).cpu()  # the caller keeps the other
         array, numel = checked[name].numpy(), math.prod(shape)
         if len(array) and (array[0] < 0 or array[-1] >= numel or (array[1:] <= array[:-1]).any()):
             raise MaskError(f"{name}: indices must be ascending, unique and in [0, {numel}) for the shape {shape}")
