@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class FastpruneError(Exception):
@@ -35,7 +36,13 @@ class SelectionError(FastpruneError, ValueError):
 
 
 class MaskError(FastpruneError, ValueError):
-    """A mask does not fit the model or another mask."""
+    """A mask does not fit the model or another mask.
+
+    Attributes:
+        undo: What takes the mask out again, where leaving :meth:`PruneMask.applied` could not.
+    """
+
+    undo: Any = None
 
 
 class ArtifactError(FastpruneError, ValueError):

@@ -246,6 +246,22 @@ def test_a_model_of_another_dtype_or_shape_is_not_restored():
         undo.restore_(model)
 
 
+def test_what_the_end_of_a_block_cannot_restore_is_in_the_error():
+    model, mask = Toy(), mask_of(a=[10])
+    before = model.a.weight.detach().view(torch.int32).clone()  # it holds a NaN
+    with pytest.raises(MaskError, match=r"was torch\.float32") as caught, mask.applied(model):
+        model.double()
+    assert "still on the model" in caught.value.__notes__[0] and caught.value.undo.live
+    model.float()
+    caught.value.undo.restore_(model)
+    assert torch.equal(model.a.weight.view(torch.int32), before) and not caught.value.undo.live
+    with pytest.raises(MaskError, match="applied later") as caught, mask.applied(model):
+        other = mask.apply_(model)
+    other.restore_(model)
+    caught.value.undo.restore_(model)
+    assert torch.equal(model.a.weight.view(torch.int32), before)
+
+
 def test_a_model_with_a_mask_on_it_can_be_freed():
     model = Toy()
     undo, gone = mask_of(a=[10]).apply_(model), weakref.ref(model)

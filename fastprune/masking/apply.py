@@ -118,7 +118,12 @@ def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bo
         yield model
     finally:
         if undo.live:
-            undo.restore_(model)
+            try:
+                undo.restore_(model)
+            except MaskError as error:
+                error.undo = undo
+                error.add_note("the mask is still on the model; this error's attribute `undo` holds the old values")
+                raise
 
 
 def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dict[str, torch.Tensor], Undo]:
