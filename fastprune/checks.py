@@ -36,10 +36,17 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
     """An accumulator has float32 or float64 elements and as many dimensions as its statistic."""
     if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
+    if any(size > 1 and stride == 0 for size, stride in zip(acc.shape, acc.stride(), strict=True)):
+        raise ArgumentError(f"acc: elements share memory: {tuple(acc.shape)}, strides {acc.stride()}")
 
 
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
-    """A tensor of 16, 32 or 64 bit floats on the device of another."""
+    """A tensor of 16, 32 or 64 bit floats on the device of another, of which the memory holds what it says."""
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.device.type == "meta":
+        kind = "a view that is to be negated" if tensor.is_neg() else f"{tensor.layout} on {tensor.device}"
+        raise ArgumentError(f"{name}: expected a dense tensor with its values in memory, got {kind}")
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
         raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.device != like.device:
@@ -63,6 +70,8 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
         if acc.stride(0) != 1:
             raise ArgumentError(f"acc: expected a unit stride in one dimension, got strides {acc.stride()}")
         acc, dy, x = acc.T, x, dy
+    if len(acc) > 1 and acc.stride(0) < acc.shape[1]:
+        raise ArgumentError(f"acc: rows share memory: {tuple(acc.shape)}, strides {acc.stride()}")
     return acc.detach(), dy.detach(), x.detach()
 
 
@@ -89,7 +98,10 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     if criterion not in CRITERIA:
         raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_float("weight", weight, like=weight)
-    k = operator.index(k)
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise ArgumentError(f"k: expected an integer, got {k!r}") from None
     if k < 0:
         raise ArgumentError(f"k: expected 0 or more, got {k}")
     if criterion == "magnitude":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -238,8 +239,8 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
         ArgumentError: Indices out of range, a scale that is not finite, or a weight whose elements share memory.
         BackendError: The backend that was asked for cannot serve.
     """
-    if not math.isfinite(scale):
-        raise ArgumentError(f"scale: expected a finite number, got {scale}")
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
     with torch.no_grad():
         elements, offsets = checks.check_elements(weight, indices)
         match backends.choose(backend, "apply_sparse_", weight):

@@ -126,6 +126,8 @@ def test_flat_indices_mean_row_major_order_in_any_layout(shape, order, step):
         (torch.zeros(2, 3), torch.tensor([[1]]), 0.0, "indices"),
         (torch.zeros(2, 3), torch.tensor([1]), math.nan, "scale"),
         (torch.zeros(2, 3), torch.tensor([1]), math.inf, "scale"),
+        (torch.zeros(2, 3), torch.tensor([1]), "0", "scale"),
+        (torch._neg_view(torch.zeros(2, 3)), torch.tensor([1]), 0.0, "weight"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1]), 0.0, "weight"),
         (torch.zeros(3).expand(2, 3), torch.tensor([1]), 0.0, "weight"),
         (torch.zeros(8).as_strided((3, 3), (2, 1)), torch.tensor([1]), 0.0, "weight"),

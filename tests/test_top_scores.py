@@ -160,6 +160,10 @@ def test_bad_arguments() -> None:
         ops.top_scores(weight, weight, "best", 1)
     with pytest.raises(ArgumentError, match="k"):
         ops.top_scores(weight, weight, "signed", -1)
+    with pytest.raises(ArgumentError, match="k: expected an integer"):
+        ops.top_scores(weight, weight, "signed", 1.0)
+    with pytest.raises(ArgumentError, match=r"weight: .* view that is to be negated"):
+        ops.top_scores(torch._neg_view(weight), weight, "signed", 1)
     with pytest.raises(ArgumentError, match="statistic"):
         ops.top_scores(weight, torch.randn(4, 3), "signed", 1)
     with pytest.raises(ArgumentError, match="abacus"):
