@@ -220,7 +220,7 @@ def test_damaged_checkpoints_are_refused(model, tmp_path):
     refused(tmp_path, NotFoundError, r"holds neither model\.safetensors nor model\.safetensors\.index\.json", mask)
 
 
-def test_folders_are_checked(model, tmp_path):
+def test_folders_are_checked(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "in")
     mask = mask_for(model)
     with pytest.raises(NotFoundError, match=r"in_dir .*none does not exist"):
@@ -233,6 +233,13 @@ def test_folders_are_checked(model, tmp_path):
             patch_checkpoint(tmp_path / "in", mask, target)
         assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for target in (tmp_path / "link", "."):
+        with pytest.raises(ArgumentError, match="got a link or the current folder"):
+            patch_checkpoint(tmp_path / "in", mask, target)
+    monkeypatch.chdir(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in", "link"]
     patch_checkpoint(str(tmp_path / "in"), mask, str(tmp_path / "empty"))
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 

@@ -50,7 +50,8 @@ def patch_checkpoint(
 
     Raises:
         NotFoundError: ``in_dir``, its weights, or the folder to write into do not exist.
-        ArgumentError: ``out_dir`` is not empty, ``mask`` is no mask (but its file, say), or ``scale`` is not finite.
+        ArgumentError: ``out_dir`` is not empty, a link or the current folder, ``mask`` is no mask (but its file, say),
+            or ``scale`` is not finite.
         ArtifactError: A shard or the index is truncated or not what its name says, or an earlier patch of ``in_dir``
             in place was interrupted.
         MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
@@ -64,6 +65,8 @@ def patch_checkpoint(
     _check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
         raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
+    if target.is_symlink() or target.resolve() == Path.cwd():
+        raise ArgumentError(f"out_dir {target}: expected the name of a new folder, got a link or the current folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArgumentError(f"out_dir {target} must not exist or be an empty folder")
     shards = shard_names(source)
