@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from architectures import HARM, build, stateful
 from torch import nn
 
@@ -20,3 +21,78 @@ def test_blocks_that_share_state_are_found_however_they_are_cut(blocks: int, seg
     """Guards factors that cancel below the segments they belong to, the last of which the final norm hides."""
     with pytest.raises(ModelError, match=r"what leaves block \d differs .* computed again .*; use segments=1"):
         score(stateful(build("Llama", num_hidden_layers=blocks)), segments=segments)
+
+
+class _SequenceFirst(nn.Module):
+    """Hands its inner module ``(tokens, rows, features)``, as older code does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
+class _MixesRows(_SequenceFirst):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden + hidden.mean(0))
+
+
+class _Flattens(_SequenceFirst):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(hidden.flatten(0, 1)).view_as(hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [0, 3])
+def test_tokens_that_are_not_in_the_order_of_the_examples_are_refused(block: int, dtype: torch.dtype) -> None:
+    model = build("Llama", dtype=dtype)
+    model.model.layers[block].mlp = _SequenceFirst(model.model.layers[block].mlp)
+    with pytest.raises(ModelError, match=rf"layers\.{block}\.mlp\.inner\.\w+\.weight is not given its tokens example"):
+        score(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_rows_that_see_each_other_are_refused() -> None:
+    model = build("Llama")
+    model.model.layers[1].mlp = _MixesRows(model.model.layers[1].mlp)
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.o_proj\.weight .* or rows that are mixed"):
+        score(model)
+
+
+def test_a_model_that_is_scored_whole_has_to_keep_examples_apart_too() -> None:
+    model = build("Llama")
+    model.model.layers[1].mlp = _SequenceFirst(model.model.layers[1].mlp)
+    with pytest.raises(ModelError, match="is not given its tokens example by example"):
+        score(stateful(model))
+
+
+def test_experts_that_are_not_given_tokens_in_the_order_of_the_examples_are_refused() -> None:
+    model = build("Mixtral")
+    model.model.layers[1].mlp = _SequenceFirst(model.model.layers[1].mlp)
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj\[0\] is not given its tokens example by example"):
+        score(model)
+
+
+def test_flattened_tokens_are_in_the_order_of_the_examples() -> None:
+    model, plain = build("Llama"), build("Llama")
+    model.model.layers[1].mlp = _Flattens(model.model.layers[1].mlp)
+    found, expected = score(model), score(plain)
+    for name, inner in zip(expected.names, found.names, strict=True):
+        assert torch.equal(found.harm[inner].indices, expected.harm[name].indices)
+
+
+class _Scaled(nn.Linear):
+    """A Linear that does a little more than multiply."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.15 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_linear_that_does_more_than_multiply_is_refused_in_any_precision(dtype: torch.dtype) -> None:
+    model = build("Llama", dtype=dtype)
+    model.model.layers[1].mlp.down_proj.__class__ = _Scaled
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight does not multiply"):
+        score(model)
