@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import HARM, build, stateful
+import transformers
+from architectures import HARM, VOCAB, build, stateful
 from torch import nn
 
 import fastprune
@@ -96,3 +97,13 @@ def test_a_linear_that_does_more_than_multiply_is_refused_in_any_precision(dtype
     model.model.layers[1].mlp.down_proj.__class__ = _Scaled
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight does not multiply"):
         score(model)
+
+
+@pytest.mark.parametrize("segments", [None, 1, 2])
+@pytest.mark.parametrize("name", ["Roberta", "Camembert", "XLMRoberta", "Data2VecText"])
+def test_models_that_do_not_count_positions_from_0_are_refused(name: str, segments: int | None) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = getattr(transformers, f"{name}Config")
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**sizes, num_attention_heads=4, is_decoder=True))
+    with pytest.raises(ModelError, match=rf"{name}ForCausalLM does not count positions from 0"):
+        score(model.eval(), segments=segments)

@@ -11,6 +11,7 @@ alone, as they are in memory then.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 
@@ -67,14 +68,22 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
     batch, left_padded = _probe(view)
     covered = [matrix for matrix in view.matrices if matrix.block < parts[-1].stop]
     modules = ModuleCheck(covered, batch.input_ids.shape, _LOUD)
+    counted_otherwise = False
     try:
         with view.truncated(parts[-1].stop), modules:
+            counted_otherwise = _counts_otherwise(view, batch)
             reason = _disagreement(view, batch, left_padded, parts)
     except FastpruneError as error:
         reason = str(error)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
     modules.refuse()
+    if counted_otherwise:
+        raise ModelError(
+            f"model: {type(view.model).__name__} does not count positions from 0: it embeds tokens in another way when "
+            "position_ids are 0, 1, 2, … than when there are none; expected the same both ways (RoBERTa and its kin "
+            "begin after their padding token's id), so it cannot be scored"
+        )
     if reason is None:
         return view
     if weights.streamed:
@@ -115,6 +124,21 @@ def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
     return batch, (ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
 
 
+def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
+    """Whether the model's own positions are others than those that are given to it, as its embeddings show.
+
+    Where positions act inside the blocks, as rotary ones do, only their differences matter.
+    """
+    if "position_ids" not in view.accepted:
+        return False
+    with torch.no_grad():
+        given, _ = view.prologue(batch)
+        own, _ = view.prologue(dataclasses.replace(batch, position_ids=None))
+    attended = batch.attention_mask.bool().to(own.device)
+    # The same sums of the same rows of tables: equal to the bit, if positions are.
+    return relative_error(given[attended], own[attended]) > 1e-6
+
+
 def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
     """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any."""
     # The first experts module: what enters it has the same bits both ways, so the same tokens reach each expert;
@@ -129,7 +153,7 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        logits = view.learn_return_type(batch)
+        logits = view.learn_return_type(dataclasses.replace(batch, position_ids=None))  # as any user runs it
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, parameters)
     finally:
