@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder are the checkpoint, where an earlier save has left others."""
+"""Which files of a checkpoint folder are the checkpoint, and which tensors, where there are more than one needs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from architectures import HARM, build
+from safetensors.torch import load_file, save_file
 from test_engine import kept
 from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.errors import FastpruneWarning
+from fastprune.errors import FastpruneWarning, ModelError
 from fastprune.masking.patch import patch_in_place, undo_patch
 
 
@@ -48,3 +49,13 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(folder: Path, st
             assert not pruned.get_parameter(name).detach().view(-1)[indices].any()
     undo_patch(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_two_tensors_for_one_weight_are_named(tmp_path: Path) -> None:
+    build("Llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stripped = {name.removeprefix("model."): tensor.clone() for name, tensor in tensors.items() if "layers.1." in name}
+    save_file({**tensors, **stripped}, tmp_path / "model.safetensors", {"format": "pt"})
+    one = r"(?:model\.)?layers\.1\.input_layernorm\.weight"
+    with pytest.raises(ModelError, match=rf"holds both {one} and {one}, each of which is model\.layers\.1\.input"):
+        fastprune.score(tmp_path, CalibrationSet(HARM), progress=False)

@@ -84,7 +84,7 @@ class Streamed:
     Args:
         folder: Checkpoint folder.
         device: Where the model runs.
-        dtype: Of the weights; ``None`` keeps the one on disk.
+        dtype: Of the weights; ``None`` takes that of the config, see :func:`fastprune.model.skeleton.skeleton`.
 
     Attributes:
         model: The model; its parameters are on the meta device while they are not held.
