@@ -107,3 +107,22 @@ def test_models_that_do_not_count_positions_from_0_are_refused(name: str, segmen
     model = getattr(transformers, f"{name}ForCausalLM")(config(**sizes, num_attention_heads=4, is_decoder=True))
     with pytest.raises(ModelError, match=rf"{name}ForCausalLM does not count positions from 0"):
         score(model.eval(), segments=segments)
+
+
+class _ByName(nn.Module):
+    """Calls its Linear by keyword."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(input=hidden)
+
+
+def test_a_linear_may_be_called_by_keyword() -> None:
+    model, plain = build("Llama"), build("Llama")
+    model.model.layers[1].mlp.up_proj = _ByName(model.model.layers[1].mlp.up_proj)
+    found, expected = score(model), score(plain)
+    for name, inner in zip(expected.names, found.names, strict=True):
+        assert torch.equal(found.harm[inner].values, expected.harm[name].values)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastprune.errors import ModelError
+from fastprune.model.capture import input_of
 from fastprune.model.eligible import Matrix
 
 # Largest accepted relative error (norm-wise) of one product by weight dtype. Both sides round the same sums once: half
@@ -64,18 +65,18 @@ class ModuleCheck(contextlib.ExitStack):
 
     def _watch(self, module: nn.Module, matrix: Matrix) -> RemovableHandle:
         @torch.no_grad()
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             handle.remove()  # once is enough
             # Experts are run by this package when they are scored: their products need no look, their tokens do.
             if matrix.expert is None:
-                self._compare_product(module, args[0], output, matrix)
+                self._compare_product(module, input_of(args, kwargs), output, matrix)
             rows, tokens = self._shape
             # What is called with another number of tokens is refused when it is captured.
             if output.requires_grad and output.numel() == rows * tokens * output.shape[-1]:
                 output.register_hook(lambda dy: self._look_for_strays(dy, matrix))
 
         # Before all hooks of others: an ablation's, say, may put something else in the output's place.
-        handle = module.register_forward_hook(hook, prepend=True)
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         return handle
 
     def _compare_product(self, module: nn.Module, x: torch.Tensor, output: torch.Tensor, matrix: Matrix) -> None:
