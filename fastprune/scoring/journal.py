@@ -117,7 +117,7 @@ class Journal:
         # A run that was killed after it recorded a segment may not have freed what that segment had used up.
         for leftover in [*self.folder.glob("boundary-*.bin"), *self.folder.glob("gradient-*.bin")]:
             kind, _, used_up = leftover.stem.partition("-")
-            if int(used_up) > (end if kind == "gradient" else end - 1):
+            if used_up.isdecimal() and int(used_up) > (end if kind == "gradient" else end - 1):
                 leftover.unlink()
         for number in sorted((number for number in self._segments if number >= end), reverse=True):
             record = self._segments[number]
