@@ -55,6 +55,15 @@ def test_tokens_that_are_not_in_the_order_of_the_examples_are_refused(block: int
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_the_first_matrices_are_looked_at_too() -> None:
+    """Guards modules whose output the gradient of the first matrix does not depend on."""
+    model = build("Llama")
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = _SequenceFirst(attention.v_proj)
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.v_proj\.inner\.weight is not given its tokens"):
+        score(model)
+
+
 def test_rows_that_see_each_other_are_refused() -> None:
     model = build("Llama")
     model.model.layers[1].mlp = _MixesRows(model.model.layers[1].mlp)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
@@ -146,16 +147,20 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     fused = next((matrix for matrix in view.matrices if matrix.expert is not None and matrix.block < depth), None)
     firsts = [view.matrices[0], *([fused] if fused is not None else [])]
     parameters = [matrix.parameter for matrix in firsts]
-    # So that every module's output has a gradient to be looked at; a copy, as some models scale embeddings in place.
-    handle = view.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.detach().requires_grad_(True).clone()
-    )
+    leaves: list[torch.Tensor] = []
+
+    def start_here(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1].clone()  # some models scale embeddings in place
+
+    # So that the gradient goes through every module, those below the first matrix's output too.
+    handle = view.model.get_input_embeddings().register_forward_hook(start_here)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
         logits = view.learn_return_type(dataclasses.replace(batch, position_ids=None))  # as any user runs it
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, [*parameters, *leaves])
     finally:
         handle.remove()
         for parameter in parameters:
