@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from architectures import BENIGN, HARM, build
@@ -9,7 +11,7 @@ from test_engine import FP32_ERROR, assert_same_set, engine_statistics, kept, re
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.errors import MaskError, ModelError
+from fastprune.errors import ArgumentError, MaskError, ModelError
 from fastprune.model.eligible import eligible_matrices
 from fastprune.model.fingerprint import fingerprint
 from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
@@ -209,3 +211,18 @@ def test_lora_outside_the_blocks_and_a_trained_head_are_no_matter() -> None:
     assert scores.names == tuple(matrix.name for matrix in eligible_matrices(build("Llama")))
     weights = {matrix.name: matrix.weight for matrix in eligible_matrices(build("Llama"))}
     assert scores.provenance["model"]["fingerprint"] == fingerprint(weights)
+
+
+@pytest.mark.parametrize("change", ["disabled", "scaled"])
+def test_a_journal_of_other_adapters_is_refused(change: str, tmp_path) -> None:
+    model = wrapped()
+    options = {"resume": tmp_path / "journal", "segments": 2, "progress": False}
+    fastprune.score(model, CalibrationSet(HARM), **options)
+    fastprune.score(model, CalibrationSet(HARM), **options)
+    with contextlib.ExitStack() as stack:
+        if change == "scaled":
+            model.base_model.model.model.layers[1].mlp.down_proj.set_scale("default", 3.0)
+        else:
+            stack.enter_context(model.disable_adapter())
+        with pytest.raises(ArgumentError, match="is of another weights"):
+            fastprune.score(model, CalibrationSet(HARM), **options)

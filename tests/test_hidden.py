@@ -105,3 +105,9 @@ def test_other_write_errors_keep_their_name(tmp_path: Path) -> None:
     store = HiddenStates("disk", CPU, tmp_path / "absent")
     with pytest.raises(FileNotFoundError):
         store.put("boundary-0", 0, torch.ones(2))
+
+
+def test_no_folder_for_temporary_files_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ScoringError, match=r"boundaries: 'disk' needs a folder .*gone.*TMPDIR.*boundaries='host'"):
+        HiddenStates("disk", CPU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError, ArtifactError, ScoringError
 from fastprune.model.view import BlockView
+from fastprune.model.weights import Resident
 from fastprune.scoring import engine
 
 SETS = (CalibrationSet(HARM).loader(24), CalibrationSet(BENIGN).loader(24))
@@ -157,6 +159,44 @@ def test_a_pruned_model_is_another_one(tmp_path: Path) -> None:
         fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
 
 
+CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
+    "another order": lambda m: m.model.layers[2].mlp.up_proj.weight.copy_(m.model.layers[2].mlp.up_proj.weight.flip(0)),
+    "two words": lambda m: m.model.norm.weight[:2].copy_(torch.tensor([2.0, 0.5])),
+    "a buffer": lambda m: m.model.layers[1].scale.mul_(2),
+    "a buffer that is not stored": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
+    "a hook": lambda m: m.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 0.9),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_was_changed_since_is_another_one(
+    change: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished would be of one model and the rest of another."""
+    model = build("Llama", dtype=dtype)
+    model.model.layers[1].register_buffer("scale", torch.ones((), dtype=dtype))
+    with torch.no_grad():
+        model.model.norm.weight[:2] = torch.tensor([0.5, 2.0])
+    with monkeypatch.context() as patched:
+        interrupt(patched, "_backward", 3)
+        with pytest.raises(RuntimeError, match="power"):
+            fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    with torch.no_grad():
+        CHANGES[change](model)
+    with pytest.raises(ArgumentError, match=r"resume: the journal in .* is of another (weights|model)"):
+        fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+
+
+def test_answers_may_differ_by_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of threads adds up in another order."""
+    model = build("Llama", dtype=torch.bfloat16)
+    fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+    real = Resident.answers
+    monkeypatch.setattr(Resident, "answers", lambda self: ([1.003 * value for value in real(self)[0]], real(self)[1]))
+    fastprune.score(model, *SETS, resume=tmp_path / "journal", **SETTINGS)
+
+
 def test_a_resumed_run_keeps_the_number_of_segments(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Guards plans that follow the memory that happens to be free: they differ from one hour to the next."""
     with monkeypatch.context() as patched:
@@ -173,10 +213,10 @@ def test_what_a_killed_run_could_not_free_is_freed(folder: Path, tmp_path: Path,
         interrupt(patched, "_backward", 3)
         with pytest.raises(RuntimeError, match="power"):
             fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
-    for name in ("boundary-3.bin", "gradient-3.bin"):
+    for name in ("boundary-3.bin", "gradient-3.bin", "boundary-x.bin"):
         (tmp_path / "journal" / name).write_bytes(b"used up")
     fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)
-    assert not list((tmp_path / "journal").glob("*.bin"))
+    assert [path.name for path in (tmp_path / "journal").glob("*.bin")] == ["boundary-x.bin"]  # somebody else's
 
 
 def test_a_folder_that_is_in_use_or_holds_something_else(folder: Path, tmp_path: Path, monkeypatch) -> None:

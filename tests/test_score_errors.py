@@ -164,9 +164,11 @@ def test_fused_weights_that_follow_no_interface_are_refused_by_name(model: nn.Mo
         fastprune.score(model, CalibrationSet(HARM))
 
 
-def test_one_weight_in_two_blocks_is_refused(model: nn.Module) -> None:
-    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ModelError, match="shared"):
+@pytest.mark.parametrize("other", ["0.mlp.up_proj", "1.mlp.gate_proj"])
+def test_one_weight_in_two_modules_is_refused(model: nn.Module, other: str) -> None:
+    """Of two blocks or of one: the second must not be taken for a part of the first and left out."""
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers.get_submodule(other).weight
+    with pytest.raises(ModelError, match=rf"{other}\.weight and .*1\.mlp\.up_proj\.weight are one shared weight"):
         fastprune.score(model, CalibrationSet(HARM))
 
 

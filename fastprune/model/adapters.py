@@ -92,3 +92,12 @@ def check_unmerged(module: nn.Module, name: str = "") -> None:
 
 def _is_adapter(module: nn.Module) -> bool:
     return "base_layer" in module._modules and hasattr(module, "merged")
+
+
+def adapter_settings(model: nn.Module) -> list[tuple]:
+    """Which adapters of each layer act, and how strongly; their weights are parameters like others."""
+    return [
+        (plain_name(path), layer.disable_adapters, list(layer.active_adapters), sorted(layer.scaling.items()))
+        for path, layer in model.named_modules()
+        if _is_adapter(layer)
+    ]

@@ -36,6 +36,11 @@ class Sink(Protocol):
         """``x`` and ``tokens`` as in :meth:`inputs`; ``dy``: ``(n_tokens, out_features)``."""
 
 
+def input_of(args: tuple, kwargs: dict) -> torch.Tensor:
+    """What a Linear was called with, by place or by name (``input``, ``x``); it takes nothing else."""
+    return next(iter([*args, *kwargs.values()]))
+
+
 class Capture:
     """Installs the hooks of some matrices for the length of a ``with`` block.
 
@@ -61,7 +66,8 @@ class Capture:
         for matrix in self._matrices:
             if matrix.expert is None:
                 # First of all hooks: another one, such as an ablation's, may put something else in the output's place.
-                handle = matrix.module.register_forward_hook(self._forward_hook(matrix), prepend=True)
+                hook = self._forward_hook(matrix)
+                handle = matrix.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 self._installed.callback(handle.remove)
         for module in {matrix.module: None for matrix in self._matrices if matrix.expert is not None}:
             self._installed.enter_context(watched(module, self))
@@ -108,9 +114,10 @@ class Capture:
             self._see(matrix, x, y, tokens)
 
     def _forward_hook(self, matrix: Matrix):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            self._count_call(matrix, args[0].numel() // args[0].shape[-1])
-            self._see(matrix, args[0], output, None)
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            x = input_of(args, kwargs)
+            self._count_call(matrix, x.numel() // x.shape[-1])
+            self._see(matrix, x, output, None)
 
         return hook
 

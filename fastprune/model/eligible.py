@@ -88,19 +88,20 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
 
     Raises:
         ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
-            Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two blocks.
+            Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two modules.
     """
     prefix, blocks = decoder_blocks(model)
     check_causal(model)
     check_not_quantised(model, prefix, blocks)
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
-        adapters = adapter_parts(f"{prefix}.{index}", block)
-        owned = {id(parameter) for part in adapters for parameter in part.parameters()}
+        parts = adapter_parts(f"{prefix}.{index}", block)
+        of_adapters = {id(parameter) for part in parts for parameter in part.parameters()}
+        owned = set(of_adapters)
         for path, module in block.named_modules():
             stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
             # What is around a compiled module has all of its attributes, and is not it.
-            if is_compiled(module) or id(getattr(module, "weight", None)) in owned:
+            if is_compiled(module) or id(getattr(module, "weight", None)) in of_adapters:
                 continue
             if isinstance(module, nn.Linear | Conv1D):
                 owned.add(id(module.weight))

@@ -2,32 +2,33 @@
 
 In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
 both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
-gradients of one weight, and of one expert where there are any, are compared. Catches what reading code cannot: blocks
-that share state, rows that see each other, padding that leaks, experts that are run another way, Linears that do more
-than multiply. The model itself is
-used, which costs two passes over about ten tokens; of a streamed model the blocks of the first segment alone, as they
-are in memory then.
+gradients of one weight, and of one expert where there are any, are compared, and each segment's output when it runs for
+the second time. Catches what reading code cannot: blocks that share state, padding that leaks, experts that are run
+another way, rows that see each other and Linears that do more than multiply (:mod:`fastprune.model.modulecheck`). The
+model itself is used, which costs two passes over about ten tokens; of a streamed model the blocks of the first segment
+alone, as they are in memory then.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
+from fastprune.model.modulecheck import ModuleCheck, relative_error
 from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
 from fastprune.model.weights import Weights
 
-_LENGTHS = (6, 4)
+_LENGTHS = (4, 6)
+_LOUD = 1  # the row that the loss is of; the other one's gradients are zero unless rows are mixed
 
 # Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same
 # sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
@@ -66,18 +67,23 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
     """
     view = BlockView(weights)
     batch, left_padded = _probe(view)
-    strangers: list[str] = []
+    covered = [matrix for matrix in view.matrices if matrix.block < parts[-1].stop]
+    modules = ModuleCheck(covered, batch.input_ids.shape, _LOUD)
+    counted_otherwise = False
     try:
-        with view.truncated(parts[-1].stop), _compared_with_products(view.matrices, parts[-1].stop, strangers):
+        with view.truncated(parts[-1].stop), modules:
+            counted_otherwise = _counts_otherwise(view, batch)
             reason = _disagreement(view, batch, left_padded, parts)
     except FastpruneError as error:
         reason = str(error)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
-    if strangers:
+    modules.refuse()
+    if counted_otherwise:
         raise ModelError(
-            f"model: the module of {strangers[0]} does not multiply its input by its weight and add its bias "
-            f"({len(strangers)} such); its output's gradient is not the product's, so it cannot be scored"
+            f"model: {type(view.model).__name__} does not count positions from 0: it embeds tokens in another way when "
+            "position_ids are 0, 1, 2, … than when there are none; expected the same both ways (RoBERTa and its kin "
+            "begin after their padding token's id), so it cannot be scored"
         )
     if reason is None:
         return view
@@ -99,38 +105,11 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
     return WholeView(weights)
 
 
-@contextlib.contextmanager
-def _compared_with_products(matrices: Sequence[Matrix], depth: int, strangers: list[str]) -> Iterator[None]:
-    """Put the names of matrices into ``strangers`` whose modules return something else than a product with them.
-
-    A subclass of Linear may scale, quantise or round on its way. Experts are run by this package, and need no check.
-    """
-
-    def compare(matrix: Matrix):
-        @torch.no_grad()
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            handles.pop(matrix).remove()  # once is enough
-            weight = matrix.weight.T if matrix.input_major else matrix.weight
-            bias = None if module.bias is None else module.bias.to(weight)
-            product = nn.functional.linear(args[0].to(weight), weight, bias)
-            if _relative_error(output, product) > _TOLERANCE[weight.dtype]:
-                strangers.append(matrix.name)
-
-        return hook
-
-    handles: dict[Matrix, RemovableHandle] = {}
-    try:
-        for matrix in matrices:
-            if matrix.expert is None and matrix.block < depth:
-                handles[matrix] = matrix.module.register_forward_hook(compare(matrix), prepend=True)
-        yield
-    finally:
-        for handle in handles.values():
-            handle.remove()
-
-
 def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
-    """Two rows of fixed pseudo-random tokens: as the engine pads them, and padded on the left with position ids."""
+    """Two rows of fixed pseudo-random tokens: as the engine pads them, and padded on the left with position ids.
+
+    The loss is of one row alone.
+    """
     generator = torch.Generator().manual_seed(0)
     examples = []
     for length in _LENGTHS:
@@ -138,6 +117,7 @@ def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
         examples.append(Example(input_ids=tuple(ids), labels=(-100, *ids[1:])))
     micro_batch = micro_batches(examples, batch_tokens=max(_LENGTHS) * len(_LENGTHS))[0]
     batch = Batch.from_micro_batch(micro_batch, view.device)
+    batch.token_weights[batch.rows_of_scored != _LOUD] = 0.0
     ids, mask = torch.zeros_like(batch.input_ids), torch.zeros_like(batch.attention_mask)
     for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
         ids[row, -length:] = batch.input_ids[row, :length]
@@ -145,10 +125,19 @@ def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
     return batch, (ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
 
 
-def _relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    truth = truth.detach().double()
-    value = value.detach().to(truth)
-    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
+    """Whether the model's own positions are others than those that are given to it, as its embeddings show.
+
+    Where positions act inside the blocks, as rotary ones do, only their differences matter.
+    """
+    if "position_ids" not in view.accepted:
+        return False
+    with torch.no_grad():
+        given, _ = view.prologue(batch)
+        own, _ = view.prologue(dataclasses.replace(batch, position_ids=None))
+    attended = batch.attention_mask.bool().to(own.device)
+    # The same sums of the same rows of tables: equal to the bit, if positions are.
+    return relative_error(given[attended], own[attended]) > 1e-6
 
 
 def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
@@ -158,13 +147,22 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     fused = next((matrix for matrix in view.matrices if matrix.expert is not None and matrix.block < depth), None)
     firsts = [view.matrices[0], *([fused] if fused is not None else [])]
     parameters = [matrix.parameter for matrix in firsts]
+    leaves: list[torch.Tensor] = []
+
+    def start_here(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1].clone()  # some models scale embeddings in place
+
+    # So that the gradient goes through every module, those below the first matrix's output too.
+    handle = view.model.get_input_embeddings().register_forward_hook(start_here)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        logits = view.learn_return_type(batch)
+        logits = view.learn_return_type(dataclasses.replace(batch, position_ids=None))  # as any user runs it
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, [*parameters, *leaves])
     finally:
+        handle.remove()
         for parameter in parameters:
             parameter.requires_grad_(False)
     chosen = {view.matrices[0]: view.matrices[0].part_of(gradients[0])}
@@ -205,34 +203,40 @@ def _disagreement(
         boundaries = [hidden]
         for part in parts:
             boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
-        left = boundaries.pop()
-        left = left[attended.to(left.device)]
+        left = boundaries[-1][attended.to(boundaries[-1].device)]
     sink, downstream = _Gradients(), None
     for part in reversed(parts):
-        entering = boundaries.pop().detach().requires_grad_(True)
+        expected = boundaries.pop()
+        entering = boundaries[-1].detach().requires_grad_(True)
         watched = [matrix for matrix in gradients if matrix.block in part]
         with Capture(watched, sink) as capture, capture.micro_batch(batch.input_ids.shape):
             leaving = view.run(part.start, part.stop, entering, arguments)
+            # Errors of two segments may cancel in what is below them, and a norm may hide a factor.
+            if (error := relative_error(leaving, expected)) > tolerance:
+                return (
+                    f"what leaves block {part.stop - 1} differs by {error:.1e} (relative) when it is computed again "
+                    "from the same input"
+                )
             if downstream is None:
                 _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
             torch.autograd.backward(leaving, downstream)
         downstream = entering.grad
     with torch.no_grad():
         divided = view.epilogue(left)
-    if (error := _relative_error(divided, logits[attended])) > tolerance:
+    if (error := relative_error(divided, logits[attended])) > tolerance:
         return f"its logits differ by {error:.1e} (relative) from the untouched model's"
     for matrix, gradient in gradients.items():
         found = sink.get(matrix.name)
         if found is None:
             return f"no token reached {matrix.name}, although its gradient in the untouched model is not zero"
-        if (error := _relative_error(found, gradient)) > tolerance:
+        if (error := relative_error(found, gradient)) > tolerance:
             return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
     ids, mask, positions = left_padded
     with torch.no_grad():
         left_logits = view.forward(ids, mask, positions)
     if (
         "position_ids" in view.accepted
-        and (error := _relative_error(left_logits[mask.bool()], logits[attended])) > tolerance
+        and (error := relative_error(left_logits[mask.bool()], logits[attended])) > tolerance
     ):
         return f"padding changes its logits by {error:.1e} (relative): tokens see the padding"
     return None

@@ -53,10 +53,14 @@ class Stored:
 def shard_names(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the checkpoint, sorted.
 
+    Of a single file and an index, the single file counts, as in transformers: the other is left from an earlier save.
+
     Raises:
         NotFoundError: There are none, or the index names one that does not exist.
         ArtifactError: The index is not one.
     """
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
     index = folder / INDEX
     if index.is_file():
         try:
@@ -69,8 +73,6 @@ def shard_names(folder: Path) -> list[str]:
             if not (folder / name).is_file():
                 raise NotFoundError(f"{index} names the shard {name}, which does not exist")
         return names
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
     raise NotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}; other formats are not read")
 
 

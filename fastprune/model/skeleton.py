@@ -78,7 +78,8 @@ def skeleton(
 
     Args:
         folder: Folder with ``config.json`` and safetensors weights.
-        dtype: Of the weights; ``None`` keeps the one on disk, as loading with ``dtype="auto"`` does.
+        dtype: Of the weights; ``None`` takes the one that ``config.json`` names or, where it names none, that of the
+            first tensor on disk, as loading with ``dtype="auto"`` does.
 
     Returns:
         The model in evaluation mode, every parameter on the meta device; a recipe for each parameter and persistent
@@ -138,6 +139,12 @@ def _recipes(
         )
         recipe.sources.setdefault(pattern, []).append(stored[source])
     for recipe in recipes.values():
+        if recipe.converter is None and len(recipe.sources) > 1:
+            first, second = list(recipe.sources)[:2]
+            raise ModelError(
+                f"model: {folder} holds both {first} and {second}, each of which is {recipe.name} of the model; remove "
+                "one of them"
+            )
         if recipe.converter is None and [part.shape for part in next(iter(recipe.sources.values()))] != [
             tuple(in_memory[recipe.name].shape)
         ]:

@@ -49,7 +49,8 @@ class Batch:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    """From 0 in each row; ``None`` leaves them to the model, for the check alone: not all do well on left padding."""
     scored: torch.Tensor
     """int64 ``(n_scored,)``, ascending: row * tokens + t where the token at t + 1 counts, which the hidden state at t
     predicts. Places, not a mask, whose places cannot be found without waiting for the device."""
@@ -123,11 +124,11 @@ class _View:
         return self.model.get_input_embeddings().weight.shape[0]
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """The model's own forward; logits ``(rows, tokens, vocab)``, where token ids go whatever the head's device."""
         extra = {"position_ids": position_ids, "use_cache": False}
-        extra = {name: value for name, value in extra.items() if name in self.accepted}
+        extra = {name: value for name, value in extra.items() if name in self.accepted and value is not None}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.to(self.device)
 
     @staticmethod

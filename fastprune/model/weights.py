@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,14 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastprune.model.adapters import plain_name
 from fastprune.model.eligible import decoder_blocks
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
+from fastprune.model.identity import answers_of, identity_of
 from fastprune.model.shards import DTYPES, read_elements
 from fastprune.model.skeleton import Recipe, skeleton
 
 Group = int | str
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EMBEDDING, HEAD = "embedding", "head"
 
 
@@ -54,12 +52,12 @@ class Resident:
         yield
 
     def identity(self) -> str:
-        """A hash over every parameter, each bit of which counts; tells a model from a pruned one."""
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
-            digest.update(f"{plain_name(name)} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
-        return digest.hexdigest()
+        """A hash over all that the model holds, each bit of which counts; tells a model from a pruned one."""
+        return identity_of(self.model)
+
+    def answers(self) -> tuple[list[float], float]:
+        """Numbers that show what hooks and adapters do to what it holds, and how far rounding may take them."""
+        return answers_of(self.model)
 
     def files(self) -> list[list[Any]]:
         """No file is read."""
@@ -86,7 +84,7 @@ class Streamed:
     Args:
         folder: Checkpoint folder.
         device: Where the model runs.
-        dtype: Of the weights; ``None`` keeps the one on disk.
+        dtype: Of the weights; ``None`` takes that of the config, see :func:`fastprune.model.skeleton.skeleton`.
 
     Attributes:
         model: The model; its parameters are on the meta device while they are not held.
@@ -180,6 +178,10 @@ class Streamed:
         """Name, size and time of change of each shard: a patched one is another, whatever its samples."""
         found = [(folder.name, folder.stat()) for folder in sorted({stored.path for stored in self._stored.values()})]
         return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
+
+    def answers(self) -> tuple[list[float], float]:
+        """None: nobody has put a hook into a model that is made from files."""
+        return [], 0.0
 
     def close(self) -> None:
         """Drop what is still in memory and end the reading thread."""

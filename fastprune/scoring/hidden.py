@@ -60,6 +60,9 @@ class HiddenStates:
         tier: ``"device"``, ``"host"`` (pinned, if the device is a GPU) or ``"disk"``.
         device: Where tensors come from and go back to.
         folder: For ``"disk"``: where the files lie; ``None`` takes a temporary folder that :meth:`close` removes.
+
+    Raises:
+        ScoringError: No temporary folder can be made.
     """
 
     def __init__(self, tier: str, device: torch.device, folder: Path | None = None) -> None:
@@ -67,7 +70,7 @@ class HiddenStates:
         self._tensors: dict[str, dict[int, torch.Tensor]] = {}
         self._slots: dict[str, dict[int, _Slot]] = {}
         self._temporary = folder is None and tier == "disk"
-        self._folder = Path(tempfile.mkdtemp(prefix="fastprune-")) if self._temporary else folder
+        self._folder = _temporary_folder() if self._temporary else folder
 
     def put(self, name: str, item: int, tensor: torch.Tensor) -> None:
         """Keep one tensor; it may be on any device that the model uses.
@@ -165,3 +168,13 @@ class HiddenStates:
             while view:
                 view = view[file.write(view) :]
         slots[item] = _Slot(start, tuple(tensor.shape), tensor.dtype)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="fastprune-"))
+    except OSError as error:
+        raise ScoringError(
+            f"boundaries: 'disk' needs a folder for temporary files, and none can be made ({error}); name one that "
+            "exists and can be written (TMPDIR, resume=), or keep hidden states in memory (boundaries='host')"
+        ) from error

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,21 @@ class Journal:
         folder: Made if it does not exist; its parent has to.
         key: JSON-able facts that name the inputs and settings of the run.
         ranks: The processes of the run; each writes a folder of its own below ``folder``.
+        answers: Numbers that belong to the key and are equal from run to run up to rounding; and their tolerance,
+            relative and norm-wise.
 
     Raises:
         ArgumentError: The journal there is of other inputs (names the first that differs), or in use.
         ArtifactError: The folder holds something that is no journal.
     """
 
-    def __init__(self, folder: str | Path, key: Mapping[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        key: Mapping[str, Any],
+        ranks: Ranks,
+        answers: tuple[Sequence[float], float] = ((), 0.0),
+    ) -> None:
         folder = Path(folder)
         if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()):
             raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
@@ -54,6 +62,7 @@ class Journal:
         self._segments: dict[int, dict[str, Any]] = {}
         self._boundary_records: dict[str, dict[str, Any]] = {}
         key = json.loads(json.dumps({**key, "process": [ranks.rank, ranks.size]}))
+        self._answers, self._tolerance = answers
         self._file = (self.folder / _LINES).open("a+b")
         try:
             if not try_lock(self._file.fileno()):
@@ -108,7 +117,7 @@ class Journal:
         # A run that was killed after it recorded a segment may not have freed what that segment had used up.
         for leftover in [*self.folder.glob("boundary-*.bin"), *self.folder.glob("gradient-*.bin")]:
             kind, _, used_up = leftover.stem.partition("-")
-            if int(used_up) > (end if kind == "gradient" else end - 1):
+            if used_up.isdecimal() and int(used_up) > (end if kind == "gradient" else end - 1):
                 leftover.unlink()
         for number in sorted((number for number in self._segments if number >= end), reverse=True):
             record = self._segments[number]
@@ -160,6 +169,7 @@ class Journal:
             record = json.loads(payload)
             if not begun:
                 self._check_key(record.get("key"), key)
+                self._check_answers(record.get("answers"))
                 begun = True
             elif record["kind"] == "boundary":
                 self._boundary_records[record["name"]] = record
@@ -168,7 +178,7 @@ class Journal:
             valid += len(line)
         self._file.truncate(valid)
         if not begun:
-            self._append({"kind": "start", "key": key})
+            self._append({"kind": "start", "key": key, "answers": list(self._answers)})
             sync(self.folder)
 
     def _check_key(self, found: Any, key: Mapping[str, Any]) -> None:
@@ -180,6 +190,15 @@ class Journal:
                     f"resume: the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
                     f"{key.get(name)!r} now; name another folder, or start with the same inputs"
                 )
+
+    def _check_answers(self, found: Any) -> None:
+        there, now = (torch.tensor(values or (), dtype=torch.float64).nan_to_num() for values in (found, self._answers))
+        if len(there) != len(now) or float((there - now).norm()) > self._tolerance * float(now.norm()):
+            raise ArgumentError(
+                f"resume: the journal in {self.folder} is of another model: its weights are the same, and it answers "
+                "differently, as one with other hooks, adapters or buffers; name another folder, or start with the "
+                "model as it was"
+            )
 
 
 def _folder_of(folder: Path, ranks: Ranks) -> Path:

@@ -176,8 +176,9 @@ def score(
         parts = parts if isinstance(view, BlockView) else [range(view.n_blocks)]
         key["segments"] = len(parts)
         ranks.check_same({"segments": len(parts)})  # a check that fails on one of them alone
-        journal = Journal(resume, {**key, "files": weights.files()}, ranks) if resume is not None else None
-        if journal is not None:
+        journal = None
+        if resume is not None:
+            journal = Journal(resume, {**key, "files": weights.files()}, ranks, weights.answers())
             stack.callback(journal.close)
         hidden = HiddenStates(chosen.boundaries, weights.device, journal and journal.folder)
         stack.callback(hidden.close)

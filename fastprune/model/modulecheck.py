@@ -1,0 +1,101 @@
+"""What the module of each matrix does in the untouched model: does it multiply, and does it keep rows apart?
+
+In: matrices, and one forward and backward of the whole model in which the loss is that of a single row. Out: a
+ModelError in the name of a module whose output's gradient is not the product's, or whose tokens cannot be attributed to
+examples. Neither shows when the parts of a model are compared with the whole, as both compute the same. Everything is
+seen on the way; nothing runs for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fastprune.errors import ModelError
+from fastprune.model.capture import input_of
+from fastprune.model.eligible import Matrix
+
+# Largest accepted relative error (norm-wise) of one product by weight dtype. Both sides round the same sums once: half
+# an ulp is 0.4 % of an element in bfloat16 and 0.05 % in float16.
+_PRODUCT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+# Largest accepted share of a gradient in rows that the loss does not depend on: it is exactly zero where each row is
+# computed on its own, and of order 1 where rows are taken for others.
+_STRAY = 1e-2
+
+
+class ModuleCheck(contextlib.ExitStack):
+    """Looks at the first call of each module inside a ``with`` block, and at that call's backward.
+
+    Args:
+        matrices: The matrices whose modules are looked at.
+        shape: Rows and padded length of the batch that runs.
+        row: The only row that the loss depends on.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], shape: tuple[int, int], row: int) -> None:
+        super().__init__()
+        self._matrices, self._shape, self._row = matrices, shape, row
+        self._strangers: list[str] = []
+        self._mixing: list[str] = []
+
+    def __enter__(self) -> ModuleCheck:
+        for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
+            self.callback(self._watch(module, matrix).remove)
+        return self
+
+    def refuse(self) -> None:
+        """Raise ModelError if anything was found."""
+        if self._strangers:
+            raise ModelError(
+                f"model: the module of {self._strangers[0]} does not multiply its input by its weight and add its bias "
+                f"({len(self._strangers)} such); its output's gradient is not the product's, so it cannot be scored"
+            )
+        if self._mixing:
+            raise ModelError(
+                f"model: {self._mixing[0]} is not given its tokens example by example ({len(self._mixing)} such): the "
+                "loss of one example has a gradient where those of another should be; expected (rows, tokens, features)"
+                ", as of the input, and no row that depends on another, got another order or rows that are mixed; such "
+                "a model cannot be scored"
+            )
+
+    def _watch(self, module: nn.Module, matrix: Matrix) -> RemovableHandle:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            handle.remove()  # once is enough
+            # Experts are run by this package when they are scored: their products need no look, their tokens do.
+            if matrix.expert is None:
+                self._compare_product(module, input_of(args, kwargs), output, matrix)
+            rows, tokens = self._shape
+            # What is called with another number of tokens is refused when it is captured.
+            if output.requires_grad and output.numel() == rows * tokens * output.shape[-1]:
+                output.register_hook(lambda dy: self._look_for_strays(dy, matrix))
+
+        # Before all hooks of others: an ablation's, say, may put something else in the output's place.
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        return handle
+
+    def _compare_product(self, module: nn.Module, x: torch.Tensor, output: torch.Tensor, matrix: Matrix) -> None:
+        weight = matrix.weight.T if matrix.input_major else matrix.weight
+        bias = None if module.bias is None else module.bias.to(weight)
+        product = nn.functional.linear(x.to(weight), weight, bias)
+        if relative_error(output, product) > _PRODUCT_TOLERANCE[weight.dtype]:
+            self._strangers.append(matrix.name)
+
+    def _look_for_strays(self, dy: torch.Tensor, matrix: Matrix) -> None:
+        by_row = dy.detach().reshape(self._shape[0], -1).float().norm(dim=1)
+        own = by_row[self._row].clone()
+        by_row[self._row] = 0.0
+        if float(by_row.norm()) > _STRAY * float(own):  # not so where the model itself gives NaN
+            self._mixing.append(matrix.name)
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm-wise, in float64, wherever ``truth`` is."""
+    truth = truth.detach().double()
+    value = value.detach().to(truth)
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
