@@ -8,13 +8,14 @@ harm, controls and transfer between harm types.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from fastprune.calibration import CalibrationSet
+from fastprune.errors import ArgumentError
 from fastprune.evaluation import Evaluation, EvaluationSuite
 from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
 from fastprune.masking.apply import split_name
@@ -64,6 +65,43 @@ def row(evaluation: Evaluation, **labels: Any) -> dict[str, Any]:
     return {**labels, **evaluation.summary()}
 
 
+def measure_each(
+    model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
+) -> Iterator[tuple[str, PruneMask | None, Evaluation]]:
+    """Evaluate the unpruned model, called ``"none"``, and then every mask.
+
+    All masks are put on the model once before anything is evaluated, so that one that does not fit costs no time.
+
+    Yields:
+        ``(name, mask, evaluation)``.
+
+    Raises:
+        ArgumentError: A mask is called ``"none"``.
+        MaskError: A mask does not fit the model, or (``strict``) was made for a model of other weights.
+    """
+    if "none" in masks:
+        raise ArgumentError('masks: "none" is the name of the unpruned model, expected another one for a mask')
+    for mask in masks.values():
+        with mask.applied(model, strict=strict):
+            pass
+    yield "none", None, measure(model, suite, None)
+    for name, mask in masks.items():
+        yield name, mask, measure(model, suite, mask, strict=strict)
+
+
+def result_rows(
+    model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of ``results`` and rows of ``skills`` from what :func:`measure_each` yields."""
+    results, skills = [], []
+    for name, mask, evaluation in evaluations:
+        results.append(row(evaluation, model=model, mask=name, pruned=mask.total if mask is not None else 0))
+        skills += [
+            {"model": model, "mask": name, "skill": skill, "score": value} for skill, value in evaluation.skills.items()
+        ]
+    return results, skills
+
+
 def measure_controls(
     name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -71,15 +109,12 @@ def measure_controls(
 
     Returns:
         Rows of ``results`` and rows of ``skills``.
+
+    Raises:
+        ArgumentError: A mask is called ``"none"``, which is the unpruned model.
+        MaskError: A mask does not fit the model. Nothing was evaluated then.
     """
-    results, skills = [], []
-    for label, mask in {"none": None, **masks}.items():
-        evaluation = measure(model, suite, mask, strict=strict)
-        results.append(row(evaluation, model=name, mask=label, pruned=mask.total if mask is not None else 0))
-        skills += [
-            {"model": name, "mask": label, "skill": skill, "score": value} for skill, value in evaluation.skills.items()
-        ]
-    return results, skills
+    return result_rows(name, measure_each(model, suite, masks, strict=strict))
 
 
 def sweep(
