@@ -15,6 +15,7 @@ from fastprune.reporting.findings import checks_summary, headline
 from fastprune.reporting.record import checked
 from fastprune.reporting.wording import (
     METRICS,
+    NBSP,
     bound,
     cell,
     check_value,
@@ -52,7 +53,8 @@ def print_results(
     console = console or require("rich.console", "cli").Console()
     found = headline(record)
     if found:
-        console.print(text(f"\n{found}\n"))
+        # rich breaks lines at a hard space too, and a terminal without Unicode has none
+        console.print(text(f"\n{found}\n".replace(NBSP, " ")))
     if result_rows(record):
         console.print(_results(record, console.width), crop=False)
     summary = checks_summary(record)
@@ -64,7 +66,14 @@ def print_results(
             console.print(
                 text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
             )
-    for name, path in (files or {}).items():
+    print_files(files or {}, console)
+
+
+def print_files(files: Mapping[str, Path], console: Console | None = None) -> None:
+    """Print names and paths, one a line; arguments are those of :func:`print_results`."""
+    text = require("rich.text", "cli").Text
+    console = console or require("rich.console", "cli").Console()
+    for name, path in files.items():
         # Not wrapped, so that a path can be copied whole.
         console.print(text(f"{name:>10}  {path}"), soft_wrap=True)
 
