@@ -7,7 +7,7 @@ harm, controls and transfer between harm types.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError
-from fastprune.evaluation import Evaluation, EvaluationSuite
+from fastprune.evaluation import Evaluation, EvaluationSuite, Measurement
 from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
 from fastprune.masking.apply import split_name
 from fastprune.scoring import Scores, score
@@ -137,11 +137,12 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
         block_of: Decoder block of each matrix, as in ``scores.provenance["block_of"]``.
     """
     layers = sorted(set(block_of.values()))
-    kinds = list(dict.fromkeys(map(_kind, mask)))
+    kind_of = _kinds(mask, block_of)
+    kinds = list(dict.fromkeys(kind_of.values()))
     counts, sizes = Counter(), Counter()
     for key, count in mask.counts.items():
-        counts[block_of[key], _kind(key)] += count
-        sizes[block_of[key], _kind(key)] += torch.Size(mask.shapes[key]).numel()
+        counts[block_of[key], kind_of[key]] += count
+        sizes[block_of[key], kind_of[key]] += torch.Size(mask.shapes[key]).numel()
     return {
         "model": name,
         "layers": layers,
@@ -151,10 +152,26 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
     }
 
 
-def _kind(name: str) -> str:
-    """``up_proj`` for a Linear, ``experts.up_proj`` for every expert."""
-    parameter, expert = split_name(name)
-    return ".".join(parameter.removesuffix(".weight").split(".")[-1 if expert is None else -2 :])
+def _kinds(names: Iterable[str], block_of: Mapping[str, int]) -> dict[str, str]:
+    """Matrix to its column: ``up_proj`` for a Linear, ``experts.up_proj`` for every expert.
+
+    Where two matrices of a block end alike (``attn.c_proj``, ``mlp.c_proj``), as much of the name as tells them apart.
+    """
+    paths, lengths = {}, {}
+    for name in names:
+        parameter, expert = split_name(name)
+        paths[name] = parameter.removesuffix(".weight").split(".")
+        lengths[name] = 1 if expert is None else 2
+    while True:
+        kinds = {name: ".".join(path[-lengths[name] :]) for name, path in paths.items()}
+        owners = defaultdict(set)
+        for name, kind in kinds.items():
+            owners[block_of[name], kind].add(tuple(paths[name]))
+        shared = {kind for (_, kind), matrices in owners.items() if len(matrices) > 1}
+        if not shared:
+            return kinds
+        for name, kind in kinds.items():
+            lengths[name] += kind in shared
 
 
 def transfer(
@@ -179,20 +196,27 @@ def transfer(
     Returns:
         ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``;
         ``overlap[i][j]``: the Jaccard index of the two masks.
+
+    Raises:
+        ArgumentError: The suite has no harm rows. Nothing was scored then.
     """
+    before = measure(model, suite, None).details.harm
+    if before is None:
+        raise ArgumentError(
+            "suite: expected one with harm_rows, which tell how much of each harm type is left, got none"
+        )
     names = list(harm_by_category)
     masks = [
         score(model, examples, benign, q_max=q, p_max=p, progress=False).select(p, q)
         for examples in harm_by_category.values()
     ]
 
-    def by_category(mask: PruneMask | None) -> list[float | None]:
-        harm = measure(model, suite, mask).details.harm
+    def by_category(harm: Measurement) -> list[float | None]:
         return [harm.by_category[name].rate if name in harm.by_category else None for name in names]
 
     return {
         "categories": names,
-        "harm": [by_category(mask) for mask in masks],
-        "unpruned": by_category(None),
+        "harm": [by_category(measure(model, suite, mask).details.harm) for mask in masks],
+        "unpruned": by_category(before),
         "overlap": [[first.jaccard(second) for second in masks] for first in masks],
     }

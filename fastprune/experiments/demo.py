@@ -254,8 +254,14 @@ def checks(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "claim": claim,
             "value": value,
-            "bound": f"{sign} {bound:.2f}",
+            "bound": f"{sign} {_digits(bound)}",
             "holds": value >= bound if sign == ">=" else value <= bound,
         }
         for claim, value, sign, bound in found
     ]
+
+
+def _digits(bound: float) -> str:
+    """Two decimals, or as many as it takes to see on which side of the bound a rate lies."""
+    whole, _, decimals = f"{bound:.6f}".partition(".")
+    return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
