@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
 from fastprune.reporting.findings import checks_summary, headline
+from fastprune.reporting.masks import mask_label, role
 from fastprune.reporting.record import checked
 from fastprune.reporting.wording import (
     METRICS,
@@ -23,7 +24,6 @@ from fastprune.reporting.wording import (
     count,
     extra_columns,
     grouped,
-    mask_label,
     measured,
     model_label,
     rate_cell,
@@ -95,7 +95,8 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
                 *(rate_cell(row.get(name)) for name in rates),
                 *(cell(row.get(name)) for name in extras),
             ]
-            lines.append((f"  {mask_label(row['mask'])}", cells, "bold" if row["mask"] == "btap" else None))
+            style = "bold" if role(record, row["mask"]) == "method" else None
+            lines.append((f"  {mask_label(record, row['mask'])}", cells, style))
 
     numbers = [max(len(head), *(len(cells[i]) for _, cells, _ in lines)) for i, head in enumerate(heads)]
     frame = len(heads) + 3  # a blank before each column, and the edges
