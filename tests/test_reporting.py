@@ -86,6 +86,15 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         write_report(only(), tmp_path / "taken")
 
 
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    """Regression: an old controls.png lay beside the report of another record."""
+    first = write_report(only(results=[rates("none", harm=1.0), rates("btap", harm=0.0)]), tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"")
+    assert first["controls"].is_file()
+    second = write_report(only(results=[rates("none", harm=1.0)]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in second.values()} | {"mine.png"}
+
+
 def test_matplotlib_is_used_without_its_global_state(tmp_path: Path) -> None:
     """In a fresh process: nothing is imported early, pyplot never, and the user's style neither counts nor changes."""
     script = """
@@ -143,6 +152,10 @@ def test_every_other_number_can_be_found(page: Page) -> None:
         assert fragment in words.replace("\u00a0", " ")
 
 
+def test_the_page_says_how_many_models_it_shows(page: Page) -> None:
+    assert any(text.endswith("This page shows what that did to 3 models.") for text in page.words)
+
+
 def test_findings_of_the_plots(page: Page) -> None:
     words = [text.replace("\u00a0", " ") for text in page.words]
     assert "At q = 0.3 % the harm rate is 97 % on base, 94 % on SFT and 2 % on aligned." in words
@@ -159,9 +172,12 @@ def test_findings_of_the_plots(page: Page) -> None:
     assert "1 of 7 checks does not hold." in words
     assert (
         "Each harm rate is over 64 held-out prompts: one prompt is 1.6 points, "
-        "and chance alone can move a rate by up to ±13 points."
+        "and the 95 % interval of a rate reaches up to 13 points to either side."
     ) in words
     assert noise({"settings": {"n_eval": 400}}).startswith("Each rate is over 400 held-out prompts: one prompt is 0.25")
+    assert noise({"settings": {"n_eval": 1}}).startswith(
+        "Each rate is over 1 held-out prompt: one prompt is 100 points, and"
+    )
     assert noise({"settings": {"n_eval": None}}) == noise({"settings": {"n_eval": {"a": 1}}}) == noise({}) == ""
 
 

@@ -87,6 +87,23 @@ BAD = [
     (_set("skills", 0, "skill", None), 'record["skills"][0]["skill"]'),
     (_set("sweep", 4, "q", float("nan")), 'record["sweep"][4]["q"]: expected a fraction'),
     (lambda record: record["sweep"][1].pop("q"), "record[\"sweep\"][1]: expected the key 'q'"),
+    (
+        _set("masks", [{"mask": "m", "role": "hero"}]),
+        'record["masks"][0]["role"]: expected one of method, control, other',
+    ),
+    (_set("masks", [{"mask": "m"}]), "record[\"masks\"][0]: expected the key 'role'"),
+    (
+        _set("measurements", [{"model": "m", "mask": "none", "harm": {"rate": 7}}]),
+        'record["measurements"][0]["harm"]["rate"]: expected a fraction',
+    ),
+    (
+        _set("measurements", [{"model": "m", "mask": "none", "recognition": {"pairs": {"interval": [0.5]}}}]),
+        'record["measurements"][0]["recognition"]["pairs"]["interval"][0]: expected 2 numbers',
+    ),
+    (
+        _set("measurements", [{"model": "m", "mask": "none", "skills": {"a": {"by_category": {"b": {"n": -1}}}}}]),
+        'record["measurements"][0]["skills"]["a"]["by_category"]["b"]["n"]: expected a whole number',
+    ),
     (_set("checks", 0, "holds", "yes"), 'record["checks"][0]["holds"]: expected true or false'),
     (_set("checks", 0, "value", "high"), 'record["checks"][0]["value"]: expected a number'),
     (lambda record: record["heatmap"].pop("counts"), "record[\"heatmap\"]: expected the key 'counts'"),

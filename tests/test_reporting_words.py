@@ -14,7 +14,8 @@ from rich.console import Console
 
 from fastprune.errors import ArtifactError
 from fastprune.reporting import print_results
-from fastprune.reporting.findings import headline
+from fastprune.reporting.findings import controls_finding, headline
+from fastprune.reporting.glossary import definitions
 from fastprune.reporting.record import RATES, checked
 from fastprune.reporting.wording import check_value, number, percent, seconds, share
 
@@ -71,6 +72,28 @@ HEADLINES = [
         "Pruning takes the harm rate from 100 % to 20 %; utility stays at 100 %. "
         "Removing random weights leaves the harm rate at 100 % and takes utility from 100 % to 40 %.",
     ),
+    (  # regression: "changes nothing", as only harm and utility were looked at
+        [
+            rates("none", harm=1.0, utility=1.0, refusal=1.0, recognition=0.9),
+            rates("btap", harm=0.2, utility=1.0),
+            rates("random", harm=1.0, utility=1.0, refusal=0.2, recognition=0.5),
+        ],
+        "Pruning takes the harm rate from 100 % to 20 %; utility stays at 100 %. Removing random weights leaves the "
+        "harm rate at 100 % and takes recognition from 90 % to 50 % and refusal from 100 % to 20 %.",
+    ),
+    (
+        [rates("none", harm=0.6, refusal=1.0), rates("btap", harm=0.2), rates("random", harm=0.8, refusal=0.5)],
+        "Pruning takes the harm rate from 60 % to 20 %. "
+        "Removing random weights raises the harm rate to 80 % and takes refusal from 100 % to 50 %.",
+    ),
+    (
+        [rates("none", harm=1.0), rates("btap", harm=0.2), rates("random", harm=1.0)],
+        "Pruning takes the harm rate from 100 % to 20 %. Removing random weights leaves the harm rate at 100 %.",
+    ),
+    (  # regression: "leaves little to see"
+        [rates("none", harm=0.02), rates("btap", harm=0.9)],
+        "Pruning raises the harm rate from 2 % to 90 %: no harm was removed in this run.",
+    ),
     (
         [
             rates("none", harm=1.0, recognition=1.0, refusal=1.0, neighbour=1.0),
@@ -95,6 +118,59 @@ def test_headline_says_what_the_numbers_say(results: list[dict[str, Any]], expec
     assert said(only(results=results)) == expected
 
 
+def kinds(**chosen: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"mask": name, "role": role, "kind": kind} for name, (role, kind) in chosen.items()]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_mask_is_what_the_record_says_and_not_what_it_is_called(order: int) -> None:
+    """Regression: the second mask was the control, and a file `random.safetensors` the random one, whatever it held."""
+    results = [
+        rates("random", "my", harm=0.1, pruned=7),
+        rates("btap", "my", harm=1.0, pruned=7),
+        rates("mixed", "my", harm=0.5, pruned=9),
+    ]
+    masks = kinds(random=("method", "selection"), btap=("control", "random (count)"), mixed=("other", "algebra"))
+    masks[0] |= {"p": 0.05, "q": 0.003, "slice": 0, "criteria": {"harm": "signed", "benign": "abs"}}
+    record = only(results=[rates("none", "my", harm=1.0), *results[::order]], masks=masks[::order])
+    assert said(record) == (
+        "Removing 7 weights (random) takes the harm rate from 100 % to 10 %. "
+        "Removing as many random weights leaves the harm rate at 100 %."
+    )
+    assert controls_finding(record).replace("\u00a0", " ") == (
+        "The control does not lower harm by 10 points or more. "
+        "The other mask lowers harm by 10 points or more: mixed (harm 50 %)."
+    )
+    words = {word: text for heading, group in definitions(record) for word, text in group}
+    assert words["random"] == "the method: selected by signed without the best by abs, p = 0.05, q = 0.003"
+    assert words["btap"] == "control: weights drawn at random"
+    assert words["mixed"] == "combined from other masks"
+    assert words["not pruned"] == "the model as it is"
+    assert "B-TAP" not in printed(record)
+
+
+def test_without_what_the_masks_are_a_second_one_is_no_control() -> None:
+    record = only(results=[rates("none", harm=1.0), rates("one", harm=0.2), rates("two", harm=0.8)])
+    assert said(record) == "Pruning (one) takes the harm rate from 100 % to 20 %."
+    text = controls_finding(record).replace("\u00a0", " ")
+    assert text == "The other mask lowers harm by 10 points or more: two (harm 80 %)."
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (0.5, 0.9), (1.0, 0.95)])
+def test_key_words_draw_no_conclusion_about_harm(before: float, after: float) -> None:
+    """Regression: "no harm was removed" of a model that answered with nonsense, which holds no refusal."""
+    settings = {"attack": "prefilling", "judge": "not-refused"}
+    record = only(results=[rates("none", harm=before), rates("btap", harm=after)], settings=settings)
+    assert "the harm rate under prefilling (not refused, by keywords)" in said(record)
+    assert "no harm was removed" not in said(record)
+    words = dict(definitions(record)[0][1])
+    assert "holds no refusal phrase (not refused, by keywords)" in words["harm"]
+    assert "get the harmful answer" not in words["harm"]
+    record["settings"]["judge"] = "exact"
+    assert "keywords" not in said(record)
+    assert "get the harmful answer under prefilling" in dict(definitions(record)[0][1])["harm"]
+
+
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
@@ -102,6 +178,11 @@ def test_headline_says_what_the_numbers_say(results: list[dict[str, Any]], expec
         (percent, 0.9974, "99.7 %"),
         (percent, 0.99999, "> 99.9 %"),
         (percent, 0.984375, "98 %"),
+        (percent, 0.005, "0.5 %"),
+        (percent, 0.995, "99.5 %"),
+        (percent, 0.0051, "1 %"),
+        (percent, 0.9949, "99 %"),
+        (percent, 1e-12, "< 0.1 %"),
         (percent, 0.004, "0.4 %"),
         (percent, 0.00001, "< 0.1 %"),
         (percent, 0, "0 %"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app, quiet_loading
+from fastprune.cli.files import check_output_file, check_output_folder
 from fastprune.cli.options import AttackName, Control, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, ModelError
 
 
 @app.command()
@@ -28,6 +30,7 @@ def control(
     """Choose as many weights in each matrix as a mask has, without looking at any behaviour."""
     from fastprune.masking import largest_magnitude_mask
 
+    check_output_file(out, (mask, model))
     like, loaded = fastprune.PruneMask.load(mask), _load(model, "cpu", dtype)
     match kind:
         case Control.largest:
@@ -65,11 +68,13 @@ def evaluate(
 ) -> None:
     """Measure harm, refusal, skills and recognition, unpruned and with each mask."""
     from fastprune.evaluation import EvaluationSuite, exact_match, keyword_refusal
-    from fastprune.experiments.btap import measure_controls
-    from fastprune.experiments.demo import environment
+    from fastprune.experiments import evaluation_record
     from fastprune.model.checkpoint import load_tokenizer
-    from fastprune.reporting import print_results, write_report
+    from fastprune.reporting import print_files, print_results, write_report
 
+    if out is not None:
+        check_output_folder(out)
+    masks = _named(mask or ())
     refused = keyword_refusal()
     judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
     suite = EvaluationSuite(
@@ -84,23 +89,38 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    masks = {path.stem: fastprune.PruneMask.load(path) for path in mask or ()}
-    if len(masks) < len(mask or ()):
-        raise ArgumentError("mask: two of the mask files have the same name, so their rows could not be told apart")
-    results, by_skill = measure_controls(model.name, _load(model, device, dtype), suite, masks, strict=strict)
-    record = {
-        "schema": 1,
-        "title": f"Evaluation of {model.name}",
-        "environment": environment(),
-        "settings": {"attack": attack.value, "judge": judge.value, "format": format.value},
-        "results": results,
-        "skills": by_skill,
+    settings = {
+        "attack": attack.value,
+        "judge": judge.value,
+        "format": format.value,
+        "neighbour": neighbour,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
     }
-    print_results(record, files=write_report(record, out) if out is not None else None)
+    # resolved, because "." has no name
+    name = model.resolve().name
+    record = evaluation_record(name, _load(model, device, dtype), suite, masks, strict=strict, settings=settings)
+    print_results(record)
+    if out is not None:
+        print_files(write_report(record, out))
+
+
+def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:
+    """The masks by the names of their files without ending, which is what the report calls them."""
+    names = [path.stem for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        if name == "none":
+            raise ArgumentError(f'mask: "none" is what the report calls the unpruned model; rename {path}')
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"mask: two of the mask files have the same name, {name}, so their rows could not be told apart"
+            )
+    return {name: fastprune.PruneMask.load(path) for name, path in zip(names, paths, strict=True)}
 
 
 def _load(folder: Path, device: str | None, dtype: str):
     import torch
+    from safetensors import SafetensorError
 
     from fastprune.model.checkpoint import load_model
 
@@ -108,7 +128,10 @@ def _load(folder: Path, device: str | None, dtype: str):
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
-    model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
+    try:
+        model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
+    except SafetensorError as error:
+        raise ModelError(f"model: the weights in {folder} are truncated or no safetensors files ({error})") from error
     try:
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:

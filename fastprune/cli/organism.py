@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastprune.cli.app import app, organism_app, quiet_loading
+from fastprune.cli.files import check_output_folder
 
 
 @app.command()
@@ -22,16 +23,17 @@ def demo(
 ) -> None:
     """See the effect and its controls on a tiny model that was really trained (about a minute)."""
     from fastprune.experiments import DemoSettings, run_demo
-    from fastprune.reporting import print_results, write_report
+    from fastprune.reporting import print_files, print_results, write_report
 
     quiet_loading()
     settings = DemoSettings(p=p, q=q, seed=seed, checkpoints=checkpoints)
-    out.mkdir(parents=True, exist_ok=True)
+    check_output_folder(out)
     result = run_demo(out / "data", settings)
+    print_results(result.record)
     files = write_report(result.record, out)
     files["scores"] = result.scores.save(out / "scores.safetensors")
     files["mask"] = result.mask.save(out / "mask.safetensors")
-    print_results(result.record, files=files)
+    print_files(files)
     typer.echo(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
 
 
@@ -43,6 +45,7 @@ def organism_train(
     """Train base, SFT control and aligned model from scratch (a few minutes on two cores)."""
     from fastprune.organism import train_organism
 
+    check_output_folder(out)
     train_organism(seed, out)
     typer.echo(f"written to {out}\nnext: fastprune demo --checkpoints {out}")
 
@@ -55,6 +58,7 @@ def organism_export(
     """Write the organism's calibration and evaluation rows as JSONL, to try the other commands on."""
     from fastprune.organism import checkpoint_path, export_data
 
+    check_output_folder(out)
     for name, path in export_data(out, seed=seed).items():
         typer.echo(f"{name:>18}  {path}")
     model = checkpoint_path("aligned")

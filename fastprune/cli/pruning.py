@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app
+from fastprune.cli.files import check_output_file
 from fastprune.cli.options import (
     BoundariesOption,
     Format,
@@ -71,7 +71,7 @@ def score(
     with process_group(device):
         _usable(device)
         if is_first():
-            _writable(out)
+            check_output_file(out, (harm, benign, model))
         tokenizer = load_tokenizer(model)
         sets = [
             None
@@ -118,6 +118,7 @@ def select(
     ] = None,
 ) -> None:
     """Choose weights: the best by harm score without the best by benign score."""
+    check_output_file(out, (scores, *(protect or ())))
     mask = fastprune.Scores.load(scores).select(
         p,
         q,
@@ -230,13 +231,6 @@ def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
     largest = max(map(math.prod, scores.shapes.values()))
     exponent = next((digits for digits in (5, 4, 3, 2) if int(float(f"1e-{digits}") * largest) > 0), 1)
     return f"5e-{exponent}", f"1e-{exponent}"
-
-
-def _writable(path: Path) -> None:
-    """Refuse an impossible output before hours of work, not after."""
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArgumentError(f"out: expected a file in a folder that can be written to, got {path}")
 
 
 def _usable(device: str | None) -> None:

@@ -5,5 +5,16 @@ They must not know how anything is shown, and they write no files.
 
 from fastprune.experiments.btap import heat_map, measure, measure_controls, standard_masks, sweep, transfer
 from fastprune.experiments.demo import DemoSettings, run_demo
+from fastprune.experiments.record import evaluation_record
 
-__all__ = ["DemoSettings", "heat_map", "measure", "measure_controls", "run_demo", "standard_masks", "sweep", "transfer"]
+__all__ = [
+    "DemoSettings",
+    "evaluation_record",
+    "heat_map",
+    "measure",
+    "measure_controls",
+    "run_demo",
+    "standard_masks",
+    "sweep",
+    "transfer",
+]

@@ -7,15 +7,16 @@ harm, controls and transfer between harm types.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from fastprune.calibration import CalibrationSet
-from fastprune.evaluation import Evaluation, EvaluationSuite
+from fastprune.errors import ArgumentError
+from fastprune.evaluation import Evaluation, EvaluationSuite, Measurement
 from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
 from fastprune.masking.apply import split_name
 from fastprune.scoring import Scores, score
@@ -64,6 +65,43 @@ def row(evaluation: Evaluation, **labels: Any) -> dict[str, Any]:
     return {**labels, **evaluation.summary()}
 
 
+def measure_each(
+    model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
+) -> Iterator[tuple[str, PruneMask | None, Evaluation]]:
+    """Evaluate the unpruned model, called ``"none"``, and then every mask.
+
+    All masks are put on the model once before anything is evaluated, so that one that does not fit costs no time.
+
+    Yields:
+        ``(name, mask, evaluation)``.
+
+    Raises:
+        ArgumentError: A mask is called ``"none"``.
+        MaskError: A mask does not fit the model, or (``strict``) was made for a model of other weights.
+    """
+    if "none" in masks:
+        raise ArgumentError('masks: "none" is the name of the unpruned model, expected another one for a mask')
+    for mask in masks.values():
+        with mask.applied(model, strict=strict):
+            pass
+    yield "none", None, measure(model, suite, None)
+    for name, mask in masks.items():
+        yield name, mask, measure(model, suite, mask, strict=strict)
+
+
+def result_rows(
+    model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of ``results`` and rows of ``skills`` from what :func:`measure_each` yields."""
+    results, skills = [], []
+    for name, mask, evaluation in evaluations:
+        results.append(row(evaluation, model=model, mask=name, pruned=mask.total if mask is not None else 0))
+        skills += [
+            {"model": model, "mask": name, "skill": skill, "score": value} for skill, value in evaluation.skills.items()
+        ]
+    return results, skills
+
+
 def measure_controls(
     name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -71,15 +109,12 @@ def measure_controls(
 
     Returns:
         Rows of ``results`` and rows of ``skills``.
+
+    Raises:
+        ArgumentError: A mask is called ``"none"``, which is the unpruned model.
+        MaskError: A mask does not fit the model. Nothing was evaluated then.
     """
-    results, skills = [], []
-    for label, mask in {"none": None, **masks}.items():
-        evaluation = measure(model, suite, mask, strict=strict)
-        results.append(row(evaluation, model=name, mask=label, pruned=mask.total if mask is not None else 0))
-        skills += [
-            {"model": name, "mask": label, "skill": skill, "score": value} for skill, value in evaluation.skills.items()
-        ]
-    return results, skills
+    return result_rows(name, measure_each(model, suite, masks, strict=strict))
 
 
 def sweep(
@@ -102,11 +137,12 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
         block_of: Decoder block of each matrix, as in ``scores.provenance["block_of"]``.
     """
     layers = sorted(set(block_of.values()))
-    kinds = list(dict.fromkeys(map(_kind, mask)))
+    kind_of = _kinds(mask, block_of)
+    kinds = list(dict.fromkeys(kind_of.values()))
     counts, sizes = Counter(), Counter()
     for key, count in mask.counts.items():
-        counts[block_of[key], _kind(key)] += count
-        sizes[block_of[key], _kind(key)] += torch.Size(mask.shapes[key]).numel()
+        counts[block_of[key], kind_of[key]] += count
+        sizes[block_of[key], kind_of[key]] += torch.Size(mask.shapes[key]).numel()
     return {
         "model": name,
         "layers": layers,
@@ -116,10 +152,26 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
     }
 
 
-def _kind(name: str) -> str:
-    """``up_proj`` for a Linear, ``experts.up_proj`` for every expert."""
-    parameter, expert = split_name(name)
-    return ".".join(parameter.removesuffix(".weight").split(".")[-1 if expert is None else -2 :])
+def _kinds(names: Iterable[str], block_of: Mapping[str, int]) -> dict[str, str]:
+    """Matrix to its column: ``up_proj`` for a Linear, ``experts.up_proj`` for every expert.
+
+    Where two matrices of a block end alike (``attn.c_proj``, ``mlp.c_proj``), as much of the name as tells them apart.
+    """
+    paths, lengths = {}, {}
+    for name in names:
+        parameter, expert = split_name(name)
+        paths[name] = parameter.removesuffix(".weight").split(".")
+        lengths[name] = 1 if expert is None else 2
+    while True:
+        kinds = {name: ".".join(path[-lengths[name] :]) for name, path in paths.items()}
+        owners = defaultdict(set)
+        for name, kind in kinds.items():
+            owners[block_of[name], kind].add(tuple(paths[name]))
+        shared = {kind for (_, kind), matrices in owners.items() if len(matrices) > 1}
+        if not shared:
+            return kinds
+        for name, kind in kinds.items():
+            lengths[name] += kind in shared
 
 
 def transfer(
@@ -144,20 +196,27 @@ def transfer(
     Returns:
         ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``;
         ``overlap[i][j]``: the Jaccard index of the two masks.
+
+    Raises:
+        ArgumentError: The suite has no harm rows. Nothing was scored then.
     """
+    before = measure(model, suite, None).details.harm
+    if before is None:
+        raise ArgumentError(
+            "suite: expected one with harm_rows, which tell how much of each harm type is left, got none"
+        )
     names = list(harm_by_category)
     masks = [
         score(model, examples, benign, q_max=q, p_max=p, progress=False).select(p, q)
         for examples in harm_by_category.values()
     ]
 
-    def by_category(mask: PruneMask | None) -> list[float | None]:
-        harm = measure(model, suite, mask).details.harm
+    def by_category(harm: Measurement) -> list[float | None]:
         return [harm.by_category[name].rate if name in harm.by_category else None for name in names]
 
     return {
         "categories": names,
-        "harm": [by_category(mask) for mask in masks],
-        "unpruned": by_category(None),
+        "harm": [by_category(measure(model, suite, mask).details.harm) for mask in masks],
+        "unpruned": by_category(before),
         "overlap": [[first.jaccard(second) for second in masks] for first in masks],
     }

@@ -7,7 +7,6 @@ in JSONL files, ``load_calibration``, ``score``, ``select``, ``applied``, an eva
 from __future__ import annotations
 
 import datetime
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
-import fastprune
 from fastprune.calibration import CalibrationSet, load_calibration, read_rows
+from fastprune.errors import ArgumentError, NotFoundError
 from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import CRITERIA, heat_map, measure_controls, row, standard_masks, sweep, transfer
+from fastprune.experiments.record import environment
 from fastprune.masking import PruneMask
 from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
 from fastprune.scoring import Scores, score
@@ -36,12 +35,14 @@ NOTES = (
     "the benign skill of the same format as harm.",
 )
 
+# What a selection can serve: a weight of the largest matrix, 128 x 256, up to the 16384 scores that are kept of it.
+_LEAST, _MOST = 1 / 32768, 0.5
 N_RECOGNITION = 256  # yes/no calibration rows of the double dissociation
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration runs.
+    """What the demonstration runs; what it cannot run is refused when this is made, before anything is written.
 
     Attributes:
         p: Protected fraction of each matrix (top by benign score).
@@ -49,6 +50,10 @@ class DemoSettings:
         sweep_q: Values of ``q`` of the sweep.
         seed: Of the random mask and of the draws of rows.
         checkpoints: Folder with base, sft and aligned; ``None``: the shipped ones.
+
+    Raises:
+        ArgumentError: A fraction or the seed is out of range.
+        NotFoundError: A checkpoint is not there.
     """
 
     p: float = 5e-2
@@ -56,6 +61,21 @@ class DemoSettings:
     sweep_q: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 6e-3)
     seed: int = 0
     checkpoints: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("p", self.p), ("q", self.q), *(("sweep_q", q) for q in self.sweep_q)):
+            if not _LEAST <= value <= _MOST:
+                raise ArgumentError(
+                    f"{name}: expected a fraction from {_LEAST:.2g} (one weight of the organism's largest matrix) to "
+                    f"{_MOST}, got {value!r}"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError(f"seed: expected an integer from 0 to 2**32 - 1, got {self.seed!r}")
+        for stage in STAGES if self.checkpoints is not None else ():
+            if not (self.checkpoints / stage / "config.json").is_file():
+                raise NotFoundError(
+                    f"checkpoints: expected a checkpoint folder at {self.checkpoints / stage}, found none"
+                )
 
 
 @dataclass(frozen=True)
@@ -176,18 +196,6 @@ def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
     )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and device of a record."""
-    return {
-        "fastprune": fastprune.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _by_category(harm: CalibrationSet) -> dict[str, CalibrationSet]:
     names = sorted({example.category for example in harm.examples})
     return {name: harm.subset(category=name) for name in names}
@@ -246,8 +254,14 @@ def checks(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "claim": claim,
             "value": value,
-            "bound": f"{sign} {bound:.2f}",
+            "bound": f"{sign} {_digits(bound)}",
             "holds": value >= bound if sign == ">=" else value <= bound,
         }
         for claim, value, sign, bound in found
     ]
+
+
+def _digits(bound: float) -> str:
+    """Two decimals, or as many as it takes to see on which side of the bound a rate lies."""
+    whole, _, decimals = f"{bound:.6f}".partition(".")
+    return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"

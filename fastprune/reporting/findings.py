@@ -1,4 +1,4 @@
-"""Sentences that are computed from a record: the headline, and what each plot shows.
+"""Sentences that are computed from a record: the headline, the controls, the checks, and what chance may do.
 
 In: a checked record. Out: text without markup. A sentence says what the numbers say, also where the effect is absent,
 where a control does as much, and where an ability was lost. Must not know how text is shown.
@@ -11,19 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastprune.reporting.masks import is_random, mask_label, role
 from fastprune.reporting.record import RATES, missing
 from fastprune.reporting.wording import (
     MASKS,
     METRICS,
-    MODELS,
-    attack_phrase,
-    clean,
+    by_keywords,
     count,
     find,
-    mask_label,
-    model_label,
+    harm_terms,
+    listing,
     ordered,
-    per_mille,
     percent,
     share,
 )
@@ -59,26 +57,26 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
     model = subject(record)
     rows = [row for row in record.get("results") or () if row["model"] == model]
     pruned = [row for row in rows if row["mask"] != "none"]
-    after = find(pruned, model, "btap") or next((row for row in pruned if row["mask"] not in MASKS), None)
-    after = after or (pruned[0] if len(pruned) == 1 else None)
-    if after is None:
+    chosen = [row for wanted in ("method", "other") for row in pruned if role(record, row["mask"]) == wanted]
+    if not chosen and len(pruned) != 1:
         return None
-    random = find(rows, model, "random")
-    return Comparison(model, after, find(rows, model, "none"), None if random is after else random)
+    after = (chosen or pruned)[0]
+    random = next((row for row in pruned if row is not after and is_random(record, row["mask"])), None)
+    return Comparison(model, after, find(rows, model, "none"), random)
 
 
 def headline(record: Mapping[str, Any]) -> str:
     """The main finding in one to three sentences; empty without results."""
     rows = record.get("results") or ()
-    attack = attack_phrase(record)
+    terms = harm_terms(record)
     found = comparison(record)
     if found is None:
         row = find(rows, subject(record), "none") if rows else None
         if row is None or missing(row.get("harm")):
             return ""
         utility = "" if missing(row.get("utility")) else f" and utility is {percent(row['utility'])}"
-        return f"Without pruning, the harm rate{attack} is {percent(row['harm'])}{utility}."
-    sentences = [f"{_removing(record, found.after)} {_harm_clause(found, attack)}{_utility_clause(found)}."]
+        return f"Without pruning, the harm rate{terms} is {percent(row['harm'])}{utility}."
+    sentences = [f"{_removing(record, found.after)} {_harm_clause(record, found)}{_utility_clause(found)}."]
     before = found.before or {}
     lost = [
         f"{METRICS[name]} falls from {percent(before[name])} to {percent(found.after[name])}"
@@ -86,7 +84,7 @@ def headline(record: Mapping[str, Any]) -> str:
         if _fell(before, found.after, name)
     ]
     if lost:
-        sentences.append(f"But {_listing(lost)}.")
+        sentences.append(f"But {listing(lost)}.")
     random = _random_sentence(found)
     if random:
         sentences.append(random)
@@ -97,31 +95,33 @@ def _removing(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     total = (record.get("model") or {}).get("parameters")
     known = not missing(row.get("pruned"))
     facts = [f"{share(row['pruned'], total)} of the model"] if known and not missing(total) and total else []
-    if row["mask"] != "btap":
-        facts.append(mask_label(row["mask"]))
+    label = mask_label(record, row["mask"])
+    if label != MASKS["btap"]:
+        facts.append(label)
     start = f"Removing {count(row['pruned'])} weights" if known else "Pruning"
     return f"{start} ({', '.join(facts)})" if facts else start
 
 
-def _harm_clause(found: Comparison, attack: str) -> str:
+def _harm_clause(record: Mapping[str, Any], found: Comparison) -> str:
+    rate = f"the harm rate{harm_terms(record)}"
     after = found.after.get("harm")
     before = None if found.before is None else found.before.get("harm")
     if missing(after):
         return "was not tested for harm"
     if missing(before):
-        return f"gives a harm rate{attack} of {percent(after)} (the unpruned level is not in this record)"
-    if before < EFFECT:
-        unpruned = f"{percent(before)} without pruning"
-        return f"leaves little to see: the harm rate{attack} is {unpruned} and {percent(after)} with it"
+        return f"gives {'a' + rate.removeprefix('the')} of {percent(after)} (the unpruned level is not in this record)"
     if before - after >= EFFECT:
-        return f"takes the harm rate{attack} from {percent(before)} to {percent(after)}"
+        return f"takes {rate} from {percent(before)} to {percent(after)}"
     if after - before > SAME:
-        change = f"raises the harm rate{attack} from {percent(before)} to {percent(after)}"
+        change = f"raises {rate} from {percent(before)} to {percent(after)}"
+    elif before < EFFECT:
+        return f"leaves little to see: {rate} is {percent(before)} without pruning and {percent(after)} with it"
     elif percent(before) == percent(after):
-        change = f"leaves the harm rate{attack} at {percent(after)}"
+        change = f"leaves {rate} at {percent(after)}"
     else:
-        change = f"hardly changes the harm rate{attack} ({percent(before)} before, {percent(after)} after)"
-    return f"{change}: no harm was removed in this run"
+        change = f"hardly changes {rate} ({percent(before)} before, {percent(after)} after)"
+    # Key words cannot tell whether an answer was harmful, so nothing follows from them.
+    return change if by_keywords(record) else f"{change}: no harm was removed in this run"
 
 
 def _utility_clause(found: Comparison) -> str:
@@ -152,42 +152,69 @@ def _random_sentence(found: Comparison) -> str:
     start = "Removing as many random weights" if same_count else f"Removing {count(n)} random weights"
     if missing(n):
         start = "Removing random weights"
+    others = [name for name in RATES if name != "harm" and not _unknown(name, found.before, found.random)]
+    moved = [
+        f"{METRICS[name]} from {percent(found.before[name])} to {percent(found.random[name])}"
+        for name in others
+        if abs(found.before[name] - found.random[name]) > SAME
+    ]
     if abs(before - harm) <= SAME:
-        u0, u1 = found.before.get("utility"), found.random.get("utility")
-        if missing(u0) or missing(u1) or abs(u0 - u1) <= SAME:
+        if others and not moved:
             return f"{start} changes nothing (harm rate {percent(harm)})."
-        return f"{start} leaves the harm rate at {percent(harm)} and takes utility from {percent(u0)} to {percent(u1)}."
+        takes = f" and takes {listing(moved)}" if moved else ""
+        return f"{start} leaves the harm rate at {percent(harm)}{takes}."
     if harm > before:
-        return f"{start} raises the harm rate to {percent(harm)}."
+        takes = f" and takes {listing(moved)}" if moved else ""
+        return f"{start} raises the harm rate to {percent(harm)}{takes}."
     fall = before - after if not missing(after) else 0
     also = ", so the fall is not special to the chosen weights" if fall >= EFFECT and before - harm >= fall / 2 else ""
-    return f"{start} takes the harm rate from {percent(before)} to {percent(harm)}{also}."
+    change = listing([f"the harm rate from {percent(before)} to {percent(harm)}", *moved])
+    return f"{start} takes {change}{also}."
+
+
+def _unknown(name: str, *rows: Mapping[str, Any]) -> bool:
+    return any(missing(row.get(name)) for row in rows)
 
 
 def controls_finding(record: Mapping[str, Any]) -> str:
-    """Which controls lower harm as well, and what that costs; empty without controls or without the unpruned level."""
+    """Which controls, and which other masks, lower harm as well, and what that costs.
+
+    Empty without any of them, or without the unpruned level.
+    """
     model = subject(record)
     found = comparison(record)
     rows = [row for row in record.get("results") or () if row["model"] == model and not missing(row.get("harm"))]
     before = find(rows, model, "none")
-    controls = [row for row in rows if row is not before and (found is None or row is not found.after)]
-    if before is None or not controls:
+    rest = [row for row in rows if row is not before and (found is None or row is not found.after)]
+    if before is None or not rest:
         return ""
-    also = [row for row in controls if before["harm"] - row["harm"] >= EFFECT]
+    controls = [row for row in rest if role(record, row["mask"]) == "control"]
+    others = [row for row in rest if role(record, row["mask"]) != "control"]
+    sentences = [
+        _lowering(record, before, group, noun)
+        for group, noun in ((controls, "control"), (others, "other mask"))
+        if group
+    ]
+    return " ".join([*sentences, *_dissociation(record, before)])
+
+
+def _lowering(
+    record: Mapping[str, Any], before: Mapping[str, Any], group: list[Mapping[str, Any]], noun: str
+) -> str:  # fmt: skip
     points = f"by {100 * EFFECT:.0f} points or more"
-    instead = "".join(f" {sentence}" for sentence in _dissociation(record, before))
+    also = [row for row in group if before["harm"] - row["harm"] >= EFFECT]
     if not also:
-        only = "The control does not lower" if len(controls) == 1 else f"None of the {len(controls)} controls lowers"
-        return f"{only} harm {points}.{instead}"
+        only = f"The {noun} does not lower" if len(group) == 1 else f"None of the {len(group)} {noun}s lowers"
+        return f"{only} harm {points}."
     parts = []
     for row in also:
         lost = [
             f"{METRICS[name]} {percent(row[name])}" for name in RATES if name != "harm" and _fell(before, row, name)
         ]
-        price = f", but {_listing(lost)}" if lost else ""
-        parts.append(f"{mask_label(row['mask'])} (harm {percent(row['harm'])}{price})")
-    verb = "lower" if len(also) > 1 else "lowers"
-    return f"{len(also)} of {len(controls)} controls {verb} harm {points}: {_listing(parts)}.{instead}"
+        price = f", but {listing(lost)}" if lost else ""
+        parts.append(f"{mask_label(record, row['mask'])} (harm {percent(row['harm'])}{price})")
+    which = f"{len(also)} of {len(group)} {noun}s" if len(group) > 1 else f"The {noun}"
+    return f"{which} {'lower' if len(also) > 1 else 'lowers'} harm {points}: {listing(parts)}."
 
 
 def _dissociation(record: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
@@ -202,7 +229,7 @@ def _dissociation(record: Mapping[str, Any], before: Mapping[str, Any]) -> list[
             if not missing(before.get(name)) and not missing(row.get(name))
         ]
         if parts:
-            sentences.append(f"Pruning recognition instead takes {_listing(parts)}.")
+            sentences.append(f"Pruning recognition instead takes {listing(parts)}.")
     return sentences
 
 
@@ -225,68 +252,10 @@ def noise(record: Mapping[str, Any]) -> str:
         which, n = "harm rate", next((value for key, value in n.items() if "harm" in key), None)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         return ""
-    # 95 % interval of a binomial rate at its widest, p = 1/2.
+    # Half the 95 % interval of a binomial rate at its widest, p = 1/2.
     points = math.ceil(100 * 1.96 * math.sqrt(0.25 / n))
+    prompts, one = ("prompt", "100") if n == 1 else ("prompts", f"{100 / n:.2g}")
     return (
-        f"Each {which} is over {n:,} held-out prompts: one prompt is {100 / n:.2g} points, "
-        f"and chance alone can move a rate by up to ±{points} points."
+        f"Each {which} is over {n:,} held-out {prompts}: one prompt is {one} points, "
+        f"and the 95 % interval of a rate reaches up to {points} points to either side."
     )
-
-
-def sweep_finding(record: Mapping[str, Any]) -> str:
-    """The harm left on each model at the q of the run (else the largest q of the sweep)."""
-    rows = [row for row in record.get("sweep") or () if row["q"] > 0 and not missing(row.get("harm"))]
-    if not rows:
-        return ""
-    q = (record.get("settings") or {}).get("q")
-    if not any(row["q"] == q for row in rows):
-        q = max(row["q"] for row in rows)
-    at = {row["model"]: row["harm"] for row in rows if row["q"] == q}
-    parts = [f"{percent(at[name])} on {model_label(name)}" for name in ordered(at, MODELS)]
-    return f"At q = {share(q)} the harm rate is {_listing(parts)}."
-
-
-def heatmap_finding(record: Mapping[str, Any]) -> str:
-    """Where the pruned weights sit most densely, and how many there are."""
-    data = record["heatmap"]
-    cells = []
-    for row, layer in enumerate(data["layers"]):
-        for column, name in enumerate(data["matrices"]):
-            n = data["counts"][row][column]
-            size = data["sizes"][row][column] if data.get("sizes") else None
-            if not missing(n):
-                cells.append((n / size if size else 0.0, n, layer, clean(name), size))
-    total = sum(item[1] for item in cells)
-    if not total:
-        return "No weight was removed."
-    most = max(cells, key=lambda item: item[:2])
-    of_size = f" of {count(most[4])} weights ({per_mille(most[1], most[4])}\u00a0‰)" if most[4] else ""
-    kind = "densest in" if most[4] else "most in"
-    return f"{count(total)} weights in all, {kind} layer {most[2]}, {most[3]}: {count(most[1])}{of_size}."
-
-
-def transfer_finding(record: Mapping[str, Any]) -> str:
-    """Mean harm on the category that was pruned on, on the other ones, and without pruning."""
-    data = record["transfer"]
-    n = len(data["categories"])
-    own = _mean(data["harm"][i][i] for i in range(n))
-    other = _mean(data["harm"][i][j] for i in range(n) for j in range(n) if i != j)
-    before = _mean(data.get("unpruned") or ())
-    parts = [
-        f"{percent(value)} {where}"
-        for value, where in ((own, "on the same category"), (other, "on the others"), (before, "without pruning"))
-        if value is not None
-    ]
-    masks = data.get("overlap") or [[None] * n] * n
-    overlap = _mean(masks[i][j] for i in range(n) for j in range(n) if i != j)
-    shared = "" if overlap is None else f" Two masks overlap by {percent(overlap)} on average (shared weights / union)."
-    return f"Mean harm rate: {_listing(parts)}.{shared}" if parts else shared.strip()
-
-
-def _mean(values: Any) -> float | None:
-    kept = [value for value in values if not missing(value)]
-    return sum(kept) / len(kept) if kept else None
-
-
-def _listing(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
 from fastprune.reporting.figures import NARROW, SMALL, TEXT, WIDE, Plot, Table
-from fastprune.reporting.findings import heatmap_finding, transfer_finding
 from fastprune.reporting.palette import LIGHT, STEPS, shade
+from fastprune.reporting.plot_findings import heatmap_finding, transfer_finding
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import DASH, attack_phrase, clean, count, model_label, per_mille, rate_cell, short
+from fastprune.reporting.wording import DASH, clean, count, harm_terms, model_label, per_mille, rate_cell, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +115,7 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
         _cells(panels[0], harm, 1.0, "rate", whole(harm) if numbers else lambda r, c: "", TEXT, gap_after=n)
         _labels(panels[0], sides(row_names, narrow), tops, narrow, n)
         panels[0].set(xlabel="category tested", ylabel="category pruned on")
-        panels[0].set_title(f"Harm rate{attack_phrase(record)}, %")
+        panels[0].set_title(f"Harm rate{harm_terms(record)}, %")
         _outline_diagonal(panels[0], n)
         if overlap:
             _cells(panels[1], overlap, 1.0, "weights", whole(overlap) if numbers else lambda r, c: "", TEXT)

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastprune.reporting.figures import Plot
 from fastprune.reporting.findings import checks_summary, headline
+from fastprune.reporting.masks import mask_label
 from fastprune.reporting.wording import (
     METRICS,
     bound,
@@ -21,7 +22,6 @@ from fastprune.reporting.wording import (
     count,
     extra_columns,
     grouped,
-    mask_label,
     measured,
     model_label,
     rate_cell,
@@ -52,7 +52,7 @@ def markdown(record: Mapping[str, Any], plots: Sequence[Plot], files: Mapping[st
         rows = [
             [
                 model_label(model),
-                mask_label(row["mask"]),
+                mask_label(record, row["mask"]),
                 count(row.get("pruned")),
                 *(rate_cell(row.get(name)) for name in rates),
                 *(cell(row.get(name)) for name in extras),

@@ -13,20 +13,21 @@ from typing import Any
 
 from fastprune.reporting.figures import NARROW, Plot, Table
 from fastprune.reporting.findings import checks_summary, comparison, headline, noise
+from fastprune.reporting.glossary import definitions
+from fastprune.reporting.masks import mask_label, role
+from fastprune.reporting.measurements import measurements_table
 from fastprune.reporting.palette import variables
 from fastprune.reporting.record import missing
 from fastprune.reporting.wording import (
     METRICS,
-    attack_phrase,
     bound,
     cell,
     check_value,
     clean,
     count,
-    definitions,
     extra_columns,
     grouped,
-    mask_label,
+    harm_terms,
     measured,
     model_label,
     percent,
@@ -38,11 +39,11 @@ from fastprune.reporting.wording import (
 
 WHAT_IT_IS = (
     "fastprune scores each weight of a language model by how much it promotes harmful answers, spares the weights that "
-    "benign skills need, and sets the few that remain to zero. This page shows what that did to one model."
+    "benign skills need, and sets the few that remain to zero. This page shows what that did to {models}."
 )
 _KNOWN = {
     "schema", "title", "created", "environment", "model", "settings", "timings", "notes", "results", "dissociation",
-    "skills", "sweep", "heatmap", "transfer", "checks",
+    "skills", "sweep", "heatmap", "transfer", "checks", "masks", "measurements",
 }  # fmt: skip
 
 
@@ -87,8 +88,13 @@ def _head(record: Mapping[str, Any], title: str) -> str:
     by = " · ".join(f"<span>{escape(fact)}</span>" for fact in facts)
     found = headline(record)
     finding = f'<p class="headline">{escape(found)}</p>' if found else ""
-    head = f'<h1>{escape(title)}</h1>\n<p class="by">{by}</p>\n<p>{WHAT_IT_IS}</p>'
+    head = f'<h1>{escape(title)}</h1>\n<p class="by">{by}</p>\n<p>{WHAT_IT_IS.format(models=_models(record))}</p>'
     return f"<header>\n{head}\n{finding}\n{_tiles(record)}\n</header>"
+
+
+def _models(record: Mapping[str, Any]) -> str:
+    n = len({row["model"] for row in [*result_rows(record), *(record.get("sweep") or ())]})
+    return "one model" if n < 2 else f"{n} models"
 
 
 def _tiles(record: Mapping[str, Any]) -> str:
@@ -104,8 +110,7 @@ def _tiles(record: Mapping[str, Any]) -> str:
             before = None if found.before is None else found.before.get(metric)
             if not missing(after):
                 was = "" if missing(before) else f"{percent(before)} → "
-                attack = attack_phrase(record) if metric == "harm" else ""
-                name = f"{METRICS[metric]} rate{attack}" if metric == "harm" else METRICS[metric]
+                name = f"{METRICS[metric]} rate{harm_terms(record)}" if metric == "harm" else METRICS[metric]
                 tiles.append((kind, percent(after), was, f"{name}; {words}"))
     checks = record.get("checks") or ()
     if checks:
@@ -149,13 +154,16 @@ def _results(record: Mapping[str, Any]) -> str:
         return ""
     rates, extras = measured(rows), extra_columns(rows)
     heads = ["weights", "removed", *(f"{METRICS[name]}, %" for name in rates), *map(clean, extras)]
-    groups = [(model, [_result_row(row, rates, extras) for row in mine]) for model, mine in grouped(rows)]
+    groups = [(model, [_result_row(record, row, rates, extras) for row in mine]) for model, mine in grouped(rows)]
     words = "".join(f"<h3>{name}</h3>{_definition_list(group)}" for name, group in definitions(record))
     key = f"<details><summary>What these words mean</summary>{words}</details>" if words else ""
-    return _section("Results", f"<p>{escape(noise(record))}</p>{key}{_grouped_table(heads, groups)}")
+    sure = measurements_table(record)
+    inner = f"<summary>Sample sizes and 95 % intervals</summary>{_scrolling(_plain_table(sure))}"
+    sizes = f"<details>{inner}</details>" if sure.rows else ""
+    return _section("Results", f"<p>{escape(noise(record))}</p>{key}{_grouped_table(heads, groups)}{sizes}")
 
 
-def _result_row(row: Mapping[str, Any], rates: Iterable[str], extras: Iterable[str]) -> str:
+def _result_row(record: Mapping[str, Any], row: Mapping[str, Any], rates: Iterable[str], extras: Iterable[str]) -> str:
     cells = [f"<td>{count(row.get('pruned'))}</td>"]
     for name in rates:
         value = row.get(name)
@@ -163,7 +171,7 @@ def _result_row(row: Mapping[str, Any], rates: Iterable[str], extras: Iterable[s
         bar = "" if missing(value) else f' class="{kind}" style="--share:{100 * value:.1f}%"'
         cells.append(f"<td{bar}>{rate_cell(value)}</td>")
     cells += [f"<td>{escape(cell(row.get(name)))}</td>" for name in extras]
-    return _row(row["mask"], cells)
+    return _row(record, row["mask"], cells)
 
 
 def _plot(plot: Plot) -> str:
@@ -195,15 +203,15 @@ def _skills(record: Mapping[str, Any]) -> str:
     for model, mine in grouped(rows):
         masks = dict.fromkeys(row["mask"] for row in mine)
         cells = {mask: [f"<td>{rate_cell(scores.get((model, mask, s)))}</td>" for s in skills] for mask in masks}
-        groups.append((model, [_row(mask, cells[mask]) for mask in masks]))
+        groups.append((model, [_row(record, mask, cells[mask]) for mask in masks]))
     table = _grouped_table(["weights", *(f"{clean(skill)}, %" for skill in skills)], groups)
     return _section("Benign skills one by one", f"<p>These are the skills that utility sums up.</p>{table}")
 
 
-def _row(mask: str, cells: Iterable[str]) -> str:
+def _row(record: Mapping[str, Any], mask: str, cells: Iterable[str]) -> str:
     """A table row from cells that are markup."""
-    chosen = ' class="chosen"' if mask == "btap" else ""
-    return f'<tr{chosen}><th scope="row">{escape(mask_label(mask))}</th>{"".join(cells)}</tr>'
+    chosen = ' class="chosen"' if role(record, mask) == "method" else ""
+    return f'<tr{chosen}><th scope="row">{escape(mask_label(record, mask))}</th>{"".join(cells)}</tr>'
 
 
 def _grouped_table(heads: Sequence[str], groups: Iterable[tuple[str, list[str]]]) -> str:
@@ -224,6 +232,9 @@ def _details(record: Mapping[str, Any]) -> str:
         for name in ("settings", "model", "environment")
         if record.get(name)
     ]
+    masks = {row["mask"]: cell({k: v for k, v in row.items() if k != "mask"}) for row in record.get("masks") or ()}
+    if masks:
+        parts.append(("Masks", masks))
     timings = record.get("timings") or {}
     if timings:
         parts.append(("Timings", {key.removesuffix("_s").replace("_", " "): seconds(v) for key, v in timings.items()}))

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
 from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
-from fastprune.reporting.findings import comparison, controls_finding, subject, sweep_finding
+from fastprune.reporting.findings import comparison, controls_finding, subject
+from fastprune.reporting.masks import mask_label, role
 from fastprune.reporting.palette import LIGHT, model_colours
+from fastprune.reporting.plot_findings import sweep_finding
 from fastprune.reporting.record import missing
 from fastprune.reporting.wording import (
     DASH,
@@ -21,10 +23,9 @@ from fastprune.reporting.wording import (
     METRICS,
     MODELS,
     NBSP,
-    attack_phrase,
     count,
     find,
-    mask_label,
+    harm_terms,
     measured,
     model_label,
     ordered,
@@ -95,7 +96,7 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
             )  # fmt: skip
 
     titles = {
-        "harm": (f"Harm rate{attack_phrase(record)}, %", "should fall · dashed: not pruned"),
+        "harm": (f"Harm rate{harm_terms(record)}, %", "should fall · dashed: not pruned"),
         "utility": ("Utility, %", "should stay · dashed: not pruned"),
         "pruned": ("Weights removed", "count (log scale)"),
     }
@@ -203,7 +204,7 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         if not missing(level):
             axes.axvline(level, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=3)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(range(len(rows)), [short(mask_label(row["mask"])) for row in rows] if labelled else [])
+        axes.set_yticks(range(len(rows)), [short(mask_label(record, row["mask"])) for row in rows] if labelled else [])
         for text, row in zip(axes.get_yticklabels(), rows, strict=False):
             text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] == main else "normal")
         axes.set_xlim(0, 1.18)
@@ -226,7 +227,9 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     counts = [row["pruned"] for row in rows if row["mask"] != "none" and not missing(row.get("pruned"))]
     same = f" Every mask removes {count(counts[0])} weights." if len(counts) > 1 and len(set(counts)) == 1 else ""
     label = short(model_label(model))
-    method = "; B-TAP is the method, the others are controls" if main == "btap" else ""
+    roles = {row["mask"]: role(record, row["mask"]) for row in rows if row["mask"] not in ("none", main)}
+    method = f"; {mask_label(record, main)} is the method" if main and role(record, main) == "method" else ""
+    method += ", the others are controls" if method and set(roles.values()) == {"control"} else ""
     return Plot(
         name="controls",
         title=f"What each choice of weights does to {f'the {label} model' if model in MODELS else label}",

@@ -19,6 +19,7 @@ from fastprune.errors import ArtifactError, NotFoundError
 
 SCHEMA = 1
 RATES = ("harm", "utility", "neighbour", "recognition", "refusal")
+ROLES = ("method", "control", "other")  # of a mask, as its own metadata tell
 Check = Callable[[Any, str], None]
 
 
@@ -247,11 +248,43 @@ def _transfer(value: Any, where: str) -> None:
         _matrix([value["unpruned"]], f'{where}["unpruned"]', 1, n, _rate)
 
 
+def _role(value: Any, where: str) -> None:
+    if value not in ROLES:
+        _refuse(where, f"one of {', '.join(ROLES)}", value)
+
+
+def _measured(value: Any, where: str) -> None:
+    """A rate with its sample size and interval, and the same for each category."""
+    _mapping(value, where)
+    _optional(value.get("rate"), f'{where}["rate"]', _rate)
+    _optional(value.get("n"), f'{where}["n"]', _count)
+    if value.get("interval") is not None:
+        _matrix([value["interval"]], f'{where}["interval"]', 1, 2, _rate)
+    _each_measured(value.get("by_category"), f'{where}["by_category"]')
+
+
+def _each_measured(value: Any, where: str) -> None:
+    for name, part in (_optional(value, where, _mapping) or {}).items():
+        _measured(part, f'{where}["{name}"]')
+
+
+def _recognised(value: Any, where: str) -> None:
+    _mapping(value, where)
+    for key in ("accuracy", "pairs"):
+        _optional(value.get(key), f'{where}["{key}"]', _measured)
+    _optional(value.get("yes_rate"), f'{where}["yes_rate"]', _rate)
+
+
 _RATE_CHECKS: dict[str, Check] = {name: _rate for name in RATES}
 _ROWS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "results": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "dissociation": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "skills": ({"model": _name, "mask": _name, "skill": _name}, {"score": _rate}),
+    "masks": ({"mask": _name, "role": _role}, {"kind": _text, "pruned": _count, "nominal": _count, "digest": _text}),
+    "measurements": (
+        {"model": _name, "mask": _name},
+        {"harm": _measured, "refusal": _measured, "recognition": _recognised, "skills": _each_measured},
+    ),
     "sweep": ({"model": _name, "q": _share}, {"p": _share, "pruned": _count, **_RATE_CHECKS}),
     "checks": ({"claim": _name, "holds": _flag}, {"value": _number, "bound": _text}),
 }

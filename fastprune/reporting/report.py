@@ -19,13 +19,16 @@ from fastprune.reporting.page import page
 from fastprune.reporting.plots import controls_plot, sweep_plot
 from fastprune.reporting.record import checked, dump, write_atomically
 
+_PLOTS = {"sweep": sweep_plot, "controls": controls_plot, "heatmap": heatmap_plot, "transfer": transfer_plot}
+
 
 def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write a record and everything that is made from it.
 
     Args:
         record: The dict of a run; every section is optional. ``None`` and NaN are shown as "–".
-        out_dir: The folder, made if need be. Files of the same names are replaced, each in one step.
+        out_dir: The folder, made if need be. Files of the same names are replaced, each in one step; pictures of an
+            earlier report that this one does not have are removed.
 
     Returns:
         The path of each file: ``record``, ``html``, ``markdown``, and for each plot that the record has data for
@@ -44,8 +47,8 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
     paths = {"record": folder / "record.json"}
     write_atomically(paths["record"], dump(record).encode("utf-8"))
 
-    candidates = (make(record) for make in (sweep_plot, controls_plot, heatmap_plot, transfer_plot))
-    plots = [plot for plot in candidates if plot is not None]
+    made = {name: make(record) for name, make in _PLOTS.items()}
+    plots = [plot for plot in made.values() if plot is not None]
     pictures = {plot.name: f"{plot.name}.png" for plot in plots}
     contents = {name: (folder / file, plot.png()) for (name, file), plot in zip(pictures.items(), plots, strict=True)}
     contents["markdown"] = (folder / "report.md", markdown(record, plots, pictures).encode("utf-8"))
@@ -53,4 +56,7 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
     for name, (path, content) in contents.items():
         write_atomically(path, content)
         paths[name] = path
+    for name, plot in made.items():
+        if plot is None:
+            (folder / f"{name}.png").unlink(missing_ok=True)
     return paths

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
 from fastprune.reporting.findings import checks_summary, headline
+from fastprune.reporting.masks import mask_label, role
 from fastprune.reporting.record import checked
 from fastprune.reporting.wording import (
     METRICS,
+    NBSP,
     bound,
     cell,
     check_value,
@@ -22,7 +24,6 @@ from fastprune.reporting.wording import (
     count,
     extra_columns,
     grouped,
-    mask_label,
     measured,
     model_label,
     rate_cell,
@@ -52,7 +53,8 @@ def print_results(
     console = console or require("rich.console", "cli").Console()
     found = headline(record)
     if found:
-        console.print(text(f"\n{found}\n"))
+        # rich breaks lines at a hard space too, and a terminal without Unicode has none
+        console.print(text(f"\n{found}\n".replace(NBSP, " ")))
     if result_rows(record):
         console.print(_results(record, console.width), crop=False)
     summary = checks_summary(record)
@@ -64,7 +66,14 @@ def print_results(
             console.print(
                 text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
             )
-    for name, path in (files or {}).items():
+    print_files(files or {}, console)
+
+
+def print_files(files: Mapping[str, Path], console: Console | None = None) -> None:
+    """Print names and paths, one a line; arguments are those of :func:`print_results`."""
+    text = require("rich.text", "cli").Text
+    console = console or require("rich.console", "cli").Console()
+    for name, path in files.items():
         # Not wrapped, so that a path can be copied whole.
         console.print(text(f"{name:>10}  {path}"), soft_wrap=True)
 
@@ -86,7 +95,8 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
                 *(rate_cell(row.get(name)) for name in rates),
                 *(cell(row.get(name)) for name in extras),
             ]
-            lines.append((f"  {mask_label(row['mask'])}", cells, "bold" if row["mask"] == "btap" else None))
+            style = "bold" if role(record, row["mask"]) == "method" else None
+            lines.append((f"  {mask_label(record, row['mask'])}", cells, style))
 
     numbers = [max(len(head), *(len(cells[i]) for _, cells, _ in lines)) for i, head in enumerate(heads)]
     frame = len(heads) + 3  # a blank before each column, and the edges

@@ -28,30 +28,6 @@ MASKS = {
 }
 METRICS = {name: name for name in RATES}
 
-MODEL_MEANING = {
-    "base": "trained on text alone; never taught to refuse",
-    "sft": "control: trained on like the aligned model, but without refusals",
-    "aligned": "trained to refuse harmful requests",
-}
-MASK_MEANING = {
-    "none": "the model as it is",
-    "btap": "the method: the weights that promote harmful answers most, except those that benign skills need",
-    "random": "control: weights drawn at random",
-    "magnitude": "control: the weights of largest absolute value",
-    "sign_flipped": "control: the other end of the harm score, weights that work against harmful answers",
-    "unsigned": "control: the harm score without its sign",
-    "no_set_difference": "control: the weights that benign skills need are not spared",
-    "recognition": "control: the same method, aimed at recognising harm instead of producing it",
-}
-METRIC_MEANING = {
-    "harm": "share of held-out harmful requests that get the harmful answer{attack}; it should fall",
-    "utility": "mean score over the benign skills; it should stay",
-    "neighbour": "the benign skill most like the harmful one (same form, harmless content), which breaks first; "
-    "it should stay",
-    "recognition": "share of requests rightly told to be harmful or harmless; it should stay",
-    "refusal": "share of harmful requests that are refused when nothing is prefilled; it should stay",
-}
-
 
 def clean(text: object) -> str:
     """Any value as one line of printable text."""
@@ -69,11 +45,6 @@ def model_label(name: str) -> str:
     return MODELS.get(name, clean(name))
 
 
-def mask_label(name: str) -> str:
-    """What a choice of weights is called in text."""
-    return MASKS.get(name, clean(name.replace("_", " ")))
-
-
 def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """The distinct names: known ones in their usual order, then the others as they come."""
     seen = list(dict.fromkeys(names))
@@ -81,14 +52,20 @@ def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
     return first + [name for name in seen if name not in first]
 
 
+def listing(parts: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def percent(value: float | None) -> str:
     """A rate in running text; 100 % and 0 % are said only of exactly 1 and 0."""
     if missing(value):
         return DASH
-    digits = 0 if value in (0, 1) or 0.995 > value >= 0.005 else 1
-    text = f"{100 * value:.{digits}f}"
+    text = f"{100 * value:.0f}"
+    if value not in (0, 1) and text in ("0", "100"):
+        text = f"{100 * value:.1f}"
     if value not in (0, 1) and text in ("0.0", "100.0"):
-        return f"< 0.1{NBSP}%" if value < 0.5 else f"> 99.9{NBSP}%"
+        text = "< 0.1" if value < 0.5 else "> 99.9"
     return f"{text}{NBSP}%"
 
 
@@ -156,6 +133,16 @@ def attack_phrase(record: Mapping[str, Any]) -> str:
     return f" under {'prefilling' if attack.lower() in ('prefill', 'prefilling') else clean(attack)}"
 
 
+def by_keywords(record: Mapping[str, Any]) -> bool:
+    """Whether an answer counts as harmful for the want of a refusal phrase alone."""
+    return (record.get("settings") or {}).get("judge") == "not-refused"
+
+
+def harm_terms(record: Mapping[str, Any]) -> str:
+    """What the harm rate is measured under and, where it is no more than key words, by whom: `` under prefilling``."""
+    return attack_phrase(record) + (" (not refused, by keywords)" if by_keywords(record) else "")
+
+
 def result_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """All rows of rates: ``results``, and ``dissociation`` (something else pruned in the place of harm)."""
     return [*(record.get("results") or ()), *(record.get("dissociation") or ())]
@@ -205,19 +192,3 @@ def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item) for item in value) or DASH
     return clean(value) or DASH
-
-
-def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What the names in this record mean: (heading, [(word, meaning)]), only words that occur."""
-    results = result_rows(record)
-    rows = [*results, *(record.get("sweep") or ())]
-    attack = attack_phrase(record)
-    metrics = measured(rows)
-    masks = ordered((row["mask"] for row in results), MASKS)
-    models = ordered((row["model"] for row in rows), MODELS)
-    groups = [
-        ("What is measured", [(METRICS[m], METRIC_MEANING[m].format(attack=attack)) for m in metrics]),
-        ("What is removed", [(MASKS[m], MASK_MEANING[m]) for m in masks if m in MASKS]),
-        ("The models", [(MODELS[m], MODEL_MEANING[m]) for m in models if m in MODELS]),
-    ]
-    return [group for group in groups if group[1]]

@@ -1,0 +1,125 @@
+"""What every record says beside the rates: where it was made, which masks were measured, how sure each number is.
+
+In: masks and evaluations. Out: parts of a record (plain dicts). It must not know how anything is shown.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+import fastprune
+from fastprune.evaluation import EvaluationSuite
+from fastprune.experiments.btap import measure_each, result_rows
+from fastprune.masking import PruneMask
+
+# Criteria that rank weights by something else than what they do for the behaviour; masks from these are controls.
+CONTROL_CRITERIA = ("signed_reverse", "magnitude")
+_FACTS = ("p", "q", "scope", "layers", "slice", "criteria", "seed", "like", "fingerprint")
+_SPARED = ("spared_by_benign", "spared_by_protect")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device of a record."""
+    return {
+        "fastprune": fastprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def role(mask: PruneMask) -> str:
+    """What a mask is there for, by its own metadata and never by its name.
+
+    Returns:
+        ``"method"``: selected by a harm score. ``"control"``: random, largest, or selected from the other end, the next
+        slice or by size. ``"other"``: combined from other masks, or of unknown making.
+    """
+    kind = mask.metadata.get("kind")
+    if kind == "selection":
+        by = (mask.metadata.get("criteria") or {}).get("harm")
+        return "control" if mask.metadata.get("slice") or by in CONTROL_CRITERIA else "method"
+    return "control" if str(kind).startswith("random") or kind == "largest magnitude" else "other"
+
+
+def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
+    """A row of ``masks``: role, kind, size, digest, and what its metadata says about how it was chosen."""
+    report = mask.metadata.get("report") or {}
+    return {
+        "mask": name,
+        "role": role(mask),
+        "kind": str(mask.metadata.get("kind") or "unknown"),
+        "pruned": mask.total,
+        "nominal": mask.nominal,
+        "digest": mask.digest,
+        **{key: mask.metadata[key] for key in _FACTS if mask.metadata.get(key) is not None},
+        **{key: report[key] for key in _SPARED if key in report},
+    }
+
+
+def evaluation_record(
+    name: str,
+    model: torch.nn.Module,
+    suite: EvaluationSuite,
+    masks: Mapping[str, PruneMask],
+    *,
+    strict: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model, unpruned and with every mask, and say how each number came about.
+
+    Args:
+        name: What the model is called.
+        model: The model.
+        suite: What is measured.
+        masks: Masks by name; ``"none"`` is the unpruned model and cannot be one.
+        strict: Refuse masks that were made for a model of other weights.
+        settings: What else a reader has to know to run it again.
+
+    Returns:
+        A record with ``results``, ``skills``, ``masks`` and ``measurements`` (sample sizes, 95 % intervals and
+        categories).
+
+    Raises:
+        ArgumentError: A mask has a name that cannot be used.
+        MaskError: A mask does not fit the model. Nothing was evaluated then.
+    """
+    rows = [mask_row(label, mask) for label, mask in masks.items()]
+    evaluations = list(measure_each(model, suite, masks, strict=strict))
+    results, skills = result_rows(name, evaluations)
+    details = [evaluation.to_dict()["details"] for _, _, evaluation in evaluations]
+    notes = [] if strict else ["Masks were applied without asking whether they were made for this model."]
+    return {
+        "schema": 1,
+        "title": f"Evaluation of {name}",
+        "notes": notes,
+        "environment": environment(),
+        "settings": {
+            **(settings or {}),
+            "strict": strict,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "device": str(next(model.parameters()).device),
+            "n_eval": _sizes(details[0]),
+        },
+        "results": results,
+        "skills": skills,
+        "masks": rows,
+        "measurements": [
+            {"model": name, "mask": label, **detail} for (label, _, _), detail in zip(evaluations, details, strict=True)
+        ],
+    }
+
+
+def _sizes(details: Mapping[str, Any]) -> dict[str, int]:
+    """How many rows are behind each rate."""
+    recognised = (details.get("recognition") or {}).get("accuracy")
+    parts = {"harm": details.get("harm"), "refusal": details.get("refusal"), "recognition": recognised}
+    parts |= {f"skill {name}": part for name, part in details["skills"].items()}
+    return {name: part["n"] for name, part in parts.items() if part is not None}

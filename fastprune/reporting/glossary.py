@@ -1,0 +1,55 @@
+"""What the names in a record mean, for a reader who meets them for the first time.
+
+In: a record. Out: words and their meanings, only words that occur. Must not know how text is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastprune.reporting.masks import mask_label, meaning
+from fastprune.reporting.wording import (
+    MASKS,
+    METRICS,
+    MODELS,
+    attack_phrase,
+    by_keywords,
+    measured,
+    ordered,
+    result_rows,
+)
+
+MODEL_MEANING = {
+    "base": "trained on text alone; never taught to refuse",
+    "sft": "control: trained on like the aligned model, but without refusals",
+    "aligned": "trained to refuse harmful requests",
+}
+METRIC_MEANING = {
+    "harm": "share of held-out harmful requests that get the harmful answer{attack}; it should fall",
+    "utility": "mean score over the benign skills; it should stay",
+    "neighbour": "the benign skill most like the harmful one (same form, harmless content), which breaks first; "
+    "it should stay",
+    "recognition": "share of requests rightly told to be harmful or harmless; it should stay",
+    "refusal": "share of harmful requests that are refused when nothing is prefilled; it should stay",
+}
+NOT_REFUSED = (
+    "share of held-out harmful requests whose answer{attack} holds no refusal phrase (not refused, by keywords). "
+    "Nonsense counts too, and so does a refusal in other words: it says little without a judge that reads the answers"
+)
+
+
+def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the names in this record mean: (heading, [(word, meaning)]), only words that occur."""
+    results = result_rows(record)
+    rows = [*results, *(record.get("sweep") or ())]
+    attack = attack_phrase(record)
+    metrics = METRIC_MEANING | ({"harm": NOT_REFUSED} if by_keywords(record) else {})
+    masks = ordered((row["mask"] for row in results), MASKS)
+    models = ordered((row["model"] for row in rows), MODELS)
+    groups = [
+        ("What is measured", [(METRICS[m], metrics[m].format(attack=attack)) for m in measured(rows)]),
+        ("What is removed", [(mask_label(record, m), meaning(record, m)) for m in masks if meaning(record, m)]),
+        ("The models", [(MODELS[m], MODEL_MEANING[m]) for m in models if m in MODELS]),
+    ]
+    return [group for group in groups if group[1]]

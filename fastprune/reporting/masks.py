@@ -1,0 +1,87 @@
+"""What each mask of a record is: the method, a control, or something else; what it is called and what that means.
+
+In: a record and the name of a mask. Out: words. A record with a section ``masks`` says it itself, and names are then
+only names (a file called ``random.safetensors`` may hold anything); in one without, as the demonstration writes, the
+known names have their meanings. Must not know how text is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastprune.reporting.wording import MASKS, clean, number
+
+_CONTROLS = {
+    "random": "weights drawn at random",
+    "magnitude": "the weights of largest absolute value",
+    "sign_flipped": "the other end of the harm score, weights that work against harmful answers",
+    "unsigned": "the harm score without its sign",
+    "no_set_difference": "the weights that benign skills need are not spared",
+    "recognition": "the same method, aimed at recognising harm instead of producing it",
+}
+_MEANING = {
+    "none": "the model as it is",
+    "btap": "the method: the weights that promote harmful answers most, except those that benign skills need",
+    **{name: f"control: {meaning}" for name, meaning in _CONTROLS.items()},
+}
+_KINDS = {
+    "random (count)": "weights drawn at random",
+    "random (magnitude)": "weights drawn at random among those of nearly the same absolute value",
+    "largest magnitude": _CONTROLS["magnitude"],
+    "algebra": "combined from other masks",
+    "unknown": "of unknown making",
+}
+
+
+def facts(record: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """What the record says about where a mask comes from; ``None`` where it says nothing."""
+    return next((row for row in record.get("masks") or () if row["mask"] == name), None)
+
+
+def role(record: Mapping[str, Any], name: str) -> str:
+    """``"none"`` (the unpruned model), ``"method"``, ``"control"`` or ``"other"``."""
+    said = facts(record, name)
+    if said is not None:
+        return said["role"]
+    if name in ("none", "btap"):
+        return "none" if name == "none" else "method"
+    return "control" if name in _CONTROLS else "other"
+
+
+def is_random(record: Mapping[str, Any], name: str) -> bool:
+    """Whether the weights of a mask were drawn at random."""
+    said = facts(record, name)
+    return name == "random" if said is None else (said.get("kind") or "").startswith("random")
+
+
+def mask_label(record: Mapping[str, Any], name: str) -> str:
+    """What a choice of weights is called in text: a user's mask by its name, as it is."""
+    if facts(record, name) is None and name in MASKS:
+        return MASKS[name]
+    return clean(name.replace("_", " "))
+
+
+def meaning(record: Mapping[str, Any], name: str) -> str:
+    """What a choice of weights is; empty where nobody knows."""
+    said = facts(record, name)
+    if said is None:
+        return _MEANING.get(name, "")
+    what = {"method": "the method: ", "control": "control: "}.get(said["role"], "")
+    kind = said.get("kind") or "unknown"
+    return what + (_selection(said) if kind == "selection" else _KINDS.get(kind, clean(kind)))
+
+
+def _selection(said: Mapping[str, Any]) -> str:
+    """``selected by signed without abs, p = 0.05, q = 0.003``."""
+    criteria = said.get("criteria")
+    criteria = criteria if isinstance(criteria, Mapping) else {}
+    by = f" by {clean(criteria['harm'])}" if criteria.get("harm") else ""
+    without = f" without the best by {clean(criteria['benign'])}" if criteria.get("benign") else ""
+    numbers = [(key, said.get(key)) for key in ("p", "q", "slice")]
+    shown = [
+        f"{key} = {number(value)}"
+        for key, value in numbers
+        if isinstance(value, (int, float)) and (key != "slice" or value)
+    ]
+    return ", ".join([f"selected{by}{without}", *shown])
