@@ -12,7 +12,7 @@ import fastprune
 from fastprune.cli.app import app, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
 from fastprune.cli.options import AttackName, Control, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
-from fastprune.errors import ArgumentError, ModelError
+from fastprune.errors import ArgumentError
 
 
 @app.command()
@@ -120,7 +120,6 @@ def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:
 
 def _load(folder: Path, device: str | None, dtype: str):
     import torch
-    from safetensors import SafetensorError
 
     from fastprune.model.checkpoint import load_model
 
@@ -128,10 +127,7 @@ def _load(folder: Path, device: str | None, dtype: str):
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
-    try:
-        model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
-    except SafetensorError as error:
-        raise ModelError(f"model: the weights in {folder} are truncated or no safetensors files ({error})") from error
+    model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
     try:
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:

@@ -37,7 +37,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise ModelError(f"model: the weights in {path} are truncated or no safetensors files ({error})") from error
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model: {path} cannot be loaded as a causal language model: {error}") from error
     # transformers draws these at random, and says so where few look.
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
