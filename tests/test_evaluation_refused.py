@@ -1,0 +1,50 @@
+"""What evaluation does not take for rows or for a model: names of columns, encoders, models without a head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import peft
+import pytest
+from test_evaluation_generate import tiny_model, word_tokenizer
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from fastprune.errors import CalibrationError, ModelError
+from fastprune.evaluation import generate, perplexity
+from fastprune.evaluation.generate import continue_greedily
+
+
+class Table:
+    """Yields the names of its columns, as a pandas DataFrame does."""
+
+    columns = ("prompt", "response")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def to_dict(self, orient: str) -> list[dict]:
+        return []
+
+
+@pytest.mark.parametrize("rows", [Table(), {"prompt": "w1", "response": "w2"}, {"train": [], "test": []}, 5])
+def test_a_table_is_not_taken_for_the_names_of_its_columns(rows: object) -> None:
+    for measure in (functools.partial(generate, max_new_tokens=1), perplexity):
+        with pytest.raises(CalibrationError, match=r"^rows: expected .* mappings, got "):
+            measure(tiny_model(), word_tokenizer(), rows)
+
+
+def test_only_causal_models_with_a_head_are_asked() -> None:
+    base = tiny_model().model
+    encoder = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    masked = BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    for model in (base, encoder, masked, None, "folder"):
+        with pytest.raises(ModelError, match=f"^model: expected a causal language model .* got {type(model).__name__}"):
+            continue_greedily(model, [[5]], [1], ())
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_adapters_that_put_tokens_before_the_text_are_refused(kind: type) -> None:
+    model = peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match=r"^model: its adapter .default. is PR"):
+        continue_greedily(model, [[5]], [1], ())
