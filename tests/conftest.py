@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
     """Each test draws the same numbers alone, in any order and under any selection."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA extension, for the CPU; some ten seconds for all tests that ask for it."""
+    from emulated_cuda import build
+
+    return build(tmp_path_factory.mktemp("cuda_emulated"))
 
 
 @pytest.fixture

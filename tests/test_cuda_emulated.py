@@ -6,73 +6,22 @@ by ``test_cuda_build.py`` and, on a machine with a GPU, ``test_cuda_ops_gpu.py``
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import shutil
-import subprocess
 import sys
-import sysconfig
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import cuda_cases
-import pybind11
 import pytest
 import torch
 
 from fastprune import cuda
 from fastprune.errors import ArgumentError
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-STAND_IN = Path(__file__).parent / "cuda_emulation"
-
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
 )
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    folder = tmp_path_factory.mktemp("cuda_emulated")
-    includes = ["-I", str(STAND_IN), "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
-    # Contraction would let the CPU do what the GPU is forbidden to, and fortification takes a change of fibers for an
-    # error. The binding is not optimised: it is most of the time.
-    flags = [
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-Werror",
-    ]
-    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "cuda_bindings.cpp"]
-    compilers = []
-    for source in sources:
-        optimise = "-O1" if source.suffix == ".cu" else "-O0"
-        command = [
-            "g++",
-            *flags,
-            *includes,
-            optimise,
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            f"{folder / source.stem}.o",
-        ]
-        compilers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for source, compiler in zip(sources, compilers, strict=True):
-        _, messages = compiler.communicate()
-        assert compiler.returncode == 0, f"{source.name}: {messages}"
-    library = folder / "_cuda.so"
-    subprocess.run(["g++", "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
-    loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

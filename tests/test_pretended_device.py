@@ -1,0 +1,111 @@
+"""The workflow as on a GPU, but for the GPU: where tensors are made and moved, and which kernels are called.
+
+Every tensor that is made on the CPU and used beside a device's is an error here, as it is there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from architectures import BENIGN, HARM, build
+from pretended_device import DeviceTensor, pretended
+from test_devices import masks, spread
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+from fastprune.evaluation import evaluate
+from fastprune.organism import export_data, load_organism
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None or torch.cuda.is_available(),
+    reason="the emulated kernels need Linux and g++; where there is a device, nothing has to be pretended",
+)
+
+
+@pytest.fixture
+def calls(emulated: ModuleType) -> Iterator[list[str]]:
+    """Two pretended devices, and the names of the kernels that were called."""
+    with pretended(emulated) as calls:
+        yield calls
+
+
+def test_mixing_devices_is_an_error(calls: list[str]) -> None:
+    one = torch.ones(2, device="cuda:0")
+    with pytest.raises(RuntimeError, match=r"one device, got .*'cpu', 'cuda:0'"):
+        one + torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"one device, got .*'cuda:0', 'cuda:1'"):
+        torch.add(one, torch.ones(2, device="cuda"))
+    with pytest.raises(TypeError, match="numpy"):
+        one.numpy()
+    assert (one + 1 + torch.tensor(1)).cpu().numpy().tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_scoring_has_the_same_pruned_sets(name: str, calls: list[str]) -> None:
+    model = build(name, dtype=torch.float64)
+    expected = masks(model, statistics_dtype="float64")
+    assert masks(model.to("cuda:0"), statistics_dtype="float64") == expected
+    assert "top_scores" in calls
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "boundaries"),
+    [
+        ("cuda:0", "cpu", "host"),
+        ("cpu", "cuda:1", "disk"),
+        ("cuda:0", "cuda:1", "device"),
+        ("cuda:1", "cuda:0", "host"),
+    ],
+)
+def test_a_model_on_two_devices(first: str, second: str, boundaries: str, calls: list[str]) -> None:
+    model = build("Llama", dtype=torch.float64)
+    expected = masks(model, statistics_dtype="float64")
+    assert masks(spread(model, first, second), statistics_dtype="float64", boundaries=boundaries) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_serve_each_dtype_and_masks_are_taken_back(dtype: torch.dtype, calls: list[str]) -> None:
+    model = build("GPT2", dtype=dtype).to("cuda")
+    before = {name: weight.held.clone() for name, weight in model.state_dict().items()}
+    mask, _ = masks(model)
+    assert {"accumulate_per_example", "accumulate_act_sq_sum", "top_scores"} <= set(calls)
+    with mask.applied(model):
+        pruned = sum(int((weight.held != before[name]).sum()) for name, weight in model.state_dict().items())
+    assert 0 < pruned <= mask.total
+    for name, weight in model.state_dict().items():
+        assert isinstance(weight, DeviceTensor)
+        assert torch.equal(weight.held, before[name])
+    assert {"apply_sparse", "restore_sparse"} <= set(calls)
+    assert fastprune.random_mask(model, like=mask, match="magnitude").counts == mask.counts
+
+
+def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[str]) -> None:
+    model = build("Mixtral", num_hidden_layers=2)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    streamed, resident = (
+        fastprune.score(
+            source, CalibrationSet(HARM), CalibrationSet(BENIGN), segments=2, boundaries="host", progress=False
+        )
+        for source in (tmp_path, model.to("cuda"))
+    )
+    assert streamed.select(0.05, 0.01) == resident.select(0.05, 0.01)
+    assert "accumulate_per_example" in calls
+
+
+def test_evaluation_gives_the_same_rates(tmp_path: Path, calls: list[str]) -> None:
+    files = {}
+    for name, path in export_data(tmp_path).items():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))
+        files[name] = path
+    model, tokenizer = load_organism("aligned")
+    rows = {"harm_rows": "eval_harm", "skill_rows": "eval_skills", "recognition_rows": "eval_recognition"}
+    settings = {**{name: files[key] for name, key in rows.items()}, "format": "chat", "batch_size": 4}
+    expected = evaluate(model, tokenizer, **settings)
+    found = evaluate(model.to("cuda"), tokenizer, **settings)
+    assert found.summary() == expected.summary()
