@@ -101,7 +101,10 @@ def test_zero_is_plus_zero_and_odd_bits_elsewhere_stay(tmp_path):
     assert as_bytes(patched) == as_bytes(weight)
 
 
-@pytest.mark.parametrize(("on_disk", "in_mask"), [("model.l.w", "l.w"), ("l.w", "model.l.w"), ("a.b.l.w", "l.w")])
+@pytest.mark.parametrize(
+    ("on_disk", "in_mask"),
+    [("m.l.0.w", "l.0.w"), ("l.0.w", "m.l.0.w"), ("a.b.l.0.w", "l.0.w"), ("a.b.l.0.w", "b.a.l.0.w")],
+)
 def test_names_may_differ_by_one_prefix(tmp_path, on_disk, in_mask):
     (tmp_path / "in").mkdir()
     save_file({on_disk: torch.ones(2, 2), "other.w": torch.ones(2, 2)}, tmp_path / "in" / "model.safetensors")

@@ -97,16 +97,22 @@ def _find(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> tuple[str,
 
 
 def _prefixes(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> list[tuple[str, str]]:
-    """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question."""
+    """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question.
+
+    A prefix ends where the list of blocks begins: ``model.language_model.layers.0…`` may be stored as
+    ``language_model.model.layers.0…``.
+    """
     base = split_name(name)[0]
     pairs: dict[tuple[str, str], None] = {}
     for own, others in ((base, set(on_disk)), (_layer_of(base), {layer for layer, _ in apart})):
         if own in others:
             return [("", "")]
         if own:
-            heads = [own[: dot.end()] for dot in re.finditer(r"\.", own)]
-            pairs |= {("", other.removesuffix(own)): None for other in sorted(others) if other.endswith(f".{own}")}
-            pairs |= {(head, ""): None for head in heads if own.removeprefix(head) in others}
+            blocks = re.search(r"[^.]+\.\d+(\.|$)", own)
+            prefix = own[: blocks.start()] if blocks else ""
+            rest = own.removeprefix(prefix)
+            ends = sorted(other for other in others if f".{other}".endswith(f".{rest}"))
+            pairs |= {(prefix, other.removesuffix(rest)): None for other in ends}
     return list(pairs) or [("", "")]
 
 
@@ -119,12 +125,14 @@ def _why_missing(places: Mapping[str, tuple[str, tuple[str, ...]]], apart: _Apar
     for name, there in missing.items():
         base, expert = split_name(there)
         if expert is not None and (parts := apart.get((_layer_of(base), expert))):
-            return (
-                f"{message}; the checkpoint stores each expert on its own ({next(iter(parts.values()))[0]}), and not "
-                f"under all of the names known to make up {name}. Load the model, mask.apply_(model), "
-                "model.save_pretrained(out_dir)"
+            message += (
+                f"; the checkpoint stores each expert on its own ({next(iter(parts.values()))[0]}), and not "
+                f"under all of the names known to make up {name}"
             )
-    return message
+            break
+    return (
+        f"{message}. If they are stored otherwise: load the model, mask.apply_(model), model.save_pretrained(out_dir)"
+    )
 
 
 def _pieces(name: str, shape: tuple[int, ...], there: tuple[str, ...], on_disk: Mapping[str, Stored]) -> list[Piece]:
