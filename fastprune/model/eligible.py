@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
@@ -75,8 +76,17 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"model: {type(model).__name__} says it has {n_layers} layers, but no module list has that many entries "
             f"(module lists found: {found})"
         )
-    # A vision tower of the same depth is smaller than the language model's blocks.
-    return max(fitting, key=lambda item: sum(parameter.numel() for parameter in item[1].parameters()))
+    # A vision tower may have the same depth, but is a model of its own with another config; or else it is smaller.
+    of_text = [item for item in fitting if _innermost_config(model, item[0]) is type(config.get_text_config())]
+    name, blocks = max(of_text or fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    parent = name.rpartition(".")[0]
+    for other, module in fitting:
+        if other != name and other.rpartition(".")[0] == parent and any(map(_is_linear, module.modules())):
+            raise ModelError(
+                f"model: {type(model).__name__} keeps the weights of its layers in several lists, {name} and {other} "
+                "among them; expected one list of decoder blocks, so it cannot be scored"
+            )
+    return name, blocks
 
 
 def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Matrix]:
@@ -103,11 +113,13 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
             # What is around a compiled module has all of its attributes, and is not it.
             if is_compiled(module) or id(getattr(module, "weight", None)) in of_adapters:
                 continue
-            if isinstance(module, nn.Linear | Conv1D):
+            if _is_linear(module):
                 owned.add(id(module.weight))
                 _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
                 if not _is_router(model, path, module):
                     matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
+            elif _has_no_matrix(module):
+                owned |= {id(parameter) for parameter in module.parameters(recurse=False)}
             elif follows_interface(module):
                 for attribute in fused_weights(module):
                     weight, bias = (getattr(module, name, None) for name in (attribute, f"{attribute}_bias"))
@@ -118,7 +130,11 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                         for expert in range(len(weight))
                     )
         for path, parameter in block.named_parameters():
-            if parameter.ndim >= 2 and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
+            if (
+                _is_matrix(path, parameter)
+                and id(parameter) not in owned
+                and not _is_router_weight(model, path, parameter)
+            ):
                 name = plain_name(f"{prefix}.{index}.{path}")
                 raise ModelError(
                     f"model: {name} of shape {tuple(parameter.shape)} is a weight inside a decoder "
@@ -131,6 +147,17 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
         check_resident(model)
     _check_unshared(matrices)
     return matrices
+
+
+def _innermost_config(model: nn.Module, path: str) -> type:
+    """Type of the config of the module nearest above ``path`` that has one, as models inside models do."""
+    parts = path.split(".")
+    above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+    return next(type(module.config) for module in above if isinstance(module, PreTrainedModel))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta: bool) -> None:
@@ -148,21 +175,36 @@ def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta:
         )
 
 
+def _has_no_matrix(module: nn.Module) -> bool:
+    """Whether a module's parameters act on each feature by itself: norms, and the convolutions of hybrid models."""
+    depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+    return depthwise or "Norm" in type(module).__name__
+
+
+def _is_matrix(path: str, parameter: torch.Tensor) -> bool:
+    """Not a bias, nor a vector of whatever shape."""
+    return parameter.numel() > max(parameter.shape, default=0) and not path.endswith("bias")
+
+
 def _n_experts(model: nn.Module) -> set[int]:
     config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return {count for name in names if isinstance(count := getattr(config, name, None), int)}
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    found = [getattr(config, name, None) for name in names]
+    return {count for value in found for count in (value if isinstance(value, list) else [value]) if count}
 
 
 def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
-    last, width = plain_name(path).rsplit(".", 1)[-1], getattr(module, "out_features", None)
+    (*above, last), width = plain_name(path).split("."), getattr(module, "out_features", None)
     # Qwen2-MoE weighs what all tokens' expert adds by a gate of its own, with a single row.
-    return (last in ("gate", "router") and width in _n_experts(model)) or (last == "shared_expert_gate" and width == 1)
+    if last == "shared_expert_gate" and width == 1:
+        return True
+    # A router may be a module with Linears of its own; what is called a gate may also gate features.
+    return "router" in above or (not {"gate", "router"}.isdisjoint((*above, last)) and width in _n_experts(model))
 
 
 def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> bool:
-    owner = plain_name(path).rsplit(".", 2)
-    return len(owner) >= 2 and owner[-2] in ("gate", "router") and parameter.shape[0] in _n_experts(model)
+    owners = plain_name(path).split(".")[:-1]
+    return not {"gate", "router"}.isdisjoint(owners) and parameter.shape[0] in _n_experts(model)
 
 
 def _check_unshared(matrices: list[Matrix]) -> None:
