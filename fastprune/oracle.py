@@ -18,7 +18,7 @@ from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
 
 
-class _StayDouble(TorchFunctionMode):
+class StayDouble(TorchFunctionMode):
     """Models cast to float32 inside norms and softmax; in float64 that would be a floor of 3e-7 under comparisons."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -75,7 +75,7 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         matrix.module.register_forward_pre_hook(hook)
     for example in examples:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
-        with _StayDouble():
+        with StayDouble():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
         gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))

@@ -46,7 +46,7 @@ def truth(model, rows) -> dict[str, dict[str, torch.Tensor]]:
     """Float64 autograd on the base weights of the whole wrapped model, one example at a time; knows no engine."""
     import copy
 
-    from fastprune.oracle import _StayDouble
+    from fastprune.oracle import StayDouble
 
     model = copy.deepcopy(model).double().eval()
     weights = {path: p for path, p in model.named_parameters() if "base_layer.weight" in path}
@@ -55,7 +55,7 @@ def truth(model, rows) -> dict[str, dict[str, torch.Tensor]]:
         weight.requires_grad_(True)
     for example in rows:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor(example.labels)
-        with _StayDouble():
+        with StayDouble():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
         for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):

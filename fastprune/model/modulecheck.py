@@ -9,6 +9,7 @@ seen on the way; nothing runs for it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -95,7 +96,9 @@ class ModuleCheck(contextlib.ExitStack):
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Norm-wise, in float64, wherever ``truth`` is."""
+    """Norm-wise, in float64, wherever ``truth`` is; infinite if only ``value`` has NaN, NaN if ``truth`` has."""
     truth = truth.detach().double()
     value = value.detach().to(truth)
-    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+    error = float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+    # Every comparison with NaN is false, which is right only of a model that gives NaN itself: the pass says where.
+    return math.inf if math.isnan(error) and bool(truth.isfinite().all()) else error

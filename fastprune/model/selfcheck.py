@@ -3,17 +3,18 @@
 In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
 both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
 gradients of one weight, and of one expert where there are any, are compared, and each segment's output when it runs for
-the second time. Catches what reading code cannot: blocks that share state, padding that leaks, experts that are run
-another way, rows that see each other and Linears that do more than multiply (:mod:`fastprune.model.modulecheck`). The
-model itself is used, which costs two passes over about ten tokens; of a streamed model the blocks of the first segment
-alone, as they are in memory then.
+the second time. Catches what reading code cannot: blocks that share state, padding that leaks, tokens that see later
+ones, experts that are run another way, rows that see each other and Linears that do more than multiply
+(:mod:`fastprune.model.modulecheck`). The model itself is used, which costs two passes over about ten tokens; of a
+streamed model the blocks of the first segment alone, as they are in memory then.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 
 import torch
 from torch import nn
@@ -24,15 +25,23 @@ from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.modulecheck import ModuleCheck, relative_error
-from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
+from fastprune.model.view import Batch, BlockArguments, BlockView
 from fastprune.model.weights import Weights
+from fastprune.model.whole import WholeView
 
 _LENGTHS = (4, 6)
 _LOUD = 1  # the row that the loss is of; the other one's gradients are zero unless rows are mixed
+_EARLY = 3  # tokens of that row whose logits are asked what they depend on
+# Largest accepted share of what earlier logits depend on that lies in later tokens: exactly nothing in a causal model.
+_LATER = 1e-6
 
 # Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same
 # sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+class NotScorableError(ModelError):
+    """No view of the model can help."""
 
 
 class _Gradients(dict[str, torch.Tensor]):
@@ -74,6 +83,8 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
         with view.truncated(parts[-1].stop), modules:
             counted_otherwise = _counts_otherwise(view, batch)
             reason = _disagreement(view, batch, left_padded, parts)
+    except NotScorableError:
+        raise
     except FastpruneError as error:
         reason = str(error)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
@@ -133,8 +144,8 @@ def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
     if "position_ids" not in view.accepted:
         return False
     with torch.no_grad():
-        given, _ = view.prologue(batch)
-        own, _ = view.prologue(dataclasses.replace(batch, position_ids=None))
+        given = view.entering(batch)
+        own = view.entering(dataclasses.replace(batch, position_ids=None))
     attended = batch.attention_mask.bool().to(own.device)
     # The same sums of the same rows of tables: equal to the bit, if positions are.
     return relative_error(given[attended], own[attended]) > 1e-6
@@ -158,7 +169,8 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        logits = view.learn_return_type(dataclasses.replace(batch, position_ids=None))  # as any user runs it
+        logits = _untouched(view, batch)
+        _refuse_later_tokens(view, batch, logits, leaves)
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, [*parameters, *leaves])
     finally:
@@ -174,16 +186,49 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     return logits, chosen
 
 
+def _untouched(view: BlockView, batch: Batch) -> torch.Tensor:
+    """Logits of the model as any user runs it."""
+    try:
+        return view.learn_return_type(dataclasses.replace(batch, position_ids=None))
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        raise NotScorableError(
+            f"model: {type(view.model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
+            f"({type(error).__name__}: {error}), so it cannot be scored"
+        ) from error
+
+
+def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
+    """Raise if the logits of earlier tokens depend on later ones: each token's loss would see its own answer."""
+    early = logits[_LOUD, :_EARLY].float().sum()
+    for gradient in torch.autograd.grad(early, leaves, retain_graph=True, allow_unused=True):
+        if gradient is None or gradient.shape[:2] != batch.input_ids.shape:
+            continue
+        later = float(gradient[_LOUD, _EARLY:].float().norm())
+        if later > _LATER * float(gradient.float().norm()):  # not so where the model itself gives NaN
+            raise NotScorableError(
+                f"model: expected a causal language model; in {type(view.model).__name__} a token's logits depend on "
+                "the tokens behind it, so a loss of predicting them means nothing (a masked language model? a config "
+                "with is_decoder=False?)"
+            )
+
+
 def _shared_container(arguments: BlockArguments) -> str | None:
     """What blocks could leave something in for one another, if there is anything: past the check of the first ones."""
     seen: set[int] = set()
     for args, kwargs in arguments.calls:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, dict | list | set):
-                if id(value) in seen:
-                    return type(value).__name__
-                seen.add(id(value))
+        for value in _containers((*args, *kwargs.values())):
+            if id(value) in seen:
+                return type(value).__name__
+            seen.add(id(value))
     return None
+
+
+def _containers(values: tuple) -> Iterator[object]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _containers(value)
+        elif isinstance(value, MutableMapping | MutableSequence | MutableSet):
+            yield value
 
 
 def _disagreement(
@@ -234,9 +279,8 @@ def _disagreement(
     ids, mask, positions = left_padded
     with torch.no_grad():
         left_logits = view.forward(ids, mask, positions)
-    if (
-        "position_ids" in view.accepted
-        and (error := relative_error(left_logits[mask.bool()], logits[attended])) > tolerance
-    ):
+    error = relative_error(left_logits[mask.bool()], logits[attended])
+    # Padding on the left gives NaN where attention has no answer to a token that may see nothing. No pass has any.
+    if "position_ids" in view.accepted and tolerance < error < math.inf:
         return f"padding changes its logits by {error:.1e} (relative): tokens see the padding"
     return None

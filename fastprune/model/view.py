@@ -2,9 +2,8 @@
 
 In: a model and its weights. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's
 arguments are written by hand: the model's own forward runs with every decoder block replaced by a stub that records
-what the real block would have been given, and the head runs on hidden states that the last stub hands back.
-:class:`WholeView` is the same interface for a model that does not come apart like this. Nothing here knows statistics
-or criteria.
+what the real block would have been given, and the head runs on hidden states that the last stub hands back. Nothing
+here knows statistics or criteria.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
     return kwargs.pop("hidden_states"), (), kwargs
 
 
-class _View:
+class View:
     """What both views share: the model's own forward, the eligible matrices and the loss."""
 
     def __init__(self, weights: Weights) -> None:
@@ -131,6 +130,15 @@ class _View:
         extra = {name: value for name, value in extra.items() if name in self.accepted and value is not None}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.to(self.device)
 
+    def causal_forward(self, batch: Batch) -> torch.Tensor:
+        """:meth:`forward` without a mask of the padding.
+
+        It comes after a row's tokens, none of which sees it, as the self-check makes sure. With it, attention may be
+        asked about a token that sees nothing (padding farther from the text than a sliding window reaches), answer NaN
+        and carry that into the text as 0 times NaN; and a GPU's fastest kernels take no mask.
+        """
+        return self.forward(batch.input_ids, torch.ones_like(batch.input_ids), batch.position_ids)
+
     @staticmethod
     def weighted_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each scored token times its weight, in fp32 (fp64 for a float64 model): ``(n_scored,)``."""
@@ -138,7 +146,7 @@ class _View:
         return F.cross_entropy(logits, targets, reduction="none") * weights.to(logits)
 
 
-class BlockView(_View):
+class BlockView(View):
     """The model in three parts: ``prologue``, ``run`` (any range of blocks) and ``losses_and_gradient``.
 
     Raises:
@@ -149,7 +157,8 @@ class BlockView(_View):
         super().__init__(weights)
         self.block_list = decoder_blocks(self.model)[1]
         self.blocks: list[nn.Module] = list(self.block_list)
-        self.returns_tuple = False  # whether a block returns (hidden states, …); learnt when a block first runs
+        # What a block returns beside hidden states, or that it returns them alone; learnt when a block first runs.
+        self.returns_beside: tuple[None, ...] | None = None
 
     @contextlib.contextmanager
     def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor], first: int = 0) -> Iterator[None]:
@@ -158,7 +167,7 @@ class BlockView(_View):
         def handler(index: int) -> Callable[[tuple, dict], object]:
             def call(args: tuple, kwargs: dict) -> object:
                 hidden = on_call(index, args, kwargs)
-                return (hidden,) if self.returns_tuple else hidden
+                return hidden if self.returns_beside is None else (hidden, *self.returns_beside)
 
             return call
 
@@ -181,13 +190,25 @@ class BlockView(_View):
         """Run the model once as it is, note what its blocks return, and return its logits."""
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
-            self.returns_tuple = isinstance(output, tuple)
+            self.returns_beside = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
 
         hook = self.blocks[0].register_forward_hook(note)
         try:
             return self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
         finally:
             hook.remove()
+
+    def entering(self, batch: Batch) -> torch.Tensor:
+        """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""
+        entering: list[torch.Tensor] = []
+
+        def stop(index: int, args: tuple, kwargs: dict) -> torch.Tensor:
+            entering.append(_split_hidden(args, kwargs)[0])
+            raise _PrologueDone
+
+        with self._stubbed(stop), contextlib.suppress(_PrologueDone):
+            self.causal_forward(batch)
+        return entering[0]
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
         """Everything before the first block.
@@ -207,7 +228,7 @@ class BlockView(_View):
             return hidden
 
         with self._stubbed(record), contextlib.suppress(_PrologueDone):
-            self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
+            self.causal_forward(batch)
         if len(calls) != self.n_blocks:
             raise ModelError(
                 f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder "
@@ -295,47 +316,3 @@ class BlockView(_View):
         full = hidden.new_zeros(hidden.shape)  # contiguous, whatever the last block returned
         full.view(-1, hidden.shape[-1])[scored] = gradient
         return per_example, full
-
-
-class WholeView(_View):
-    """The same interface for a model that only runs as a whole: one "block", the logits as its hidden states.
-
-    Memory for the whole model's activations and statistics is needed at once (``segments=1``).
-    """
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights)
-        self.n_blocks = 1
-
-    def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
-        """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
-        return torch.zeros(len(batch.input_ids), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device), batch
-
-    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:
-        """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output.
-
-        ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
-        """
-        hook = None
-        if torch.is_grad_enabled():
-            embedding = self.model.get_input_embeddings()
-            hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
-        try:
-            with one_by_one(self._experts):
-                return self.forward(arguments.input_ids, arguments.attention_mask, arguments.position_ids)
-        finally:
-            if hook is not None:
-                hook.remove()
-
-    def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
-        logits = hidden.detach().requires_grad_(need_gradient)
-        with torch.set_grad_enabled(need_gradient):
-            per_token = self.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights)
-        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
-        if not need_gradient:
-            return per_example, None
-        (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)
-        return per_example, gradient

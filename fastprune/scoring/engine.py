@@ -19,8 +19,9 @@ from tqdm import tqdm
 from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
-from fastprune.model.view import Batch, BlockArguments, BlockView, WholeView
+from fastprune.model.view import Batch, BlockArguments, BlockView
 from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
+from fastprune.model.whole import WholeView
 from fastprune.scoring.hidden import HiddenStates
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.ranks import Ranks

@@ -108,6 +108,8 @@ class SegmentStatistics:
         Raises:
             ScoringError: A loss or gradient was not finite; names the example and the block.
         """
+        if not self._checks:
+            return  # no matrix was used, which the capture refuses by name
         checks = [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
         values = [sums for _, sums in checks] + ([self._losses] if self._losses is not None else [])
         bad = ~torch.stack([each.to(leaving.device, torch.float32) for each in values]).isfinite().cpu()

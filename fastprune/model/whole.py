@@ -1,0 +1,56 @@
+"""The view of a model that only runs as a whole, behind the interface of the one that comes apart.
+
+In: a model's weights. Out: the steps that the engine drives, with one "block". It must not know scores or files.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastprune.model.experts import one_by_one
+from fastprune.model.view import Batch, View
+from fastprune.model.weights import Weights
+
+
+class WholeView(View):
+    """The same interface for a model that only runs as a whole: one "block", the logits as its hidden states.
+
+    Memory for the whole model's activations and statistics is needed at once (``segments=1``).
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights)
+        self.n_blocks = 1
+
+    def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+        """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
+        return torch.zeros(len(batch.input_ids), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device), batch
+
+    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:
+        """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output.
+
+        ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
+        """
+        hook = None
+        if torch.is_grad_enabled():
+            embedding = self.model.get_input_embeddings()
+            hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
+        try:
+            with one_by_one(self._experts):
+                return self.causal_forward(arguments)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def losses_and_gradient(
+        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
+        logits = hidden.detach().requires_grad_(need_gradient)
+        with torch.set_grad_enabled(need_gradient):
+            per_token = self.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights)
+        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
+        if not need_gradient:
+            return per_example, None
+        (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)
+        return per_example, gradient
