@@ -200,3 +200,13 @@ def test_a_mask_fits_a_checkpoint_whose_names_begin_otherwise(tmp_path: Path) ->
     pruned = type(model).from_pretrained(tmp_path / "pruned")
     with mask.applied(model):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_blocks_may_return_lists(segments: int, tmp_path: Path) -> None:
+    model = random_model("OpenAIGPT", "LMHeadModel", vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    model.save_pretrained(tmp_path)
+    exact = oracle_statistics(model, HARM)
+    for matrix, statistics in engine_statistics(model, segments=segments, batch_tokens=24).items():
+        assert relative_error(statistics["grad_abs_sum"], exact[matrix]["grad_abs_sum"]) < 1e-5
+    assert score(tmp_path, segments).select(None, 0.05) == score(model, segments).select(None, 0.05)

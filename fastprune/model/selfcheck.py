@@ -169,7 +169,7 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        logits = _untouched(view, batch)
+        logits = _untouched(view, batch, depth)
         _refuse_later_tokens(view, batch, logits, leaves)
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, [*parameters, *leaves])
@@ -186,11 +186,13 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     return logits, chosen
 
 
-def _untouched(view: BlockView, batch: Batch) -> torch.Tensor:
-    """Logits of the model as any user runs it."""
+def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
+    """Logits of the model as any user runs it, or of its first blocks."""
     try:
         return view.learn_return_type(dataclasses.replace(batch, position_ids=None))
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        if depth < view.n_blocks:
+            raise  # it may be the missing blocks
         raise NotScorableError(
             f"model: {type(view.model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
             f"({type(error).__name__}: {error}), so it cannot be scored"

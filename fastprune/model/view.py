@@ -190,7 +190,7 @@ class BlockView(View):
         """Run the model once as it is, note what its blocks return, and return its logits."""
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
-            self.returns_beside = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+            self.returns_beside = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
 
         hook = self.blocks[0].register_forward_hook(note)
         try:
