@@ -105,6 +105,9 @@ class Scripted(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
+    def can_generate(self) -> bool:
+        return True
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         self.calls += 1
         logits = torch.zeros(*input_ids.shape, len(VOCABULARY))

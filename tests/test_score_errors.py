@@ -290,7 +290,7 @@ def test_an_example_beyond_the_models_positions_is_named(name: str, limit: str) 
 
 
 def test_a_model_without_a_head_is_refused(model: nn.Module) -> None:
-    with pytest.raises(ModelError, match=r"expected a causal language model, .*; LlamaModel has no head"):
+    with pytest.raises(ModelError, match=r"expected a causal language model with its head, .*, got LlamaModel"):
         fastprune.score(model.model, CalibrationSet(HARM), progress=False)
 
 

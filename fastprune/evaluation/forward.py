@@ -17,6 +17,7 @@ import torch
 
 from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
+from fastprune.model.admission import check_causal
 from fastprune.model.positions import rotary_conflict
 from fastprune.model.state import quiet
 
@@ -109,19 +110,9 @@ class Forward:
 def inference(model: Any) -> Iterator[Forward]:
     """Evaluation mode without gradients; every flag of model and config is restored on exit, also after an error."""
     # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
-    _check_causal(model)
+    check_causal(unwrap(model) if isinstance(model, torch.nn.Module) else model)
     with quiet(model), torch.no_grad():
         yield Forward(model)
-
-
-def _check_causal(model: Any) -> None:
-    inner = unwrap(model) if isinstance(model, torch.nn.Module) else None
-    generates = getattr(inner, "can_generate", lambda: True)  # transformers' word for "causal, and with its head"
-    if inner is None or not generates() or getattr(inner.config, "is_encoder_decoder", False):
-        raise ModelError(
-            "model: expected a causal language model with its head, as AutoModelForCausalLM gives, got "
-            f"{type(model if inner is None else inner).__name__}"
-        )
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

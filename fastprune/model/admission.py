@@ -59,14 +59,18 @@ def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleLis
                 )
 
 
-def check_causal(model: nn.Module) -> None:
-    """Raise ModelError if a model has no head over its vocabulary."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is not None:
-        return
-    if not getattr(model, "can_generate", lambda: False)():
+def check_causal(model: Any) -> None:
+    """Raise ModelError unless a model is a causal language model with its head, by what its class and config say."""
+    head = getattr(model, "get_output_embeddings", lambda: None)
+    generates = getattr(model, "can_generate", lambda: head() is not None)  # transformers' word for both
+    if (
+        not isinstance(model, nn.Module)
+        or not generates()
+        or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    ):
         raise ModelError(
-            f"model: expected a causal language model, as AutoModelForCausalLM loads it; {type(model).__name__} has no "
-            "head over the vocabulary"
+            "model: expected a causal language model with its head, as AutoModelForCausalLM loads it, got "
+            f"{type(model).__name__}"
         )
 
 
