@@ -33,7 +33,7 @@ import baselines
 import torch
 import transformers
 from measure import Peak, Report, Stopwatch
-from scoring_split import split
+from scoring_split import shares
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -54,8 +54,8 @@ class Workload:
         naive_examples: Of each set, that the naive pass takes.
         replay_examples: Of each set, that the replay takes.
         replay_blocks: Blocks that the replay is run for.
-        profiled: Of each set, that fastprune scores once more to see where the time goes; the fewer, the larger is the
-            part of what does not grow with them (on a GPU all would be a million kernels).
+        split: Of each set, that fastprune scores once more to see where the time goes; the fewer, the larger is the
+            part of what does not grow with them.
         warm_up: Of each set, that fastprune scores before it is timed: on a GPU a full micro-batch.
     """
 
@@ -66,7 +66,7 @@ class Workload:
     naive_examples: int
     replay_examples: int
     replay_blocks: int
-    profiled: int
+    split: int
     warm_up: int = 0
 
     def model(self, device: str) -> torch.nn.Module:
@@ -124,7 +124,7 @@ class Method:
         seconds: Of each round, scaled.
         fixed: What part of these does not grow with the examples.
         peak_mib: Of all rounds, on a GPU.
-        split: Seconds of its parts, if they were looked at.
+        parts: What a line says of the shares of its parts, if they were looked at.
     """
 
     run: Callable[[int, Stopwatch], object]
@@ -135,7 +135,7 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     fixed: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
-    split: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, object] = field(default_factory=dict)
 
     def measure(self, device: str) -> None:
         """Another round."""
@@ -165,10 +165,7 @@ class Method:
             line["fixed_seconds"] = round(statistics.median(self.fixed), 4)
         if self.peak_mib:
             line["peak_extra_mib"] = self.peak_mib
-        if self.split:
-            whole = sum(self.split.values())
-            line["shares_of_time"] = {part: round(seconds / whole, 3) for part, seconds in self.split.items()}
-        return line
+        return line | self.parts
 
 
 def methods_of(
@@ -270,9 +267,10 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 method.run(method.warm_up, Stopwatch(device))
             method.measure(device)
-            if name == "fastprune" and len(method.seconds) == rounds:
-                method.split = split(device, partial(method.run, workload.profiled, Stopwatch(device)))
             report.write(lines_of(methods, about, flops))
+            if name == "fastprune" and len(method.seconds) == rounds:
+                method.parts = shares(device, partial(method.run, workload.split, Stopwatch(device)))
+                report.write(lines_of(methods, about, flops))
 
 
 def ratio(numerator: Method, denominator: Method) -> float:

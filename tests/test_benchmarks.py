@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,10 +133,28 @@ def test_the_table_reads_committed_results(path: Path) -> None:
     assert all(line["method"] in table for line in timed)
 
 
-def test_each_part_of_a_pass_is_given_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums are formed inside the backward pass: what they take is not dX, or less than nothing would be left."""
+class Queue:
+    """A device's clock: work is queued at once and done one piece after the other."""
+
+    def __init__(self) -> None:
+        self.free_at = 0.0
+
+    def launch(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, time.perf_counter()) + seconds
+
+    def now(self) -> float:
+        self.launch(0)
+        return self.free_at
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_part_of_a_pass_is_given_its_own_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are formed inside the backward pass: what they take is not dX, or less than nothing would be left.
+
+    On a device they are launched by a thread of autograd's, and nobody waits for them.
+    """
+    import scoring_split
     from bench_scoring import WORKLOADS
-    from scoring_split import split
 
     import fastprune
     from fastprune import ops
@@ -143,12 +162,45 @@ def test_each_part_of_a_pass_is_given_its_own_time(monkeypatch: pytest.MonkeyPat
 
     dry = WORKLOADS["dry"]
     model, rows, calls, genuine = dry.model("cpu"), CalibrationSet(dry.build_examples(1)), [], ops.accumulate_gradients
+    queue, backward = Queue(), torch.autograd.backward
 
     def slow(*args: object, **kwargs: object) -> None:
-        calls.append(time.sleep(0.05))
+        calls.append(queue.launch(0.05) if device == "cuda" else time.sleep(0.05))
         genuine(*args, **kwargs)
 
+    def on_a_thread(*args: object) -> None:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(backward, *args).result()
+
     monkeypatch.setattr(ops, "accumulate_gradients", slow)
-    parts = split("cpu", lambda: fastprune.score(model, rows, rows, progress=False))
-    assert set(parts) == {"forward", "head", "sums", "selection", "dX", "rest"} and min(parts.values()) > 0
+    if device == "cuda":
+        monkeypatch.setattr(scoring_split, "Instant", queue.now)
+        monkeypatch.setattr(torch.autograd, "backward", on_a_thread)
+    start = time.perf_counter()
+    parts = scoring_split.split(device, lambda: fastprune.score(model, rows, rows, progress=False))
+    whole = max(time.perf_counter(), queue.free_at) - start
+    assert set(parts) == {"forward", "head", "sums", "selection", "dX", "rest"}
+    nothing = [part for part, seconds in parts.items() if seconds <= 0]
+    assert nothing == [] or (device, nothing) == ("cuda", ["selection"])  # for which nothing is queued here
     assert len(calls) >= 28 and parts["sums"] >= 0.05 * len(calls)
+    assert sum(parts.values()) <= whole
+
+
+def test_a_split_that_fails_costs_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_scoring
+    import scoring_split
+
+    out = tmp_path / "results.jsonl"
+    before = []
+
+    def failing(device: str, run: object) -> None:
+        before.extend(read(out))
+        raise RuntimeError("no events here")
+
+    monkeypatch.setattr(scoring_split, "split", failing)
+    monkeypatch.setattr(sys, "argv", ["bench_scoring.py", "--dry-run", "--out", str(out)])
+    bench_scoring.main()
+    assert [line["method"] for line in before] == ["fastprune"]
+    lines = {line["method"]: line for line in read(out)}
+    assert set(lines) == {"fastprune", "gemm", "naive", "replay"}
+    assert lines["fastprune"]["split_error"] == "RuntimeError: no events here"
