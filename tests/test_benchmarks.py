@@ -71,6 +71,29 @@ def test_single_operations_are_written_one_by_one_and_without_those_that_failed(
     assert (by_method["fastprune"]["passes"], by_method["fastprune"]["seconds_median"]) == (2, 3.0)
 
 
+def test_the_plain_product_of_an_example_is_left_to_a_devices_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 inputs would make a baseline that is slow for no reason of its own."""
+    import bench_ops
+
+    monkeypatch.setattr(bench_ops, "EXAMPLES", {5: 3})
+    monkeypatch.setattr(bench_ops, "DTYPE", torch.bfloat16)
+    layer = bench_ops.Layer(24, 16, 5)
+    truth = layer.product_an_example().clone()
+    layer.acc.zero_()
+    products = 0
+
+    def mm(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:  # torch's takes a device's
+        nonlocal products
+        products += 1
+        assert (a.dtype, b.dtype, out_dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(bench_ops, "DEVICE", "cuda")
+    monkeypatch.setattr(torch, "mm", mm)
+    assert torch.equal(layer.product_an_example(), truth)
+    assert products == 3
+
+
 def test_only_the_time_of_the_examples_is_scaled_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench_scoring import Method
     from measure import Stopwatch
