@@ -227,3 +227,30 @@ def test_a_split_that_fails_costs_no_times(tmp_path: Path, monkeypatch: pytest.M
     lines = {line["method"]: line for line in read(out)}
     assert set(lines) == {"fastprune", "gemm", "naive", "replay"}
     assert lines["fastprune"]["split_error"] == "RuntimeError: no events here"
+
+
+def test_a_random_checkpoint_draws_few_values_and_repeats_no_matrix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from random_checkpoint import SHAPES, write_checkpoint
+    from safetensors.torch import load_file
+
+    drawn, genuine = [], torch.Tensor.normal_
+
+    def noted(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        drawn.extend([tensor.numel()] if tensor.device.type == "cpu" else [])
+        return genuine(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", noted)
+    shape = {**SHAPES["300m"], "num_hidden_layers": 3, "vocab_size": 8192}
+    folders = [write_checkpoint(tmp_path / name, **shape, shard_bytes=1 << 26) for name in ("one", "two")]
+    files = [sorted(folder.glob("*.safetensors")) for folder in folders]
+    assert len(files[0]) > 1 and [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    weights = {name: tensor for path in files[0] for name, tensor in load_file(path).items() if tensor.ndim == 2}
+    n_weights = sum(weight.numel() for weight in weights.values())
+    assert 2 * max(drawn) < n_weights and sum(drawn) == 2 * max(drawn)  # one of each checkpoint
+    for weight in weights.values():
+        assert abs(weight.double().mean()) < 1e-4
+        assert weight.double().std() == pytest.approx(0.02, rel=0.01)
+        assert len(weight[:, :16].unique(dim=0)) == len(weight)  # nor a row of one
+    assert len({tuple(weight.flatten()[:64].tolist()) for weight in weights.values()}) == len(weights)
