@@ -254,3 +254,21 @@ def test_a_random_checkpoint_draws_few_values_and_repeats_no_matrix(
         assert weight.double().std() == pytest.approx(0.02, rel=0.01)
         assert len(weight[:, :16].unique(dim=0)) == len(weight)  # nor a row of one
     assert len({tuple(weight.flatten()[:64].tolist()) for weight in weights.values()}) == len(weights)
+
+
+def test_a_streaming_line_says_what_was_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_streaming
+    import measured_run
+
+    def run(*words: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["measured_run.py", *map(str, words)])
+        measured_run.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    out = tmp_path / "results.jsonl"
+    monkeypatch.setattr(bench_streaming, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench_streaming.py", "--dry-run", "--examples", "3", "--out", str(out)])
+    bench_streaming.main()
+    assert [(line["examples"], line["tokens"]) for line in read(out)] == [(6, 6 * 64)] * 2
