@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import Instant, flush_cache, write_lines
+from measure import Instant, backends, flush_cache, write_lines
 
 from fastprune import cuda, ops, reference
 
@@ -107,6 +107,7 @@ class Bench:
                     "copy_gb_per_s": round(self.copy / 1e9, 1),
                     "share_of_copy": round(n_bytes / medians[method] / self.copy, 3),
                     "fastprune_is_faster_by": round(medians[method] / medians[next(iter(medians))], 2),
+                    **({"backends": backends()} if method == "fastprune" else {}),
                 }
             )
 

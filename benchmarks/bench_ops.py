@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import Instant, Peak, Report, flush_cache
+from measure import Instant, Peak, Report, backends, flush_cache
 from torch import Tensor
 
 from fastprune import ops, reference
@@ -258,6 +258,8 @@ class Results:
             line |= {"shape": info["shape"], "device": device, "torch": torch.__version__, "passes": len(times)}
             line |= {"seconds_median": median, "seconds_min": min(times), "seconds_max": max(times)}
             line["peak_extra_mib"] = info["peak_extra_mib"]
+            if method in ("fastprune", "a call each"):
+                line["backends"] = backends()
             if (group, "fastprune") in seconds:
                 line["fastprune_is_faster_by"] = round(median / seconds[group, "fastprune"], 2)
             if key in rate_of:

@@ -32,7 +32,7 @@ from pathlib import Path
 import baselines
 import torch
 import transformers
-from measure import Peak, Report, Stopwatch
+from measure import Peak, Report, Stopwatch, backends
 from scoring_split import shares
 
 import fastprune
@@ -285,6 +285,8 @@ def lines_of(methods: dict[str, Method], about: dict[str, object], flops: float)
     lines = []
     for name, method in measured.items():
         line = {"benchmark": "scoring", "method": name, **about, **method.times()}
+        if name == "fastprune":
+            line["backends"] = backends()
         line["fastprune_is_faster_by"] = round(ratio(method, measured["fastprune"]), 2)
         line["floor_tflop"] = round(flops / 1e12, 3)
         if "gemm" in measured:

@@ -48,7 +48,7 @@ def line(method: str, shape: str, runs: list[dict], **more: object) -> dict[str,
     gpu = (
         {"peak_gpu_mib": round(max(one["peak_gpu_bytes"] for one in runs) / 2**20)} if torch.cuda.is_available() else {}
     )
-    scored = {key: runs[-1][key] for key in ("examples", "tokens") if key in runs[-1]}
+    scored = {key: runs[-1][key] for key in ("examples", "tokens", "backends") if key in runs[-1]}
     planned = {"planned_mib": round(runs[-1]["planned_bytes"] / 2**20)} if "planned_bytes" in runs[-1] else {}
     name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from measure import status_bytes
+from measure import backends, status_bytes
 from transformers.models.llama import modeling_llama  # noqa: F401 - an import that must not count as a run's memory
 
 import fastprune
@@ -56,7 +56,8 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     planned = fastprune.plan(model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=largest)
     digest = scores.select(None, 1e-3).digest
     plan = {"planned_bytes": planned.peak_bytes, "segments": planned.segments}
-    return {"seconds": seconds, "examples": 2 * n, "tokens": 2 * n * tokens, **plan, "mask": digest}
+    scored = {"examples": 2 * n, "tokens": 2 * n * tokens, "backends": backends()}
+    return {"seconds": seconds, **scored, **plan, "mask": digest}
 
 
 def share_blocks(n_blocks: int) -> None:

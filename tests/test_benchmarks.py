@@ -68,6 +68,7 @@ def test_single_operations_are_written_one_by_one_and_without_those_that_failed(
     results.pytest_runtest_makereport(*outcome("grad_abs_sum a", "fastprune", 4.0, flop=1e9))
     by_method = {line["method"]: line for line in read(out)}
     assert by_method["torch.topk"]["share_of_copy"] == 0.25
+    assert "torch" in by_method["fastprune"]["backends"] and "backends" not in by_method["torch.topk"]
     assert (by_method["fastprune"]["passes"], by_method["fastprune"]["seconds_median"]) == (2, 3.0)
 
 
@@ -128,6 +129,7 @@ def test_shares_of_the_gemm_rate_are_of_products_timed_like_a_method() -> None:
     assert "share_of_gemm_rate" not in lines_of(methods, {}, 1e9)[0]  # a run that was stopped before the products
     methods["gemm"].seconds, methods["naive"].seconds = [2.0, 20.0, 8.0], [6.0, 100.0]
     fast, gemm, naive = lines_of(methods, {}, 1e9)
+    assert "torch" in fast["backends"] and "backends" not in gemm | naive
     # Round by round: the second was slow for all of them, and the third is not over.
     assert [line["share_of_gemm_rate"] for line in (fast, gemm, naive)] == [0.5, 1.0, round((2 / 6 + 20 / 100) / 2, 3)]
     assert (gemm["fastprune_is_faster_by"], naive["fastprune_is_faster_by"], fast["gemm_gflops"]) == (0.5, 1.75, 0.1)
@@ -272,3 +274,4 @@ def test_a_streaming_line_says_what_was_scored(
     monkeypatch.setattr(sys, "argv", ["bench_streaming.py", "--dry-run", "--examples", "3", "--out", str(out)])
     bench_streaming.main()
     assert [(line["examples"], line["tokens"]) for line in read(out)] == [(6, 6 * 64)] * 2
+    assert all("torch" in line["backends"] for line in read(out))
