@@ -54,9 +54,13 @@ if $dry_run; then readonly BUDGET=3600 PATIENCE=5; else readonly BUDGET=510 PATI
 readonly log=$outdir/log.txt results=$outdir/results.jsonl
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+export TMPDIR=$scratch # a benchmark that is stopped leaves its checkpoint
 failures=0
+unset TRITON_INTERPRET # interpreted kernels serve no device
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+# The kernels under the name that an installation gives them: without one, everything would run in plain torch.
+ln -s "$PWD/kernels" "$scratch/fastprune_kernels"
+export PYTHONPATH=$PWD:$scratch${PYTHONPATH:+:$PYTHONPATH}
 
 # record NAME STATUS EXIT_CODE SECONDS NOTE
 record() {
@@ -152,18 +156,26 @@ export python
 
 step environment 60 bash -c environment
 
+# Says what can serve the operations, and fails unless the backends that it is given can: the benchmarks would run in
+# plain torch without them.
+backends=("$python" -c 'import sys
+from fastprune import ops
+status = ops.available_backends()
+print(status)
+sys.exit("; ".join(f"{name}: {status[name]}" for name in sys.argv[1:] if status[name] != "available") or None)')
+
 export FASTPRUNE_REQUIRE_EXT=1 # an extension that does not build is a failure here, not a smaller install
 if $dry_run; then
   build=("$python" -m pip wheel --no-build-isolation --no-deps --wheel-dir "$scratch" .)
-  built=(bash -c 'for name in _cpp _cuda; do unzip -l "$0"/*.whl | grep "fastprune/$name" || exit 1; done' "$scratch")
+  built=(bash -c 'for name in _cpp _cuda; do unzip -l "$0"/*.whl | grep "fastprune/$name" || exit 1; done; "$@"' \
+    "$scratch" "${backends[@]}")
 else
   build=("$python" -m pip install --no-build-isolation --no-deps -e .)
-  # Without the package around them, which takes some seconds to import.
-  built=(env PYTHONPATH=fastprune "$python" -c 'import _cpp, _cuda; print(_cpp.__file__, _cuda.__file__)')
+  built=("${backends[@]}" cpp triton cuda)
 fi
 step build 120 "${build[@]}" ||
   step "build without the CUDA extension" 60 env FASTPRUNE_REQUIRE_EXT=0 FASTPRUNE_CUDA=0 "${build[@]}"
-step "built extensions" 20 "${built[@]}"
+step "built extensions" 40 "${built[@]}"
 
 benchmark bench_scoring 150 --device cuda
 

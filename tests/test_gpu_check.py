@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
 
@@ -91,6 +92,29 @@ def test_a_failing_step_is_recorded_and_the_rest_goes_on(steps: list[dict]) -> N
 def test_every_benchmark_of_a_device_is_a_step(steps: list[dict]) -> None:
     scripts = {path.stem for path in SCRIPT.parent.glob("bench_*.py")}
     assert scripts == {step["step"] for step in steps if step["step"].startswith("bench_")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device's kernels are missed where there is none")
+def test_kernels_that_cannot_serve_are_a_failed_step(tmp_path: Path) -> None:
+    """Benchmarks of plain torch would pass for ours. The kernels are found also where nothing is installed."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case $2 in
+  *json.dumps*) exec {sys.executable} "$@" ;;
+  *available_backends*) {sys.executable} -S -c "from fastprune_kernels import launching" ; exec {sys.executable} "$@" ;;
+  "import torch"*) echo True ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    run(tmp_path / "out", python=python)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "No module named 'torch'" in log and "No module named 'fastprune_kernels'" not in log
+    by_name = {step["step"]: step for step in map(json.loads, (tmp_path / "out" / "steps.jsonl").open())}
+    built = by_name["built extensions"]
+    assert (built["status"], built["exit_code"]) == ("failed", 1)
+    assert "triton: no CUDA device; cuda: " in built["note"]
 
 
 @pytest.mark.slow
