@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
 
 
-def run(*arguments: str | Path, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, python: str | Path = sys.executable, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run(["bash", script, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -115,6 +118,34 @@ esac
     built = by_name["built extensions"]
     assert (built["status"], built["exit_code"]) == ("failed", 1)
     assert "triton: no CUDA device; cuda: " in built["note"]
+
+
+@pytest.mark.slow
+def test_steps_that_do_not_end_take_no_more_than_the_budget(tmp_path: Path) -> None:
+    text = SCRIPT.read_text()
+    assert "nine minutes at most" in text and "BUDGET=540" in text
+    short = tmp_path / "benchmarks" / "gpu_check.sh"
+    short.parent.mkdir()
+    (tmp_path / "tests").mkdir()
+    short.write_text(text.replace("BUDGET=540", "BUDGET=20"))
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case $2 in
+  *json.dumps*) exec {sys.executable} "$@" ;;
+  "import torch"*) echo True; exit 0 ;;
+  *find_spec*) exit 1 ;;
+esac
+trap "" TERM
+sleep 100
+"""
+    )
+    python.chmod(0o755)
+    start = time.monotonic()
+    run(tmp_path / "out", python=python, script=short)
+    assert time.monotonic() - start < 20
+    first, *others = map(json.loads, (tmp_path / "out" / "steps.jsonl").open())
+    assert first["status"] == "timeout" and {step["status"] for step in others} == {"skipped"}
 
 
 @pytest.mark.slow
