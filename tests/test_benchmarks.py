@@ -231,6 +231,27 @@ def test_a_split_that_fails_costs_no_times(tmp_path: Path, monkeypatch: pytest.M
     assert lines["fastprune"]["split_error"] == "RuntimeError: no events here"
 
 
+@pytest.mark.parametrize("broken", ["naive", "replay"])
+def test_a_method_that_fails_leaves_the_others(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import baselines
+    import bench_scoring
+
+    genuine, runs = baselines.naive, []
+
+    def failing(*args: object) -> object:
+        runs.append(args)
+        if broken == "naive" and len(runs) == 1:
+            return genuine(*args)  # by the check, which needs it
+        raise torch.OutOfMemoryError("no room here")
+
+    monkeypatch.setattr(baselines, broken, failing)
+    out = tmp_path / "results.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_scoring.py", "--dry-run", "--out", str(out)])
+    with pytest.raises(SystemExit, match=rf"^{broken}: (.|\n)*no room here"):
+        bench_scoring.main()
+    assert {line["method"] for line in read(out)} == {"fastprune", "gemm", "naive", "replay"} - {broken}
+
+
 def test_a_random_checkpoint_draws_few_values_and_repeats_no_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
