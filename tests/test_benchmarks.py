@@ -252,6 +252,19 @@ def test_a_method_that_fails_leaves_the_others(broken: str, tmp_path: Path, monk
     assert {line["method"] for line in read(out)} == {"fastprune", "gemm", "naive", "replay"} - {broken}
 
 
+def test_an_operation_with_another_result_is_not_timed_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bench_cuda_ops
+
+    monkeypatch.setattr(bench_cuda_ops, "topk", lambda weight, statistic, k: torch.zeros(k))
+    out = tmp_path / "results.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_cuda_ops.py", "--dry-run", "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"top_scores, q_proj .*: torch\.topk gives another result"):
+        bench_cuda_ops.main()
+    assert [line["benchmark"] for line in read(out)] == ["apply_and_restore_sparse", "difference"]
+
+
 def test_a_random_checkpoint_draws_few_values_and_repeats_no_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
