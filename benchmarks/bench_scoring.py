@@ -15,8 +15,9 @@ round's own.
 Some methods take a few examples, blocks or products, and what a line says was scaled: the time of the examples by
 ``scaled_by``; what does not grow with them (sums allocated, the best weights selected) by the blocks only,
 ``fixed_seconds`` in all. One JSON line a measurement goes to standard output and, after every round anew, with
-``--out`` to a file. Interpreter overheads, the start-up self-check and the selection of the kept scores are inside
-fastprune's time; ``shares_of_time`` says where it goes (scoring_split.py).
+``--out`` to a file; a method that fails leaves the others, and the exit code is 1. Interpreter overheads, the start-up
+self-check and the selection of the kept scores are inside fastprune's time; ``shares_of_time`` says where it goes
+(scoring_split.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +34,8 @@ from pathlib import Path
 import baselines
 import torch
 import transformers
-from measure import Peak, Report, Stopwatch
-from scoring_split import split
+from measure import Peak, Report, Stopwatch, backends
+from scoring_split import shares
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
@@ -54,8 +56,8 @@ class Workload:
         naive_examples: Of each set, that the naive pass takes.
         replay_examples: Of each set, that the replay takes.
         replay_blocks: Blocks that the replay is run for.
-        profiled: Of each set, that fastprune scores once more to see where the time goes; the fewer, the larger is the
-            part of what does not grow with them (on a GPU all would be a million kernels).
+        split: Of each set, that fastprune scores once more to see where the time goes; the fewer, the larger is the
+            part of what does not grow with them.
         warm_up: Of each set, that fastprune scores before it is timed: on a GPU a full micro-batch.
     """
 
@@ -66,7 +68,7 @@ class Workload:
     naive_examples: int
     replay_examples: int
     replay_blocks: int
-    profiled: int
+    split: int
     warm_up: int = 0
 
     def model(self, device: str) -> torch.nn.Module:
@@ -124,7 +126,8 @@ class Method:
         seconds: Of each round, scaled.
         fixed: What part of these does not grow with the examples.
         peak_mib: Of all rounds, on a GPU.
-        split: Seconds of its parts, if they were looked at.
+        parts: What a line says of the shares of its parts, if they were looked at.
+        failed: The traceback of the error that ended it.
     """
 
     run: Callable[[int, Stopwatch], object]
@@ -135,7 +138,8 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     fixed: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
-    split: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, object] = field(default_factory=dict)
+    failed: str = ""
 
     def measure(self, device: str) -> None:
         """Another round."""
@@ -165,10 +169,7 @@ class Method:
             line["fixed_seconds"] = round(statistics.median(self.fixed), 4)
         if self.peak_mib:
             line["peak_extra_mib"] = self.peak_mib
-        if self.split:
-            whole = sum(self.split.values())
-            line["shares_of_time"] = {part: round(seconds / whole, 3) for part, seconds in self.split.items()}
-        return line
+        return line | self.parts
 
 
 def methods_of(
@@ -266,13 +267,22 @@ def main() -> None:
     with Report(options.out) as report:
         for name in turns:
             method = methods[name]
-            if method.warm_up and not method.seconds:
-                torch.cuda.empty_cache()
-                method.run(method.warm_up, Stopwatch(device))
-            method.measure(device)
-            if name == "fastprune" and len(method.seconds) == rounds:
-                method.split = split(device, partial(method.run, workload.profiled, Stopwatch(device)))
+            if method.failed:
+                continue
+            try:
+                if method.warm_up and not method.seconds:
+                    torch.cuda.empty_cache()
+                    method.run(method.warm_up, Stopwatch(device))
+                method.measure(device)
+            except Exception:  # too little memory for one of them is no reason to go without the others
+                method.failed = traceback.format_exc()
+                continue
             report.write(lines_of(methods, about, flops))
+            if name == "fastprune" and len(method.seconds) == rounds:
+                method.parts = shares(device, partial(method.run, workload.split, Stopwatch(device)))
+                report.write(lines_of(methods, about, flops))
+    if failures := [f"{name}: {method.failed}" for name, method in methods.items() if method.failed]:
+        raise SystemExit("\n".join(failures))
 
 
 def ratio(numerator: Method, denominator: Method) -> float:
@@ -287,7 +297,10 @@ def lines_of(methods: dict[str, Method], about: dict[str, object], flops: float)
     lines = []
     for name, method in measured.items():
         line = {"benchmark": "scoring", "method": name, **about, **method.times()}
-        line["fastprune_is_faster_by"] = round(ratio(method, measured["fastprune"]), 2)
+        if name == "fastprune":
+            line["backends"] = backends()
+        if "fastprune" in measured:
+            line["fastprune_is_faster_by"] = round(ratio(method, measured["fastprune"]), 2)
         line["floor_tflop"] = round(flops / 1e12, 3)
         if "gemm" in measured:
             line["gemm_gflops"] = round(flops / statistics.median(measured["gemm"].seconds) / 1e9, 1)

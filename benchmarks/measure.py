@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, memory at the peak, and the lines that they write."""
+"""What the benchmarks share: time, memory at the peak, what serves the operations, and the lines that they write."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from fastprune import ops
+
+
+def backends() -> list[str]:
+    """What can serve fastprune's operations here: without its extensions and kernels a line is of plain torch."""
+    return [name for name, status in ops.available_backends().items() if status == "available"]
 
 
 class Peak:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from measure import status_bytes
+from measure import backends, status_bytes
 from transformers.models.llama import modeling_llama  # noqa: F401 - an import that must not count as a run's memory
 
 import fastprune
@@ -55,7 +55,9 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     largest = (rows, tokens, rows * (tokens - tokens // 2))
     planned = fastprune.plan(model if arguments.resident else config, 2 * n, tokens, **limits, micro_batch=largest)
     digest = scores.select(None, 1e-3).digest
-    return {"seconds": seconds, "planned_bytes": planned.peak_bytes, "segments": planned.segments, "mask": digest}
+    plan = {"planned_bytes": planned.peak_bytes, "segments": planned.segments}
+    scored = {"examples": 2 * n, "tokens": 2 * n * tokens, "backends": backends()}
+    return {"seconds": seconds, **scored, **plan, "mask": digest}
 
 
 def share_blocks(n_blocks: int) -> None:
@@ -102,7 +104,9 @@ def main() -> None:
     of_patch.set_defaults(run=patch)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    torch.mm(torch.randn(256, 256), torch.randn(256, 256))  # the matrix library's own buffers
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        # The matrix library's own buffers; of a GPU all that a process's first call waits for.
+        torch.mm(*torch.randn(2, 256, 256, device=device))
     before = status_bytes("VmRSS")
     result = arguments.run(arguments)
     result["peak_bytes"] = status_bytes("VmHWM") - before

@@ -1,8 +1,12 @@
-"""Where the time of a scoring pass goes, from a run under torch's profiler.
+"""Where the time of a scoring pass goes.
 
-In: a call that scores. Out: seconds of forward, dX, head, sums of gradients and selection, and what is left: on a GPU
-the time in which it has nothing to do, on the CPU everything else. On a GPU the seconds are those of the kernels that a
-part launched; dX is what no other part launched, since autograd's thread launches it.
+In: a call that scores. Out: seconds of forward, dX, head, sums of gradients and selection, and the rest, which together
+are the whole. On a GPU they are read on its own clock, from events queued before and after each part.
+
+Not from torch's profiler: it counts a kernel that is not torch's (a Triton kernel, one of the CUDA extension) for the
+operator that launched it and for no annotation of ours, so all of them would be nobody's. One stream does all the work,
+also what autograd's thread launches, so between a part's two events lies that part and nothing else; where the device
+waits for the host, that is the time of the part in which it waits.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from measure import Instant
 
 from fastprune import ops
 from fastprune.model.view import BlockView
@@ -25,42 +29,44 @@ PARTS = {
     "head": (BlockView, "losses_and_gradient"),
     "sums": (ops, "accumulate_gradients"),
     "selection": (Collector, "add"),
-    "backward": (torch.autograd, "backward"),
+    "dX": (torch.autograd, "backward"),
 }
 
 
-def _annotated(part: str, function: Callable) -> Callable:
+def _noted(function: Callable, now: Callable[[], object], spans: list[tuple]) -> Callable:
     @functools.wraps(function)
     def call(*args: object, **kwargs: object) -> object:
-        with record_function(f"fastprune {part}"):
-            return function(*args, **kwargs)
+        begin = now()
+        result = function(*args, **kwargs)
+        spans.append((begin, now()))
+        return result
 
     return call
 
 
 def split(device: str, run: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each part of one call; the profiler's own cost is in them, so they say how time is shared out."""
-    on_gpu = device == "cuda"
+    """Seconds of each part of one call."""
+    now = Instant if device == "cuda" else time.perf_counter
+    spans: dict[str, list[tuple]] = {part: [] for part in PARTS}
     with ExitStack() as stack:
         for part, (owner, name) in PARTS.items():
-            stack.enter_context(mock.patch.object(owner, name, _annotated(part, getattr(owner, name))))
-        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-        with profile(activities=activities, acc_events=True) as profiler:
-            start = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-            wall = time.perf_counter() - start
-    events = profiler.key_averages()
-    spent = dict.fromkeys(PARTS, 0.0)
-    for event in events:
-        if (part := event.key.removeprefix("fastprune ")) in spent and event.device_type.name == "CPU":
-            spent[part] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
-    backward = spent.pop("backward")
-    if on_gpu:
-        # An annotation has an event of its own on the device, as long as what it spans.
-        on_device = [e for e in events if e.device_type.name == "CUDA" and not e.is_user_annotation]
-        kernels = sum(event.self_device_time_total for event in on_device) / 1e6
-        return spent | {"dX": kernels - sum(spent.values()), "idle": wall - kernels}
-    spent["dX"] = backward - spent["sums"]  # hooks form the sums inside
-    return spent | {"rest": wall - sum(spent.values())}
+            stack.enter_context(mock.patch.object(owner, name, _noted(getattr(owner, name), now, spans[part])))
+        begin = now()
+        run()
+        whole = now() - begin
+    spent = {part: sum(end - begin for begin, end in of_part) for part, of_part in spans.items()}
+    spent["dX"] -= spent["sums"]  # hooks form the sums inside
+    return spent | {"rest": whole - sum(spent.values())}
+
+
+def shares(device: str, run: Callable[[], object]) -> dict[str, object]:
+    """What a line says of :func:`split`: each part's share, or the error for which there is none.
+
+    Times are worth having without it, so no error of its own may end the run that measures them.
+    """
+    try:
+        seconds = split(device, run)
+    except Exception as error:
+        return {"split_error": f"{type(error).__name__}: {error}"[:300]}
+    whole = sum(seconds.values())
+    return {"shares_of_time": {part: round(part_seconds / whole, 3) for part, part_seconds in seconds.items()}}

@@ -7,18 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.sh"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
 
 
-def run(*arguments: str | Path, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str | Path, python: str | Path = sys.executable, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(["bash", SCRIPT, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run(["bash", script, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -91,6 +95,57 @@ def test_a_failing_step_is_recorded_and_the_rest_goes_on(steps: list[dict]) -> N
 def test_every_benchmark_of_a_device_is_a_step(steps: list[dict]) -> None:
     scripts = {path.stem for path in SCRIPT.parent.glob("bench_*.py")}
     assert scripts == {step["step"] for step in steps if step["step"].startswith("bench_")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device's kernels are missed where there is none")
+def test_kernels_that_cannot_serve_are_a_failed_step(tmp_path: Path) -> None:
+    """Benchmarks of plain torch would pass for ours. The kernels are found also where nothing is installed."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case $2 in
+  *json.dumps*) exec {sys.executable} "$@" ;;
+  *available_backends*) {sys.executable} -S -c "from fastprune_kernels import launching" ; exec {sys.executable} "$@" ;;
+  "import torch"*) echo True ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    run(tmp_path / "out", python=python)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "No module named 'torch'" in log and "No module named 'fastprune_kernels'" not in log
+    by_name = {step["step"]: step for step in map(json.loads, (tmp_path / "out" / "steps.jsonl").open())}
+    built = by_name["built extensions"]
+    assert (built["status"], built["exit_code"]) == ("failed", 1)
+    assert "triton: no CUDA device; cuda: " in built["note"]
+
+
+@pytest.mark.slow
+def test_steps_that_do_not_end_take_no_more_than_the_budget(tmp_path: Path) -> None:
+    text = SCRIPT.read_text()
+    assert "nine minutes at most" in text and "BUDGET=540" in text
+    short = tmp_path / "benchmarks" / "gpu_check.sh"
+    short.parent.mkdir()
+    (tmp_path / "tests").mkdir()
+    short.write_text(text.replace("BUDGET=540", "BUDGET=20"))
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case $2 in
+  *json.dumps*) exec {sys.executable} "$@" ;;
+  "import torch"*) echo True; exit 0 ;;
+  *find_spec*) exit 1 ;;
+esac
+trap "" TERM
+sleep 100
+"""
+    )
+    python.chmod(0o755)
+    start = time.monotonic()
+    run(tmp_path / "out", python=python, script=short)
+    assert time.monotonic() - start < 20
+    first, *others = map(json.loads, (tmp_path / "out" / "steps.jsonl").open())
+    assert first["status"] == "timeout" and {step["status"] for step in others} == {"skipped"}
 
 
 @pytest.mark.slow
