@@ -81,8 +81,20 @@ def test_kernels_serve_each_dtype_and_masks_are_taken_back(dtype: torch.dtype, c
     for name, weight in model.state_dict().items():
         assert isinstance(weight, DeviceTensor)
         assert torch.equal(weight.held, before[name])
-    assert {"apply_sparse", "restore_sparse"} <= set(calls)
+    writes = [call for call in calls if call.endswith("_sparse")]
+    assert writes == ["apply_sparse", "restore_sparse"]  # of all matrices together
     assert fastprune.random_mask(model, like=mask, match="magnitude").counts == mask.counts
+
+
+def test_a_mask_is_written_device_by_device(calls: list[str]) -> None:
+    model = spread(build("Llama"), "cuda:0", "cuda:1")
+    before = {name: weight.held.clone() for name, weight in model.state_dict().items()}
+    mask, _ = masks(model)
+    with mask.applied(model):
+        changed = {weight.device for name, weight in model.state_dict().items() if (weight.held != before[name]).any()}
+    assert changed == {torch.device("cuda:0"), torch.device("cuda:1")}
+    assert [call for call in calls if call.endswith("_sparse")] == 2 * ["apply_sparse"] + 2 * ["restore_sparse"]
+    assert all(torch.equal(weight.held, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[str]) -> None:
