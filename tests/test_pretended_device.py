@@ -20,6 +20,8 @@ from test_devices import masks, spread
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.evaluation import evaluate
+from fastprune.model import skeleton
+from fastprune.model.weights import EMBEDDING, HEAD, Streamed
 from fastprune.organism import export_data, load_organism
 
 pytestmark = pytest.mark.skipif(
@@ -108,6 +110,32 @@ def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[
     )
     assert streamed.select(0.05, 0.01) == resident.select(0.05, 0.01)
     assert "accumulate_per_example" in calls
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "pageable"), [("Llama", None, ""), ("Mixtral", None, "experts"), ("Llama", "bfloat16", "weight")]
+)
+def test_a_folder_is_read_into_pinned_memory(
+    name: str, dtype: str | None, pageable: str, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is converted or put together, which is copied there afterwards."""
+    model = build(name, num_hidden_layers=2)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    names = {(stored.path, stored.start): name for name, stored in skeleton.stored_tensors(tmp_path).items()}
+    real, pinned = skeleton.read_tensor, {}
+
+    def noted(stored, **options):
+        tensor = real(stored, **options)
+        pinned[names[stored.path, stored.start]] = tensor.is_pinned()
+        return tensor
+
+    monkeypatch.setattr(skeleton, "read_tensor", noted)
+    streamed = Streamed(tmp_path, torch.device("cuda:1"), dtype and getattr(torch, dtype))
+    with streamed.held((EMBEDDING, 0, 1, HEAD)):
+        for name, weight in streamed.model.state_dict().items():
+            assert torch.equal(weight.held, model.state_dict()[name].to(weight.dtype)), name
+    streamed.close()
+    assert pinned == {name: not pageable or pageable not in name for name in names.values()}
 
 
 def test_evaluation_gives_the_same_rates(tmp_path: Path, calls: list[str]) -> None:

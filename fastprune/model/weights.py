@@ -206,11 +206,11 @@ class Streamed:
         self._place(entry, tensor)
 
     def _read(self, recipe: Recipe) -> torch.Tensor:
-        tensor = recipe.read(self.model)
         if self._stream is None:
-            return tensor.to(self.device)
+            return recipe.read(self.model).to(self.device)
         with torch.cuda.stream(self._stream):
-            moved = tensor.pin_memory().to(self.device, non_blocking=True)
+            tensor = recipe.read(self.model, pinned=True).pin_memory()  # no copy of what was read into pinned memory
+            moved = tensor.to(self.device, non_blocking=True)
         self._stream.synchronize()
         return moved
 
