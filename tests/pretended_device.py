@@ -3,7 +3,7 @@
 They are computed with on the CPU, by the emulated extension and interpreted Triton kernels where the library calls
 them. So everything around the kernels runs as on a device: which backend is chosen, where each tensor is made and
 moved, what is copied, which of torch.cuda's functions are called with what. What is sent from pinned memory within a
-stream is not there before the stream is waited for. What a device does not do, nothing here can tell: whether copies
+stream is not there before its event is waited for. What a device does not do, nothing here can tell: whether copies
 overlap, how much memory there is.
 """
 
@@ -147,9 +147,13 @@ class _Stream(SimpleNamespace):
     def __init__(self, device: Any = None) -> None:
         super().__init__(device=_device("cuda" if device is None else device), under_way=[])
 
-    def synchronize(self) -> None:
-        while self.under_way:
-            self.under_way.pop()()
+    def record_event(self) -> list[Callable]:
+        event, self.under_way = self.under_way, []
+        return event
+
+    def wait_event(self, event: list[Callable]) -> None:
+        while event:
+            event.pop()()
 
 
 _current = threading.local()
