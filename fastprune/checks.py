@@ -6,14 +6,29 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, FastpruneError
 from fastprune.reference import CRITERIA, GRADIENT_SUMS
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors within begin with the name of the matrix that they are about, unless it is empty."""
+    try:
+        yield
+    except FastpruneError as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def check_accumulators(accs: Mapping[str, Tensor]) -> None:
@@ -123,18 +138,76 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     return k
 
 
-def check_elements(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """A one-dimensional view of the weight's memory, and the offsets of the indexed elements in it."""
-    check_float("weight", weight, like=weight)
-    if indices.dim() != 1 or indices.dtype != torch.int64 or indices.device != weight.device:
-        got = f"{indices.dtype} {tuple(indices.shape)} on {indices.device}"
-        raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
-    if indices.numel():
-        lowest, highest = torch.stack(indices.aminmax()).tolist()  # one wait for a device, not two
+def check_scale(scale: float) -> None:
+    """What weights are multiplied by is a finite number."""
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
+
+
+def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+    """Old values have the form in which ``apply_sparse_`` returned them."""
+    _check_names("indices", indices, weights)
+    _check_names("old", old, weights)
+    for name, weight in weights.items():
+        kept, shape = old[name], indices[name].shape
+        if kept.dtype != weight.dtype or kept.shape != shape or kept.device != weight.device:
+            with naming(name):
+                raise ArgumentError(
+                    f"old: expected {weight.dtype} {tuple(shape)} on {weight.device}, as apply_sparse_ returned it, "
+                    f"got {kept.dtype} {tuple(kept.shape)} on {kept.device}"
+                )
+
+
+class Elements(NamedTuple):
+    """Single elements of the matrices on one device: names, one-dimensional views of their memory, offsets in these."""
+
+    names: list[str]
+    elements: list[Tensor]
+    offsets: list[Tensor]
+
+
+def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> list[Elements]:
+    """What the indices of each weight name in memory, device by device; waits once for each."""
+    _check_names("indices", indices, weights)
+    groups: dict[torch.device, Elements] = {}
+    for name, weight in weights.items():
+        with naming(name):
+            check_float("weight", weight, like=weight)
+            listed = indices[name]
+            if listed.dim() != 1 or listed.dtype != torch.int64 or listed.device != weight.device:
+                got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
+                raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
+            group = groups.setdefault(weight.device, Elements([], [], []))
+            for members, member in zip(group, (name, *_located(weight.detach(), listed)), strict=True):
+                members.append(member)
+    for group in groups.values():
+        _check_ranges({name: (weights[name], indices[name]) for name in group.names if len(indices[name])})
+    return list(groups.values())
+
+
+def _check_names(argument: str, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
+    if differing := given.keys() ^ weights.keys():
+        raise ArgumentError(
+            f"{argument}: expected the names of the {len(weights)} weights, got {len(given)}; "
+            f"{min(differing)!r} is in one of the two only"
+        )
+
+
+def _check_ranges(listed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Indices, some of each weight, lie within it."""
+    if not listed:
+        return
+    # All bounds of a device in one tensor: each read from it is a wait.
+    bounds = torch.stack([bound for _, indices in listed.values() for bound in indices.aminmax()]).tolist()
+    for (name, (weight, _)), lowest, highest in zip(listed.items(), bounds[::2], bounds[1::2], strict=True):
         if lowest < 0 or highest >= weight.numel():
-            bounds = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
-            raise ArgumentError(f"indices: expected {bounds}, got {lowest} to {highest}")
-    weight = weight.detach()
+            expected = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
+            with naming(name):
+                raise ArgumentError(f"indices: expected {expected}, got {lowest} to {highest}")
+
+
+def _located(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight's memory in one dimension, and the offsets of the indexed elements in it."""
     if weight.is_contiguous():
         return weight.view(-1), indices
     extents = sorted((stride, size) for stride, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)

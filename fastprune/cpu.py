@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -101,24 +101,27 @@ def top_scores_of_each(
     return found.items()
 
 
-def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """:func:`fastprune.reference.apply_sparse_`, to the same bits."""
+def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """:func:`fastprune.reference.apply_sparse_each_`, to the same bits."""
     from fastprune import _cpp
 
-    old = torch.empty(offsets.shape, dtype=elements.dtype)
-    offsets = offsets.contiguous()
-    _cpp.gather(elements.element_size(), elements.data_ptr(), offsets.data_ptr(), offsets.numel(), old.data_ptr())
-    restore_sparse_(elements, offsets, reference.scaled(old, scale))
-    return old
+    every_old = []
+    for weight, where in zip(elements, offsets, strict=True):
+        old, where = torch.empty(where.shape, dtype=weight.dtype), where.contiguous()
+        _cpp.gather(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), old.data_ptr())
+        restore_sparse_each_([weight], [where], [reference.scaled(old, scale)])
+        every_old.append(old)
+    return every_old
 
 
-def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
-    """:func:`fastprune.reference.restore_sparse_`, to the same bits."""
+def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+    """:func:`fastprune.reference.restore_sparse_each_`, to the same bits."""
     from fastprune import _cpp
 
-    offsets, old = offsets.contiguous(), old.contiguous()
-    _cpp.scatter(elements.element_size(), elements.data_ptr(), offsets.data_ptr(), offsets.numel(), old.data_ptr())
-    torch.autograd.graph.increment_version(elements)  # a write through an address is not seen by autograd
+    for weight, where, values in zip(elements, offsets, old, strict=True):
+        where, values = where.contiguous(), values.contiguous()
+        _cpp.scatter(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), values.data_ptr())
+        torch.autograd.graph.increment_version(weight)  # a write through an address is not seen by autograd
 
 
 def _cpp_dtype(tensor: Tensor) -> object:

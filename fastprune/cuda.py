@@ -93,26 +93,22 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
     return out[:count].clone()
 
 
-def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """:func:`fastprune.reference.apply_sparse_`, to the same bits; a NaN keeps its payload."""
-    return apply_sparse_each_([elements], [offsets], scale)[0]
-
-
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`apply_sparse_` of several matrices on one device in one launch; returns the old values of each."""
+    """:func:`fastprune.reference.apply_sparse_each_` in one launch, to the same bits; a NaN keeps its payload.
+
+    Args:
+        elements: One-dimensional, on one device; dtypes may differ.
+        offsets: int64, of each.
+        scale: One for all.
+    """
     offsets = [each.contiguous() for each in offsets]
     old = [weight.new_empty(each.shape) for weight, each in zip(elements, offsets, strict=True)]
     _write(elements, offsets, old, scale)
     return old
 
 
-def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
-    """:func:`fastprune.reference.restore_sparse_`, to the same bits."""
-    restore_sparse_each_([elements], [offsets], [old])
-
-
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`restore_sparse_` of several matrices on one device in one launch."""
+    """:func:`fastprune.reference.restore_sparse_each_` in one launch, to the same bits."""
     _write(elements, [each.contiguous() for each in offsets], [each.contiguous() for each in old], None)
 
 

@@ -15,15 +15,14 @@ neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Real
+from collections.abc import Iterator, Mapping
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastprune import backends, checks, cpu, products, reference
-from fastprune.errors import ArgumentError, FastpruneError
+from fastprune.errors import ArgumentError
 
 CRITERIA = reference.CRITERIA
 BACKENDS = backends.BACKENDS
@@ -209,17 +208,13 @@ def top_scores_of_each(
     together: dict[tuple[str, torch.device], dict[str, tuple[Tensor, Tensor | None]]] = {}
     checked = {}
     for name, (weight, statistic) in matrices.items():
-        try:
+        with checks.naming(name):
             checked[name] = checks.check_scores(weight, statistic, criterion, ks[name])
             server = backends.choose(backend, "top_scores", weight)
-        except FastpruneError as error:
-            if not name:
-                raise
-            raise type(error)(f"{name}: {error}") from error
         together.setdefault((server, weight.device), {})[name] = (weight, statistic)
     servers = [_selection_of(server) for server, _ in together]
     parts = zip(servers, together.values(), strict=True)
-    return itertools.chain.from_iterable(serve(some, criterion, checked) for serve, some in parts)
+    return itertools.chain.from_iterable(server.top_scores_of_each(some, criterion, checked) for server, some in parts)
 
 
 def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backend: str | None = None) -> Tensor:
@@ -227,7 +222,7 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
 
     Args:
         weight: Any float dtype and shape, may be strided; a parameter that requires a gradient is allowed.
-        indices: int64 ``(n,)``, flat in row-major order of the weight's shape, on its device.
+        indices: int64 ``(n,)``, flat in row-major order of the weight's shape, on its device, none twice.
         scale: 0 writes +0 whatever stood there; else the product is formed in float32 (float64 for a float64 weight)
             and rounded.
         backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
@@ -239,19 +234,40 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
         ArgumentError: Indices out of range, a scale that is not finite, or a weight whose elements share memory.
         BackendError: The backend that was asked for cannot serve.
     """
-    if not isinstance(scale, Real) or not math.isfinite(scale):
-        raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
-    with torch.no_grad():
-        elements, offsets = checks.check_elements(weight, indices)
-        match backends.choose(backend, "apply_sparse_", weight):
-            case "cpp":
-                return cpu.apply_sparse_(elements, offsets, scale)
-            case "cuda":
-                from fastprune import cuda
+    return apply_sparse_each_({"": weight}, {"": indices}, scale, backend=backend)[""]
 
-                return cuda.apply_sparse_(elements, offsets, scale)
-            case _:
-                return reference.apply_sparse_(elements, offsets, scale)
+
+def apply_sparse_each_(
+    weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], scale: float = 0.0, *, backend: str | None = None
+) -> dict[str, Tensor]:
+    """:func:`apply_sparse_` of several matrices: one wait for each device and, with ``cuda``, one launch.
+
+    Nothing is written before all arguments are checked. An interrupt may fall between two matrices, and what stood in
+    the first is then lost: who has to put it back reads it beforehand.
+
+    Args:
+        weights: Name to weight; dtypes and devices may differ. Messages about a matrix begin with its name, unless that
+            is empty. No two lists name the same element in memory.
+        indices: Name to indices, for the same names.
+        scale: As for :func:`apply_sparse_`.
+        backend: As for :func:`apply_sparse_`.
+
+    Returns:
+        Name to old values, for :func:`restore_sparse_each_`.
+
+    Raises:
+        ArgumentError: As :func:`apply_sparse_`, or the names differ.
+        BackendError: As :func:`apply_sparse_`.
+    """
+    checks.check_scale(scale)
+    old: dict[str, Tensor] = {}
+    with torch.no_grad():
+        groups = checks.check_elements(weights, indices)
+        servers = [_selection_of(backends.choose(backend, "apply_sparse_", group.elements[0])) for group in groups]
+        for server, group in zip(servers, groups, strict=True):
+            found = server.apply_sparse_each_(group.elements, group.offsets, scale)
+            old.update(zip(group.names, found, strict=True))
+    return {name: old[name] for name in weights}
 
 
 def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: str | None = None) -> None:
@@ -267,34 +283,38 @@ def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: st
         ArgumentError: Shapes, dtypes, devices or indices do not fit.
         BackendError: The backend that was asked for cannot serve.
     """
-    if old.dtype != weight.dtype or old.shape != indices.shape or old.device != weight.device:
-        raise ArgumentError(
-            f"old: expected {weight.dtype} {tuple(indices.shape)} on {weight.device}, as apply_sparse_ returned it, "
-            f"got {old.dtype} {tuple(old.shape)} on {old.device}"
-        )
+    restore_sparse_each_({"": weight}, {"": indices}, {"": old}, backend=backend)
+
+
+def restore_sparse_each_(
+    weights: Mapping[str, Tensor],
+    indices: Mapping[str, Tensor],
+    old: Mapping[str, Tensor],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Write back what :func:`apply_sparse_each_` returned: :func:`restore_sparse_` of several matrices, checked first.
+
+    Args, waits and errors are those of :func:`apply_sparse_each_`; ``old`` has the same names.
+    """
+    checks.check_old(weights, indices, old)
     with torch.no_grad():
-        elements, offsets = checks.check_elements(weight, indices)
-        match backends.choose(backend, "restore_sparse_", weight):
-            case "cpp":
-                cpu.restore_sparse_(elements, offsets, old.detach())
-            case "cuda":
-                from fastprune import cuda
-
-                cuda.restore_sparse_(elements, offsets, old.detach())
-            case _:
-                reference.restore_sparse_(elements, offsets, old.detach())
+        groups = checks.check_elements(weights, indices)
+        servers = [_selection_of(backends.choose(backend, "restore_sparse_", group.elements[0])) for group in groups]
+        for server, group in zip(servers, groups, strict=True):
+            server.restore_sparse_each_(group.elements, group.offsets, [old[name].detach() for name in group.names])
 
 
-def _selection_of(server: str) -> Callable[..., Iterable[tuple[str, tuple[Tensor, Tensor]]]]:
+def _selection_of(server: str) -> ModuleType:
     match server:
         case "cpp":
-            return cpu.top_scores_of_each
+            return cpu
         case "cuda":
             from fastprune import cuda
 
-            return cuda.top_scores_of_each
+            return cuda
         case _:
-            return reference.top_scores_of_each
+            return reference
 
 
 def _accumulate_per_example(

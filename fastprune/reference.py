@@ -7,7 +7,7 @@ dtype of the accumulator (float32 or float64). Where ``ops`` has no faster backe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -145,6 +145,17 @@ def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
 def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
     """``elements[offsets] = old``, bit by bit."""
     elements[offsets] = old
+
+
+def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """:func:`apply_sparse_` of several matrices, one after the other; returns what stood in each."""
+    return [apply_sparse_(*pair, scale) for pair in zip(elements, offsets, strict=True)]
+
+
+def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
+    """:func:`restore_sparse_` of several matrices, one after the other."""
+    for weight, where, values in zip(elements, offsets, old, strict=True):
+        restore_sparse_(weight, where, values)
 
 
 def scaled(old: Tensor, scale: float) -> Tensor:

@@ -2,14 +2,16 @@
 
 They are computed with on the CPU, by the emulated extension and interpreted Triton kernels where the library calls
 them. So everything around the kernels runs as on a device: which backend is chosen, where each tensor is made and
-moved, what is copied, which of torch.cuda's functions are called with what. What a device does not do, nothing here
-can tell: whether copies overlap, which stream waits for which, how much memory there is.
+moved, what is copied, which of torch.cuda's functions are called with what. What is sent from pinned memory within a
+stream is not there before its event is waited for. What a device does not do, nothing here can tell: whether copies
+overlap, how much memory there is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -102,14 +104,17 @@ class Pretending(TorchFunctionMode):
                 return _moved(args[0], torch.device("cpu"))
             case Tensor.pin_memory:
                 assert not of_device, "only the host's memory can be pinned"
-                return args[0]
+                return args[0] if _is_pinned(args[0]) else _pinned(args[0].clone())
+            case Tensor.is_pinned:
+                return _is_pinned(args[0])
             case Tensor.numpy | Tensor.__array__ if of_device:
                 raise TypeError("can't convert cuda tensor to numpy; use Tensor.cpu() first")
             case Tensor.tolist if of_device:
                 return args[0].held.detach().tolist()
             case torch.unravel_index if of_device:  # makes a tensor on its argument's device, where no mode sees it
                 return _on(args[0].device, func(args[0].held, *args[1:], **kwargs))
-        kwargs.pop("pin_memory", None)
+        if kwargs.pop("pin_memory", False):
+            return _pinned(func(*args, **kwargs))
         device = _device(kwargs.get("device"))
         if device is None or (device.type != "cuda" and not of_device):
             return func(*args, **kwargs)
@@ -125,19 +130,51 @@ class Pretending(TorchFunctionMode):
                 dtype, device = value.dtype, value.device
             elif not isinstance(value, bool):  # non_blocking
                 device = value
-        kwargs.pop("non_blocking", None)
+        non_blocking = kwargs.pop("non_blocking", False)
         if dtype is not None or kwargs:
             tensor = tensor.to(dtype or tensor.dtype, **kwargs)
-        return tensor if device is None else _moved(tensor, _device(device))
+        moved = tensor if device is None else _moved(tensor, _device(device))
+        if non_blocking and (stream := getattr(_current, "stream", None)):
+            assert _is_pinned(tensor), "what is sent from pageable memory holds up the thread"
+            moved.held.fill_(torch.nan)
+            stream.under_way.append(lambda: moved.held.copy_(tensor))
+        return moved
 
 
 class _Stream(SimpleNamespace):
     cuda_stream = 0
 
     def __init__(self, device: Any = None) -> None:
-        super().__init__(device=_device("cuda" if device is None else device))
+        super().__init__(device=_device("cuda" if device is None else device), under_way=[])
 
-    def synchronize(self) -> None: ...
+    def record_event(self) -> list[Callable]:
+        event, self.under_way = self.under_way, []
+        return event
+
+    def wait_event(self, event: list[Callable]) -> None:
+        while event:
+            event.pop()()
+
+
+_current = threading.local()
+
+
+@contextlib.contextmanager
+def _within(stream: _Stream) -> Iterator[None]:
+    _current.stream = stream
+    try:
+        yield
+    finally:
+        _current.stream = None
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    tensor.pinned = True
+    return tensor
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor, "pinned", False)
 
 
 @contextlib.contextmanager
@@ -192,7 +229,7 @@ def _patch(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> list[str]:
         "is_bf16_supported": lambda *args, **kwargs: True,
         "Stream": _Stream,
         "current_stream": _Stream,
-        "stream": contextlib.nullcontext,
+        "stream": _within,
         "device": contextlib.nullcontext,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -15,8 +15,9 @@ from types import ModuleType
 import cuda_cases
 import pytest
 import torch
+from test_ops_sparse import copies, same, several
 
-from fastprune import cuda
+from fastprune import backends, cuda, ops
 from fastprune.errors import ArgumentError
 
 pytestmark = pytest.mark.skipif(
@@ -100,6 +101,21 @@ def test_difference(a_size: int, b_size: int) -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.0, 1.0, 0.5, -1.7, 3e-5, 70_000.0, 1e-45])
 def test_sparse_writes(scale: float) -> None:
     cuda_cases.check_sparse("cpu", scale)
+
+
+def test_the_waist_writes_all_matrices_in_one_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bits of one by one, in a launch each way; windows and transposed matrices too, and a list of none."""
+    monkeypatch.setattr(backends, "choose", lambda backend, operation, *tensors: "cuda")
+    monkeypatch.setenv("EMULATED_LAUNCHES", str(tmp_path / "launches"))
+    weights, indices = several()
+    before, alone = copies(weights), copies(weights)
+    expected = {name: ops.apply_sparse_(alone[name], indices[name], -0.7) for name in alone}
+    (tmp_path / "launches").unlink()
+    old = ops.apply_sparse_each_(weights, indices, -0.7)
+    assert same(old, expected) and same(weights, alone) and not same(weights, before)
+    ops.restore_sparse_each_(weights, indices, old)
+    assert same(weights, before) and len((tmp_path / "launches").read_text()) == 2
+    assert ops.apply_sparse_each_({}, {}) == {}
 
 
 def test_a_workspace_that_is_too_small_is_refused(emulated: ModuleType) -> None:

@@ -112,7 +112,7 @@ def test_work_is_queued_on_the_current_stream() -> None:
         got = cuda_cases.best_of(on_stream, statistic, "signed", 4000)
         torch.cuda._sleep(200_000_000)
         on_stream.neg_()
-        old = cuda.apply_sparse_(on_stream.view(-1), offsets, 0.5)
+        [old] = cuda.apply_sparse_each_([on_stream.view(-1)], [offsets], 0.5)
         kept = cuda.difference(got[0].sort().values, expected[0][:100].sort().values)
     torch.cuda.synchronize()
     assert same(got, expected)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from mask_models import SHAPES, Toy, bits, fingerprint_of, mask_of, masks, same_bits, thorough
 from torch import nn
 
-from fastprune import ops
+from fastprune import ops, reference
 from fastprune.errors import ArgumentError, MaskError, ModelError
 from fastprune.masking.apply import _live, matrices_of
 from fastprune.masking.mask import PruneMask
@@ -67,22 +67,40 @@ def test_an_exception_inside_the_block_restores_and_goes_on():
         assert same_bits(bits(model), before) and not _live[model]
 
 
+def test_an_interrupt_between_the_writes_of_a_backend_leaves_the_model_as_it_was(monkeypatch):
+    """Each backend of the CPU scales what stood in a matrix, then writes it."""
+    model, mask = Toy(), mask_of(a=[1, 10], b=[0, 20], c=[2, 3])
+    before, genuine, written = bits(model), reference.scaled, []
+
+    def interrupted(old, scale):
+        written.append(not same_bits(bits(model), before))
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return genuine(old, scale)
+
+    monkeypatch.setattr(reference, "scaled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mask.apply_(model)
+    assert written == [False, True, True] and same_bits(bits(model), before) and not _live[model]
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("way", ["apply_", "applied"])
 def test_an_interrupt_half_way_leaves_the_model_as_it_was(monkeypatch, when, way):
-    """Ctrl-C at the third matrix, before it is written or when it just has been."""
+    """Ctrl-C while all matrices are written: at the third, before it is or when it just has been."""
     model, mask = Toy(), mask_of(a=[1, 10], b=[0, 20], c=[2, 3])
-    before, genuine, calls = bits(model), ops.apply_sparse_, []
+    before, genuine, calls = bits(model), ops.apply_sparse_each_, []
 
-    def interrupted(weight, indices, scale):
-        calls.append(1)
-        if len(calls) == 3 and when == "before":
-            raise KeyboardInterrupt
-        genuine(weight, indices, scale)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+    def interrupted(weights, indices, scale):
+        assert list(weights) == list(indices) == list(SHAPES)
+        for name, weight in weights.items():
+            calls.append(name)
+            if len(calls) == 3 and when == "before":
+                raise KeyboardInterrupt
+            genuine({name: weight}, {name: indices[name]}, scale)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ops, "apply_sparse_", interrupted)
+    monkeypatch.setattr(ops, "apply_sparse_each_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         if way == "apply_":
             mask.apply_(model)

@@ -222,7 +222,7 @@ def test_sums_of_squares_of_device_tensors_go_to_triton(gpu, monkeypatch) -> Non
 
 def test_selection_and_sparse_writes_go_to_the_launchers_of_cuda(monkeypatch) -> None:
     """The plain functions stand in for the kernels, which test_cuda_emulated.py and test_cuda_ops_gpu.py run."""
-    called, launchers = [], ["top_scores_of_each", "apply_sparse_", "restore_sparse_"]
+    called, launchers = [], ["top_scores_of_each", "apply_sparse_each_", "restore_sparse_each_"]
     for name in launchers:
 
         def launcher(*args, name=name):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastprune import ops
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, BackendError
 
 BACKENDS = [name for name in ("torch", "cpp") if ops.available_backends()[name] == "available"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -25,7 +25,7 @@ LAYOUTS = {
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(BITS[tensor.dtype])
+    return tensor.detach().contiguous().view(BITS.get(tensor.dtype, tensor.dtype))
 
 
 def any_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -145,3 +145,91 @@ def test_bad_arguments_are_named(weight, indices, scale, name, backend):
 def test_restore_refuses_values_that_are_not_those_of_apply(old):
     with pytest.raises(ArgumentError, match="old"):
         ops.restore_sparse_(torch.zeros(2, 3), torch.tensor([0, 1]), old)
+
+
+def several() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Matrices of every dtype and layout, a list of which is empty; and indices of them."""
+    weights = {
+        f"{layout}, {dtype}": LAYOUTS[layout](any_bits((17, 29), dtype)) for layout in LAYOUTS for dtype in DTYPES
+    }
+    counts = [0, *range(1, len(weights))]
+    return weights, {name: torch.randperm(17 * 29)[:k] for name, k in zip(weights, counts, strict=True)}
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return list(some) == list(others) and all(torch.equal(bits(some[name]), bits(others[name])) for name in some)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_several_matrices_at_once_get_the_bits_of_one_by_one(backend, scale, monkeypatch):
+    weights, indices = several()
+    before, alone = copies(weights), copies(weights)
+    expected = {name: ops.apply_sparse_(alone[name], indices[name], scale, backend=backend) for name in alone}
+    waits, genuine = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: waits.append(tensor.device) or genuine(tensor))
+    old = ops.apply_sparse_each_(weights, indices, scale, backend=backend)
+    assert len(waits) == 1  # for the range of all lists of a device, which is a wait if it is a GPU
+    assert same(old, expected) and same(weights, alone) and not same(weights, before)
+    ops.restore_sparse_each_(weights, indices, dict(reversed(old.items())), backend=backend)
+    assert len(waits) == 2 and same(weights, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_matrices_or_no_indices_write_nothing(backend):
+    assert ops.apply_sparse_each_({}, {}, backend=backend) == {}
+    ops.restore_sparse_each_({}, {}, {}, backend=backend)
+    weights, indices = several()
+    before, nothing = copies(weights), {name: each[:0] for name, each in indices.items()}
+    ops.restore_sparse_each_(weights, nothing, ops.apply_sparse_each_(weights, nothing, backend=backend))
+    assert same(weights, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"indices": torch.tensor([5, 493])},
+            r"^last: indices: expected 0 to 492 for a weight \(17, 29\), got 5 to 493",
+        ),
+        ({"indices": torch.tensor([-1, 5])}, r"^last: indices: expected 0 to 492 .*, got -1 to 5"),
+        ({"indices": torch.tensor([[1]])}, r"^last: indices: expected int64 \(n,\)"),
+        ({"weight": torch.zeros(29).expand(17, 29)}, "^last: weight: elements share memory"),
+        ({"weight": torch.zeros(17, 29, dtype=torch.int64)}, "^last: weight: expected float16"),
+        ({"old": torch.zeros(3)}, r"^last: old: expected torch\.float32 \(1,\)"),
+        ({"scale": math.nan}, "^scale: expected a finite number"),
+        ({"backend": "triton"}, "'triton' has no (apply|restore)_sparse_"),
+        ({"backend": "tpu"}, "^backend: expected one of"),
+    ],
+)
+def test_one_bad_argument_leaves_all_matrices_untouched(changes, message):
+    weights, indices = several()
+    weights["last"] = changes.get("weight", torch.ones(17, 29))
+    indices["last"] = changes.get("indices", torch.tensor([7]))
+    before, options = copies(weights), {"backend": changes.get("backend")}
+    if "old" not in changes:
+        with pytest.raises((ArgumentError, BackendError), match=message):
+            ops.apply_sparse_each_(weights, indices, changes.get("scale", 0.0), **options)
+        assert same(weights, before)
+    if "scale" not in changes:
+        old = {name: weights[name].new_zeros(each.shape) for name, each in indices.items()}
+        with pytest.raises((ArgumentError, BackendError), match=message):
+            ops.restore_sparse_each_(weights, indices, {**old, "last": changes.get("old", old["last"])}, **options)
+        assert same(weights, before)
+
+
+def test_names_that_differ_are_refused():
+    weights, indices = {"a": torch.ones(2, 3)}, {"a": torch.tensor([1])}
+    with pytest.raises(ArgumentError, match=r"indices: expected the names of the 1 weights, got 2; 'b' is in one"):
+        ops.apply_sparse_each_(weights, {**indices, "b": indices["a"]})
+    with pytest.raises(ArgumentError, match=r"indices: expected the names of the 1 weights, got 0; 'a' is in one"):
+        ops.apply_sparse_each_(weights, {})
+    with pytest.raises(ArgumentError, match=r"old: expected the names of the 1 weights, got 1; 'a' is in one"):
+        ops.restore_sparse_each_(weights, indices, {"b": torch.ones(1)})
+    with pytest.raises(ArgumentError, match=r"indices: expected the names of the 1 weights, got 0; 'a' is in one"):
+        ops.restore_sparse_each_(weights, {}, {"a": torch.ones(1)})
+    assert weights["a"].all()

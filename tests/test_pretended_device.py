@@ -20,6 +20,8 @@ from test_devices import masks, spread
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.evaluation import evaluate
+from fastprune.model import skeleton
+from fastprune.model.weights import EMBEDDING, HEAD, Streamed
 from fastprune.organism import export_data, load_organism
 
 pytestmark = pytest.mark.skipif(
@@ -81,8 +83,20 @@ def test_kernels_serve_each_dtype_and_masks_are_taken_back(dtype: torch.dtype, c
     for name, weight in model.state_dict().items():
         assert isinstance(weight, DeviceTensor)
         assert torch.equal(weight.held, before[name])
-    assert {"apply_sparse", "restore_sparse"} <= set(calls)
+    writes = [call for call in calls if call.endswith("_sparse")]
+    assert writes == ["apply_sparse", "restore_sparse"]  # of all matrices together
     assert fastprune.random_mask(model, like=mask, match="magnitude").counts == mask.counts
+
+
+def test_a_mask_is_written_device_by_device(calls: list[str]) -> None:
+    model = spread(build("Llama"), "cuda:0", "cuda:1")
+    before = {name: weight.held.clone() for name, weight in model.state_dict().items()}
+    mask, _ = masks(model)
+    with mask.applied(model):
+        changed = {weight.device for name, weight in model.state_dict().items() if (weight.held != before[name]).any()}
+    assert changed == {torch.device("cuda:0"), torch.device("cuda:1")}
+    assert [call for call in calls if call.endswith("_sparse")] == 2 * ["apply_sparse"] + 2 * ["restore_sparse"]
+    assert all(torch.equal(weight.held, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[str]) -> None:
@@ -96,6 +110,32 @@ def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[
     )
     assert streamed.select(0.05, 0.01) == resident.select(0.05, 0.01)
     assert "accumulate_per_example" in calls
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "pageable"), [("Llama", None, ""), ("Mixtral", None, "experts"), ("Llama", "bfloat16", "weight")]
+)
+def test_a_folder_is_read_into_pinned_memory(
+    name: str, dtype: str | None, pageable: str, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is converted or put together, which is copied there afterwards."""
+    model = build(name, num_hidden_layers=2)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    names = {(stored.path, stored.start): name for name, stored in skeleton.stored_tensors(tmp_path).items()}
+    real, pinned = skeleton.read_tensor, {}
+
+    def noted(stored, **options):
+        tensor = real(stored, **options)
+        pinned[names[stored.path, stored.start]] = tensor.is_pinned()
+        return tensor
+
+    monkeypatch.setattr(skeleton, "read_tensor", noted)
+    streamed = Streamed(tmp_path, torch.device("cuda:1"), dtype and getattr(torch, dtype))
+    with streamed.held((EMBEDDING, 0, 1, HEAD)):
+        for name, weight in streamed.model.state_dict().items():
+            assert torch.equal(weight.held, model.state_dict()[name].to(weight.dtype)), name
+    streamed.close()
+    assert pinned == {name: not pageable or pageable not in name for name in names.values()}
 
 
 def test_evaluation_gives_the_same_rates(tmp_path: Path, calls: list[str]) -> None:

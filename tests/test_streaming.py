@@ -70,9 +70,9 @@ def test_every_weight_is_read_at_most_twice_for_both_sets(
     reads: Counter[tuple] = Counter()
     real = skeleton.read_tensor
 
-    def counted(stored):
+    def counted(stored, **options):
         reads[stored.path.name, stored.start] += 1
-        return real(stored)
+        return real(stored, **options)
 
     monkeypatch.setattr(skeleton, "read_tensor", counted)
     score(folder, segments)

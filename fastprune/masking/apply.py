@@ -88,16 +88,18 @@ class Undo:
         records = _live.setdefault(self._model(), [])
         records.append(self)
         try:
-            for name, indices in self._indices.items():
-                ops.apply_sparse_(weights[name], indices, scale)
+            ops.apply_sparse_each_({name: weights[name] for name in self._indices}, self._indices, scale)
         except BaseException:
             self._write_back({name: weights[name] for name in self._indices})
             records.remove(self)
             raise
 
     def _write_back(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, weight in weights.items():
-            ops.restore_sparse_(weight, self._indices[name].to(weight.device), self._old[name].to(weight.device))
+        indices, old = (
+            {name: values[name].to(weight.device) for name, weight in weights.items()}
+            for values in (self._indices, self._old)
+        )
+        ops.restore_sparse_each_(weights, indices, old)
 
 
 def apply_mask_(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Undo:

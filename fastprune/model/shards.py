@@ -118,15 +118,19 @@ def read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def read_tensor(stored: Stored) -> torch.Tensor:
+def read_tensor(stored: Stored, *, pinned: bool = False) -> torch.Tensor:
     """A tensor's values, in memory of its own, on the CPU, in the dtype on disk.
+
+    Args:
+        stored: Where they are.
+        pinned: Read into page-locked memory, from which a GPU fetches them without another copy; it needs one.
 
     Raises:
         ArtifactError: Its dtype is none of ``DTYPES``, or the file ends before its bytes do.
     """
     if stored.dtype not in DTYPES:
         raise ArtifactError(f"{stored.path}: weights of the type {stored.dtype} cannot be read here")
-    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype], pin_memory=pinned)
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if stored.numel else memoryview(b"")
     with stored.path.open("rb", buffering=0) as file:
         done = 0

@@ -42,14 +42,22 @@ class Recipe:
     sources: dict[str, list[Stored]] = field(default_factory=dict)
     converter: Any = None
 
-    def read(self, model: nn.Module) -> torch.Tensor:
+    def read(self, model: nn.Module, *, pinned: bool = False) -> torch.Tensor:
         """The tensor, on the CPU.
+
+        Args:
+            model: The model, which a conversion asks for its config.
+            pinned: Read into page-locked memory what is wanted as it is stored; what is not is made in other memory.
 
         Raises:
             ArtifactError: A shard cannot be read.
             ModelError: The conversion does not give this parameter, or in another shape.
         """
-        tensors = {pattern: [read_tensor(part) for part in parts] for pattern, parts in self.sources.items()}
+        parts = [part for parts in self.sources.values() for part in parts]
+        pinned = pinned and self.converter is None and all(DTYPES.get(part.dtype) == self.dtype for part in parts)
+        tensors = {
+            pattern: [read_tensor(part, pinned=pinned) for part in parts] for pattern, parts in self.sources.items()
+        }
         if self.converter is None:
             ((tensor,),) = tensors.values()
             return tensor.to(self.dtype)

@@ -137,7 +137,7 @@ class Streamed:
             for group in groups_of[key]:
                 self._groups.setdefault(group, []).append(entry)
             if not groups_of[key]:
-                self._place(entry, self._read(entry.recipe))
+                self._place(entry, *self._read(entry.recipe))
 
     @contextlib.contextmanager
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:
@@ -159,7 +159,7 @@ class Streamed:
             self._drop(before)
             before = []
             for entry in needed:
-                self._wait(entry)
+                self._place(entry, *entry.loading.result())
             yield
         finally:
             self._drop([*before, *needed])
@@ -198,21 +198,15 @@ class Streamed:
             if entry.loading is None:
                 entry.loading = self._reader.submit(self._read, entry.recipe)
 
-    def _wait(self, entry: _Parameter) -> None:
-        tensor = entry.loading.result()
-        if self._stream is not None:
-            # The allocator must not hand its memory to the reader while work that uses it is still queued here.
-            tensor.record_stream(torch.cuda.current_stream(self.device))
-        self._place(entry, tensor)
-
-    def _read(self, recipe: Recipe) -> torch.Tensor:
-        tensor = recipe.read(self.model)
+    def _read(self, recipe: Recipe) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The tensor on the device, and what a stream there waits for before it uses it."""
         if self._stream is None:
-            return tensor.to(self.device)
+            return recipe.read(self.model).to(self.device), None
         with torch.cuda.stream(self._stream):
-            moved = tensor.pin_memory().to(self.device, non_blocking=True)
-        self._stream.synchronize()
-        return moved
+            tensor = recipe.read(self.model, pinned=True).pin_memory()  # no copy of what was read into pinned memory
+            # Nothing waits here: the next tensor is read while this one is sent. Its pinned memory may be let go of
+            # all the same, for torch's allocator gives that out again only when copies that it has begun are done.
+            return tensor.to(self.device, non_blocking=True), self._stream.record_event()
 
     def _drop(self, entries: Sequence[_Parameter]) -> None:
         dropped = False
@@ -227,8 +221,12 @@ class Streamed:
         if dropped:
             _return_freed_memory()
 
-    @staticmethod
-    def _place(entry: _Parameter, tensor: torch.Tensor) -> None:
+    def _place(self, entry: _Parameter, tensor: torch.Tensor, sent: torch.cuda.Event | None) -> None:
+        if sent is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(sent)
+            # The allocator must not hand its memory to the reader while work that uses it is still queued here.
+            tensor.record_stream(current)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for module, name in entry.places:
             module._parameters[name] = parameter
