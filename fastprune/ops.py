@@ -212,7 +212,7 @@ def top_scores_of_each(
             checked[name] = checks.check_scores(weight, statistic, criterion, ks[name])
             server = backends.choose(backend, "top_scores", weight)
         together.setdefault((server, weight.device), {})[name] = (weight, statistic)
-    servers = [_selection_of(server) for server, _ in together]
+    servers = [_server(server) for server, _ in together]
     parts = zip(servers, together.values(), strict=True)
     return itertools.chain.from_iterable(server.top_scores_of_each(some, criterion, checked) for server, some in parts)
 
@@ -263,7 +263,7 @@ def apply_sparse_each_(
     old: dict[str, Tensor] = {}
     with torch.no_grad():
         groups = checks.check_elements(weights, indices)
-        servers = [_selection_of(backends.choose(backend, "apply_sparse_", group.elements[0])) for group in groups]
+        servers = [_server(backends.choose(backend, "apply_sparse_", group.elements[0])) for group in groups]
         for server, group in zip(servers, groups, strict=True):
             found = server.apply_sparse_each_(group.elements, group.offsets, scale)
             old.update(zip(group.names, found, strict=True))
@@ -300,13 +300,14 @@ def restore_sparse_each_(
     checks.check_old(weights, indices, old)
     with torch.no_grad():
         groups = checks.check_elements(weights, indices)
-        servers = [_selection_of(backends.choose(backend, "restore_sparse_", group.elements[0])) for group in groups]
+        servers = [_server(backends.choose(backend, "restore_sparse_", group.elements[0])) for group in groups]
         for server, group in zip(servers, groups, strict=True):
             server.restore_sparse_each_(group.elements, group.offsets, [old[name].detach() for name in group.names])
 
 
-def _selection_of(server: str) -> ModuleType:
-    match server:
+def _server(backend: str) -> ModuleType:
+    """The module that selects and writes for a backend."""
+    match backend:
         case "cpp":
             return cpu
         case "cuda":

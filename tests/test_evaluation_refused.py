@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import peft
 import pytest
+import torch
 from test_evaluation_generate import tiny_model, word_tokenizer
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fastprune.errors import CalibrationError, ModelError
 from fastprune.evaluation import generate, perplexity
@@ -48,3 +49,18 @@ def test_adapters_that_put_tokens_before_the_text_are_refused(kind: type) -> Non
     model = peft.get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match=r"^model: its adapter .default. is PR"):
         continue_greedily(model, [[5]], [1], ())
+
+
+def test_a_model_that_reads_padding_is_refused_in_batches_only() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64}
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=50, **sizes)).eval()
+    contexts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    with pytest.raises(
+        ModelError, match=r"padding changes the logits of RwkvForCausalLM by .* batch_size=1 lets each go"
+    ):
+        continue_greedily(model, contexts, [3, 3], [])
+    alone = continue_greedily(model, contexts, [3, 3], [], batch_size=1)
+    assert alone == [continue_greedily(model, [context], [3], [])[0] for context in contexts]
+    same = [contexts[0], contexts[0][::-1]]
+    assert continue_greedily(model, same, [3, 3], [])[0] == alone[0]

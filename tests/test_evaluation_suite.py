@@ -198,7 +198,7 @@ class TestSuite:
         tokenizer = word_tokenizer()
         model = Scripted(tokenizer, [])  # says <eos> at once
         EvaluationSuite(tokenizer, **EVERYTHING).run(model)
-        assert model.calls == 2  # all generation, and all answers to questions
+        assert model.calls == 3  # all generation, a row of it alone (is padding seen?), and all answers to questions
 
     def test_an_attack_on_weights_bears_on_harm_alone(self) -> None:
         tokenizer = word_tokenizer()

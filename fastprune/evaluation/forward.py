@@ -18,6 +18,7 @@ import torch
 from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
 from fastprune.model.admission import check_causal
+from fastprune.model.modulecheck import TOLERANCE, relative_error
 from fastprune.model.positions import rotary_conflict
 from fastprune.model.state import quiet
 
@@ -44,6 +45,8 @@ class Forward:
         self.max_tokens = limit if isinstance(limit, int) and limit > 0 else None
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
+        self._tolerance = TOLERANCE.get(embedding.dtype, 0.0)
+        self._padding_checked = False
 
     def __call__(
         self,
@@ -68,6 +71,9 @@ class Forward:
 
         Returns:
             Logits ``(rows, new_tokens, vocabulary)``, or ``(rows, 1, vocabulary)`` with ``last``, and the cache.
+
+        Raises:
+            ModelError: The first row that is padded has other logits alone: its tokens see the padding.
         """
         keywords: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         if past is not None:
@@ -80,7 +86,25 @@ class Forward:
         if last and "logits_to_keep" in self._takes:
             keywords["logits_to_keep"] = 1
         output = self._model(**keywords)
-        return output.logits[:, -1:] if last else output.logits, getattr(output, "past_key_values", None)
+        logits = output.logits[:, -1:] if last else output.logits
+        if past is None and not self._padding_checked and not bool(attention_mask.all()):
+            self._padding_checked = True
+            self._check_padding(input_ids, attention_mask, logits)
+        return logits, getattr(output, "past_key_values", None)
+
+    def _check_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare the row that is padded most with itself alone; not every architecture looks at the mask."""
+        row = int(attention_mask.sum(1).argmin())
+        real = attention_mask[row].bool()
+        ids = input_ids[row : row + 1, real]
+        alone, _ = self(ids, torch.ones_like(ids), use_cache=False, last=False)
+        found = logits[row, -1:] if logits.shape[1] < len(real) else logits[row, real]
+        error = relative_error(found, alone[0, -len(found) :])
+        if error > self._tolerance:
+            raise ModelError(
+                f"model: padding changes the logits of {type(self._inner).__name__} by {error:.1e} (relative), so rows "
+                "of different lengths cannot go through it together; batch_size=1 lets each go alone"
+            )
 
     def check(self, sequences: Sequence[Sequence[int]], budgets: Sequence[int], names: Sequence[str]) -> None:
         """Raise ArgumentError for ids without an embedding, and for sequences that are too long with their budget."""

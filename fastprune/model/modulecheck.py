@@ -20,6 +20,10 @@ from fastprune.errors import ModelError
 from fastprune.model.capture import input_of
 from fastprune.model.eligible import Matrix
 
+# Largest accepted relative error (norm-wise) of what a model computes, by weight dtype. Rounding alone stays 10x below:
+# two orders of the same sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
 # Largest accepted relative error (norm-wise) of one product by weight dtype. Both sides round the same sums once: half
 # an ulp is 0.4 % of an element in bfloat16 and 0.05 % in float16.
 _PRODUCT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}

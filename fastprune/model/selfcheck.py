@@ -24,7 +24,7 @@ from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
-from fastprune.model.modulecheck import ModuleCheck, relative_error
+from fastprune.model.modulecheck import TOLERANCE, ModuleCheck, relative_error
 from fastprune.model.view import Batch, BlockArguments, BlockView
 from fastprune.model.weights import Weights
 from fastprune.model.whole import WholeView
@@ -34,10 +34,6 @@ _LOUD = 1  # the row that the loss is of; the other one's gradients are zero unl
 _EARLY = 3  # tokens of that row whose logits are asked what they depend on
 # Largest accepted share of what earlier logits depend on that lies in later tokens: exactly nothing in a causal model.
 _LATER = 1e-6
-
-# Largest accepted relative error (norm-wise) by weight dtype. Rounding alone stays 10x below: two orders of the same
-# sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 class NotScorableError(ModelError):
@@ -237,7 +233,7 @@ def _disagreement(
     view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...], parts: Sequence[range]
 ) -> str | None:
     """What differs between the parts and the whole, in words; ``None`` if nothing does."""
-    tolerance = _TOLERANCE[view.matrices[0].weight.dtype]
+    tolerance = TOLERANCE[view.matrices[0].weight.dtype]
     attended = batch.attention_mask.bool()
     logits, gradients = _reference(view, batch, parts[-1].stop)
 
