@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, RwkvConfig, RwkvForCausalL
 
 from fastprune.errors import CalibrationError, ModelError
 from fastprune.evaluation import generate, perplexity
+from fastprune.evaluation.forward import inference
 from fastprune.evaluation.generate import continue_greedily
 
 
@@ -64,3 +65,21 @@ def test_a_model_that_reads_padding_is_refused_in_batches_only() -> None:
     assert alone == [continue_greedily(model, [context], [3], [])[0] for context in contexts]
     same = [contexts[0], contexts[0][::-1]]
     assert continue_greedily(model, same, [3, 3], [])[0] == alone[0]
+
+
+def test_padding_is_looked_at_again_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = tiny_model(), []
+    monkeypatch.setattr(
+        "fastprune.evaluation.forward.relative_error", lambda found, alone: looked.append(len(found)) or 0.0
+    )
+    for longest in (3, 4, 5, 6, 9, 9):
+        continue_greedily(model, [[5, 6, 7], list(range(5, 5 + longest))], [1, 1], [])
+    assert looked == [1] * 5  # each call is an evaluation of its own
+    looked.clear()
+    with inference(model) as forward:
+        for padding in (0, 1, 1, 2, 3, 4, 9, 4):
+            ids = torch.full((2, 10), 5)
+            mask = torch.ones_like(ids)
+            mask[1, 10 - padding :] = 0
+            forward(ids, mask, use_cache=False, last=False)
+    assert looked == [9, 8, 6, 1]

@@ -135,3 +135,37 @@ def test_a_linear_may_be_called_by_keyword() -> None:
     found, expected = score(model), score(plain)
     for name, inner in zip(expected.names, found.names, strict=True):
         assert torch.equal(found.harm[inner].values, expected.harm[name].values)
+
+
+@pytest.mark.parametrize("segments", [None, 2])
+def test_a_model_that_counts_the_tokens_of_the_mask_is_refused(segments: int | None) -> None:
+    """Whole or block by block: no pass gives it the mask of the padding."""
+    model, counts = build("Llama"), {}
+
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        counts["log"] = kwargs["attention_mask"].sum(1)[:, None, None].log()
+
+    def scale(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * counts["log"] if len(output) == len(counts["log"]) else output
+
+    model.model.register_forward_pre_hook(count, with_kwargs=True)
+    model.model.norm.register_forward_hook(scale)
+    message = "its logits differ|mask of the padding behind a text changes the logits of the text"
+    with pytest.raises(ModelError, match=message):
+        score(model, segments=segments)
+
+
+def test_a_model_need_not_be_transformers_own() -> None:
+    class Own(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.model, self.lm_head, self.config = inner.model, inner.lm_head, inner.config
+            self.get_input_embeddings, self.get_output_embeddings = inner.get_input_embeddings, lambda: self.lm_head
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+            hidden = self.model(input_ids, attention_mask, position_ids, use_cache=use_cache)[0]
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+    model = build("Llama")
+    expected = score(model, segments=2).select(None, 0.05)
+    assert score(Own(model), segments=2).select(None, 0.05) == expected

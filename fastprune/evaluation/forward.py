@@ -22,6 +22,8 @@ from fastprune.model.modulecheck import TOLERANCE, relative_error
 from fastprune.model.positions import rotary_conflict
 from fastprune.model.state import quiet
 
+_COMPARED = 64  # tokens of a row
+
 
 class Forward:
     """A model's forward with only the keywords that it declares; make one with :func:`inference`.
@@ -45,8 +47,7 @@ class Forward:
         self.max_tokens = limit if isinstance(limit, int) and limit > 0 else None
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
-        self._tolerance = TOLERANCE.get(embedding.dtype, 0.0)
-        self._padding_checked = False
+        self._padding_checked = 0
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class Forward:
             Logits ``(rows, new_tokens, vocabulary)``, or ``(rows, 1, vocabulary)`` with ``last``, and the cache.
 
         Raises:
-            ModelError: The first row that is padded has other logits alone: its tokens see the padding.
+            ModelError: A padded row has other logits alone: its tokens see the padding.
         """
         keywords: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         if past is not None:
@@ -87,20 +88,32 @@ class Forward:
             keywords["logits_to_keep"] = 1
         output = self._model(**keywords)
         logits = output.logits[:, -1:] if last else output.logits
-        if past is None and not self._padding_checked and not bool(attention_mask.all()):
-            self._padding_checked = True
+        if past is None:
             self._check_padding(input_ids, attention_mask, logits)
         return logits, getattr(output, "past_key_values", None)
 
     def _check_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits: torch.Tensor) -> None:
-        """Compare the row that is padded most with itself alone; not every architecture looks at the mask."""
-        row = int(attention_mask.sum(1).argmin())
+        """Compare the row that is padded most with itself alone; not every architecture looks at the mask.
+
+        The first time that there is padding, and whenever there is twice as much as was looked at: a little may hide in
+        rounding.
+        """
+        lengths = attention_mask.sum(1)
+        row, padding = int(lengths.argmin()), int(input_ids.shape[1] - lengths.min())
+        if padding < max(1, 2 * self._padding_checked):
+            return
+        self._padding_checked = padding
         real = attention_mask[row].bool()
         ids = input_ids[row : row + 1, real]
-        alone, _ = self(ids, torch.ones_like(ids), use_cache=False, last=False)
-        found = logits[row, -1:] if logits.shape[1] < len(real) else logits[row, real]
-        error = relative_error(found, alone[0, -len(found) :])
-        if error > self._tolerance:
+        alone, _ = self(ids, torch.ones_like(ids), use_cache=False, last=logits.shape[1] == 1)
+        found = logits[row, -1:] if logits.shape[1] == 1 else logits[row, real]
+        some = slice(-_COMPARED, None)  # of a long text, logits of 100,000 words take memory
+        error = relative_error(found[some], alone[0][some])
+        # What computes in another dtype than it is stored in, as under autocast, rounds as the wider tolerance allows.
+        dtypes = {logits.dtype, *(parameter.dtype for parameter in self._inner.parameters())}
+        if torch.is_autocast_enabled(logits.device.type):
+            dtypes.add(torch.get_autocast_dtype(logits.device.type))
+        if error > max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes):
             raise ModelError(
                 f"model: padding changes the logits of {type(self._inner).__name__} by {error:.1e} (relative), so rows "
                 "of different lengths cannot go through it together; batch_size=1 lets each go alone"

@@ -149,11 +149,11 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
     return matrices
 
 
-def _innermost_config(model: nn.Module, path: str) -> type:
+def _innermost_config(model: nn.Module, path: str) -> type | None:
     """Type of the config of the module nearest above ``path`` that has one, as models inside models do."""
     parts = path.split(".")
     above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
-    return next(type(module.config) for module in above if isinstance(module, PreTrainedModel))
+    return next((type(module.config) for module in above if isinstance(module, PreTrainedModel)), None)
 
 
 def _is_linear(module: nn.Module) -> bool:

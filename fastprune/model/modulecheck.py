@@ -46,7 +46,7 @@ class ModuleCheck(contextlib.ExitStack):
         super().__init__()
         self._matrices, self._shape, self._row = matrices, shape, row
         self._strangers: list[str] = []
-        self._mixing: list[str] = []
+        self._mixing: dict[str, None] = {}  # in order; there may be more backward passes than one
 
     def __enter__(self) -> ModuleCheck:
         for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
@@ -62,10 +62,10 @@ class ModuleCheck(contextlib.ExitStack):
             )
         if self._mixing:
             raise ModelError(
-                f"model: {self._mixing[0]} is not given its tokens example by example ({len(self._mixing)} such): the "
-                "loss of one example has a gradient where those of another should be; expected (rows, tokens, features)"
-                ", as of the input, and no row that depends on another, got another order or rows that are mixed; such "
-                "a model cannot be scored"
+                f"model: {next(iter(self._mixing))} is not given its tokens example by example ({len(self._mixing)} "
+                "such): the loss of one example has a gradient where those of another should be; expected (rows, "
+                "tokens, features), as of the input, and no row that depends on another, got another order or rows "
+                "that are mixed; such a model cannot be scored"
             )
 
     def _watch(self, module: nn.Module, matrix: Matrix) -> RemovableHandle:
@@ -96,7 +96,7 @@ class ModuleCheck(contextlib.ExitStack):
         own = by_row[self._row].clone()
         by_row[self._row] = 0.0
         if float(by_row.norm()) > _STRAY * float(own):  # not so where the model itself gives NaN
-            self._mixing.append(matrix.name)
+            self._mixing[matrix.name] = None
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:

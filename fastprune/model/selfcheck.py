@@ -104,12 +104,14 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
             f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, "
             "which runs it whole"
         )
+    whole = WholeView(weights)
+    _refuse_use_of_the_mask(whole, batch)
     warnings.warn(
         f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
         FastpruneWarning,
         stacklevel=3,
     )
-    return WholeView(weights)
+    return whole
 
 
 def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
@@ -187,8 +189,8 @@ def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
     try:
         return view.learn_return_type(dataclasses.replace(batch, position_ids=None))
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-        if depth < view.n_blocks:
-            raise  # it may be the missing blocks
+        if depth < view.n_blocks or isinstance(error, torch.OutOfMemoryError):
+            raise  # not the model itself: the missing blocks, or what else is in memory
         raise NotScorableError(
             f"model: {type(view.model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
             f"({type(error).__name__}: {error}), so it cannot be scored"
@@ -197,6 +199,11 @@ def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
 
 def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
     """Raise if the logits of earlier tokens depend on later ones: each token's loss would see its own answer."""
+    if not leaves:
+        raise NotScorableError(
+            f"model: {type(view.model).__name__} does not call its input embedding, so what a token's logits depend on "
+            "cannot be known"
+        )
     early = logits[_LOUD, :_EARLY].float().sum()
     for gradient in torch.autograd.grad(early, leaves, retain_graph=True, allow_unused=True):
         if gradient is None or gradient.shape[:2] != batch.input_ids.shape:
@@ -208,6 +215,22 @@ def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, le
                 "the tokens behind it, so a loss of predicting them means nothing (a masked language model? a config "
                 "with is_decoder=False?)"
             )
+
+
+@torch.no_grad()
+def _refuse_use_of_the_mask(whole: WholeView, batch: Batch) -> None:
+    """Raise if logits of the text depend on the mask of the padding behind it, which no pass gives to the model.
+
+    Where the model comes apart, the comparison of the parts with the whole says so.
+    """
+    attended = batch.attention_mask.bool()
+    masked = whole.forward(batch.input_ids, batch.attention_mask, batch.position_ids)[attended]
+    error = relative_error(whole.causal_forward(batch)[attended], masked)
+    if error > TOLERANCE[whole.matrices[0].weight.dtype]:
+        raise NotScorableError(
+            f"model: the mask of the padding behind a text changes the logits of the text by {error:.1e} (relative) in "
+            f"{type(whole.model).__name__}, so it cannot be scored"
+        )
 
 
 def _shared_container(arguments: BlockArguments) -> str | None:
