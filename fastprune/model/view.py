@@ -200,15 +200,7 @@ class BlockView(View):
 
     def entering(self, batch: Batch) -> torch.Tensor:
         """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""
-        entering: list[torch.Tensor] = []
-
-        def stop(index: int, args: tuple, kwargs: dict) -> torch.Tensor:
-            entering.append(_split_hidden(args, kwargs)[0])
-            raise _PrologueDone
-
-        with self._stubbed(stop), contextlib.suppress(_PrologueDone):
-            self.causal_forward(batch)
-        return entering[0]
+        return self._until(0, batch)[0]
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
         """Everything before the first block.
@@ -216,25 +208,30 @@ class BlockView(View):
         Returns:
             The hidden states ``(rows, tokens, hidden)`` that enter block 0, and every block's other arguments.
         """
-        calls: list[tuple[tuple, dict]] = []
+        entering, calls = self._until(self.n_blocks - 1, batch)
+        return entering, BlockArguments(calls)
+
+    def _until(self, last: int, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+        """What the first block is given, and what all are given besides, up to a block at which the forward ends."""
         entering: list[torch.Tensor] = []
+        calls: list[tuple[tuple, dict]] = []
 
         def record(index: int, args: tuple, kwargs: dict) -> torch.Tensor:
             hidden, args, kwargs = _split_hidden(args, kwargs)
             entering.append(hidden)
             calls.append((args, kwargs))
-            if index == self.n_blocks - 1:
+            if index == last:
                 raise _PrologueDone
             return hidden
 
         with self._stubbed(record), contextlib.suppress(_PrologueDone):
             self.causal_forward(batch)
-        if len(calls) != self.n_blocks:
+        if len(calls) != last + 1:
             raise ModelError(
                 f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder "
                 "blocks in one forward"
             )
-        return entering[0], BlockArguments(calls)
+        return entering[0], calls
 
     def run(self, first: int, last: int, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
         """Run blocks ``first`` to ``last - 1``; hidden states in, hidden states out, ``(rows, tokens, hidden)``."""
