@@ -126,6 +126,17 @@ def test_a_model_that_fails_by_itself_is_refused() -> None:
         score(model)
 
 
+def test_a_model_that_fails_on_padding_is_refused() -> None:
+    sizes = {"hidden_size": 32, "feed_forward_size": 32, "num_attention_heads": 2, "attention_head_size": 16}
+    chunks = {"local_attn_chunk_length": 4, "axial_pos_embds": False, "max_position_embeddings": 128}
+    config = transformers.ReformerConfig(
+        vocab_size=VOCAB, is_decoder=True, num_hidden_layers=2, attn_layers=["local", "local"], **sizes, **chunks
+    )
+    model = transformers.ReformerModelWithLMHead(config).eval()
+    with pytest.raises(ModelError, match=r"ReformerModelWithLMHead itself fails on rows of 4 and 6 tokens"):
+        score(model)
+
+
 def test_text_layers_beside_a_larger_tower_of_the_same_depth() -> None:
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = random_model(
@@ -166,6 +177,20 @@ def test_linears_inside_a_router_are_no_matrices() -> None:
     names = [matrix.name for matrix in eligible_matrices(model)]
     assert any("experts" in name for name in names)
     assert not any("router" in name for name in names)
+
+
+class _TwoLayerRouter(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj, self.out_proj = torch.nn.Linear(32, 16), torch.nn.Linear(16, 4)
+
+
+def test_linears_inside_a_router_of_another_name_are_no_matrices() -> None:
+    """Zaya's is below the name of the matrix that gates Llama's features."""
+    model = build("Llama")
+    before = [matrix.name for matrix in eligible_matrices(model)]
+    model.model.layers[1].mlp.gate = _TwoLayerRouter()
+    assert [matrix.name for matrix in eligible_matrices(model)] == before
 
 
 def test_padding_beyond_a_sliding_window_does_not_reach_the_text() -> None:

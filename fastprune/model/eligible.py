@@ -106,12 +106,13 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
         parts = adapter_parts(f"{prefix}.{index}", block)
-        of_adapters = {id(parameter) for part in parts for parameter in part.parameters()}
-        owned = set(of_adapters)
+        parts += [module for module in block.modules() if type(module).__name__.endswith("Router")]
+        not_scored = {id(parameter) for part in parts for parameter in part.parameters()}
+        owned = set(not_scored)
         for path, module in block.named_modules():
             stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
             # What is around a compiled module has all of its attributes, and is not it.
-            if is_compiled(module) or id(getattr(module, "weight", None)) in of_adapters:
+            if is_compiled(module) or id(getattr(module, "weight", None)) in not_scored:
                 continue
             if _is_linear(module):
                 owned.add(id(module.weight))

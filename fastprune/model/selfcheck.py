@@ -34,6 +34,8 @@ _LOUD = 1  # the row that the loss is of; the other one's gradients are zero unl
 _EARLY = 3  # tokens of that row whose logits are asked what they depend on
 # Largest accepted share of what earlier logits depend on that lies in later tokens: exactly nothing in a causal model.
 _LATER = 1e-6
+# Whatever an architecture's code raises when it is given what it does not expect.
+_ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError)
 
 
 class NotScorableError(ModelError):
@@ -83,8 +85,8 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
         raise
     except FastpruneError as error:
         reason = str(error)
-    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"  # whatever the architecture's code raises when it is taken apart
+    except _ERRORS as error:
+        reason = f"{type(error).__name__}: {error}"
     modules.refuse()
     if counted_otherwise:
         raise ModelError(
@@ -188,13 +190,17 @@ def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
     """Logits of the model as any user runs it, or of its first blocks."""
     try:
         return view.learn_return_type(dataclasses.replace(batch, position_ids=None))
-    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+    except _ERRORS as error:
         if depth < view.n_blocks or isinstance(error, torch.OutOfMemoryError):
             raise  # not the model itself: the missing blocks, or what else is in memory
-        raise NotScorableError(
-            f"model: {type(view.model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
-            f"({type(error).__name__}: {error}), so it cannot be scored"
-        ) from error
+        raise _itself_fails(view.model, error) from error
+
+
+def _itself_fails(model: nn.Module, error: Exception) -> NotScorableError:
+    return NotScorableError(
+        f"model: {type(model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
+        f"({type(error).__name__}: {error}), so it cannot be scored"
+    )
 
 
 def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
@@ -224,8 +230,14 @@ def _refuse_use_of_the_mask(whole: WholeView, batch: Batch) -> None:
     Where the model comes apart, the comparison of the parts with the whole says so.
     """
     attended = batch.attention_mask.bool()
-    masked = whole.forward(batch.input_ids, batch.attention_mask, batch.position_ids)[attended]
-    error = relative_error(whole.causal_forward(batch)[attended], masked)
+    try:
+        masked = whole.forward(batch.input_ids, batch.attention_mask, batch.position_ids)[attended]
+        unmasked = whole.causal_forward(batch)[attended]
+    except _ERRORS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _itself_fails(whole.model, error) from error
+    error = relative_error(unmasked, masked)
     if error > TOLERANCE[whole.matrices[0].weight.dtype]:
         raise NotScorableError(
             f"model: the mask of the padding behind a text changes the logits of the text by {error:.1e} (relative) in "
