@@ -18,6 +18,7 @@ from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
 
 peft = pytest.importorskip("peft")
 
+FP64_ERROR = 2e-6  # the models' norms and rotary tables stay float32
 TARGETS = {"Llama": ["q_proj", "v_proj", "up_proj", "down_proj"], "GPT2": ["c_attn", "c_fc"]}
 
 
@@ -68,19 +69,20 @@ def truth(model, rows) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("segments", [1, 3])
 def test_statistics_equal_float64_autograd_through_the_adapter(name: str, segments: int) -> None:
-    model = wrapped(name).train()
-    found = engine_statistics(model.get_base_model(), segments=segments, batch_tokens=24)
+    """Of a float64 model: an adapter this large magnifies float32's roundings differently on every processor."""
+    model = wrapped(name).double().train()
+    found = engine_statistics(model.get_base_model(), segments=segments, batch_tokens=24, dtype=torch.float64)
     exact = truth(model, HARM)
     assert len(exact) == 4 * len(TARGETS[name]) and all("base_model.model." in path for path in exact)
     for path, statistics in exact.items():
         plain = path.removeprefix("base_model.model.").replace(".base_layer", "")
         for key, value in statistics.items():
-            assert relative_error(found[plain][key], value) < FP32_ERROR, (plain, key)
+            assert relative_error(found[plain][key], value) < FP64_ERROR, (plain, key)
     oracle = oracle_statistics(model, HARM)
     assert set(oracle) == set(found) == {matrix.name for matrix in eligible_matrices(build(name))}
     for plain, statistics in oracle.items():
         for key, value in statistics.items():
-            assert relative_error(found[plain][key], value) < FP32_ERROR, (plain, key)
+            assert relative_error(found[plain][key], value) < FP64_ERROR, (plain, key)
 
 
 @pytest.mark.parametrize("name", TARGETS)

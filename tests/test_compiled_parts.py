@@ -1,6 +1,7 @@
 """Parts of a model compiled one by one: names, masks and fingerprints are those of the plain model.
 
-The backend is the one that generates no code, and compilation waits for the first call: only names matter here.
+The backend is the one that generates no code, and compilation waits for the first call: only names matter here, and
+that operations which dynamo cannot trace are called as they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from test_engine import kept
 from torch import nn
 
 import fastprune
+from fastprune import ops
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ModelError
 from fastprune.model.eligible import eligible_matrices
@@ -82,3 +84,22 @@ def test_weights_are_the_same_for_a_journal_and_called_by_their_plain_name() -> 
     with pytest.raises(ModelError, match=r"model: model\.layers\.1\.extra\.weight of shape"):
         score(compile_blocks(model))
     assert Resident(compile_blocks(build("Llama"))).identity() == identity
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo d")  # that it does not see into an extension
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_operations_inside_a_compiled_function(backend: str) -> None:
+    def prune(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        acc, ends = torch.zeros_like(weight), torch.tensor([8, 20])
+        ops.accumulate_grad_abs_sum(
+            acc, dy, x * 2, ends - torch.tensor([8, 12]), torch.tensor([8, 12]), backend=backend
+        )
+        indices, values = ops.top_scores(weight, acc, "abs", 5, backend=backend)
+        return ops.apply_sparse_(weight, indices, 0.0, backend=backend), indices + 0, values, acc, weight
+
+    generator = torch.Generator().manual_seed(0)
+    weight, dy, x = (torch.randn(size, generator=generator) for size in ((6, 9), (20, 6), (20, 9)))
+    plain = prune(weight.clone(), dy, x)
+    compiled = torch.compile(prune, backend="eager")(weight.clone(), dy, x)
+    assert all(map(torch.equal, plain, compiled))
+    assert int((plain[-1] == 0).sum()) == 5
