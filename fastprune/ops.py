@@ -9,7 +9,8 @@ files or masks.
 Accumulators are float32 or float64 and are added to in place; products are formed in that dtype, or from 16-bit inputs
 as they are with sums of that dtype. ``triton`` forms products of float32 from three of TF32, which leave out 2^-21. A
 product that goes through BLAS (``accumulate_grad_sum``, and the others in plain torch, or where the processor has
-neither AVX2 nor AVX-512) may differ with the number of threads, norm-wise by 1e-6.
+neither AVX2 nor AVX-512) may differ with the number of threads, and with where in memory the inputs begin, norm-wise by
+1e-6.
 """
 
 from __future__ import annotations

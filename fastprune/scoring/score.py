@@ -73,7 +73,9 @@ def score(
 
     Args:
         model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is streamed: its
-            weights are read as they are needed, twice in all, and are in memory together only if there is room.
+            weights are read as they are needed, twice in all, and are in memory together only if there is room. It
+            has the bits of the model in memory, if BLAS rounds alike there (weights that transformers has mapped from a
+            file begin at other addresses).
             With LoRA adapters (a ``PeftModel``), the base weights are scored under their plain names, adapters active.
         harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
             scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
