@@ -155,6 +155,16 @@ def test_a_model_that_counts_the_tokens_of_the_mask_is_refused(segments: int | N
         score(model, segments=segments)
 
 
+@pytest.mark.parametrize("segments", [None, 2])
+def test_a_model_whose_text_sees_the_padding_past_any_gradient_is_refused(segments: int | None) -> None:
+    """As a choice of tokens would that looks at all of them."""
+    model = build("Llama")
+    model.model.embed_tokens.register_forward_hook(lambda _, args, output: output + output.detach().mean(1, True))
+    message = "the padding change the text|the padding itself changes the logits of the text"
+    with pytest.raises(ModelError, match=message):
+        score(model, segments=segments)
+
+
 def test_a_model_need_not_be_transformers_own() -> None:
     class Own(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

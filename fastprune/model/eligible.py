@@ -1,7 +1,8 @@
 """Which weights are scored: the matrices of every Linear and every expert inside the decoder blocks.
 
-In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases and routers are left out;
-a weight that ought to be scored but that no hook could see is an error, never skipped.
+In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases, routers and the indexers
+of sparse attention, which have no gradient, are left out; a weight that ought to be scored but that no hook could see
+is an error, never skipped.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
         parts = adapter_parts(f"{prefix}.{index}", block)
-        parts += [module for module in block.modules() if type(module).__name__.endswith("Router")]
+        parts += [module for module in block.modules() if type(module).__name__.endswith(("Router", "Indexer"))]
         not_scored = {id(parameter) for part in parts for parameter in part.parameters()}
         owned = set(not_scored)
         for path, module in block.named_modules():

@@ -1,18 +1,17 @@
 """Before a long pass: does this model, taken apart, compute what it computes as a whole?
 
 In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
-both ways, right-padded through the blocks and right- and left-padded through the untouched model; logits and the
-gradients of one weight, and of one expert where there are any, are compared, and each segment's output when it runs for
-the second time. Catches what reading code cannot: blocks that share state, padding that leaks, tokens that see later
-ones, experts that are run another way, rows that see each other and Linears that do more than multiply
-(:mod:`fastprune.model.modulecheck`). The model itself is used, which costs two passes over about ten tokens; of a
+both ways, through the blocks and through the untouched model; logits and the gradients of one weight, and of one expert
+where there are any, are compared, each segment's output when it runs for the second time, and what comes out when other
+tokens pad the shorter row. Catches what reading code cannot: blocks that share state, padding that leaks, tokens that
+see later ones, experts that are run another way, rows that see each other and Linears that do more than multiply
+(:mod:`fastprune.model.modulecheck`). The model itself is used, which costs a few passes over about ten tokens; of a
 streamed model the blocks of the first segment alone, as they are in memory then.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 
@@ -35,7 +34,7 @@ _EARLY = 3  # tokens of that row whose logits are asked what they depend on
 # Largest accepted share of what earlier logits depend on that lies in later tokens: exactly nothing in a causal model.
 _LATER = 1e-6
 # Whatever an architecture's code raises when it is given what it does not expect.
-_ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError)
+_ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
 
 
 class NotScorableError(ModelError):
@@ -73,14 +72,15 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
             cannot be scored at all.
     """
     view = BlockView(weights)
-    batch, left_padded = _probe(view)
+    batch = _probe(view)
     covered = [matrix for matrix in view.matrices if matrix.block < parts[-1].stop]
     modules = ModuleCheck(covered, batch.input_ids.shape, _LOUD)
     counted_otherwise = False
     try:
         with view.truncated(parts[-1].stop), modules:
+            reference = _reference(view, batch, parts[-1].stop)
             counted_otherwise = _counts_otherwise(view, batch)
-            reason = _disagreement(view, batch, left_padded, parts)
+            reason = _disagreement(view, batch, *reference, parts)
     except NotScorableError:
         raise
     except FastpruneError as error:
@@ -107,7 +107,7 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
             "which runs it whole"
         )
     whole = WholeView(weights)
-    _refuse_use_of_the_mask(whole, batch)
+    _refuse_use_of_padding(whole, batch)
     warnings.warn(
         f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
         FastpruneWarning,
@@ -116,11 +116,8 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
     return whole
 
 
-def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
-    """Two rows of fixed pseudo-random tokens: as the engine pads them, and padded on the left with position ids.
-
-    The loss is of one row alone.
-    """
+def _probe(view: BlockView) -> Batch:
+    """Two rows of fixed pseudo-random tokens, padded as the engine pads them. The loss is of one row alone."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for length in _LENGTHS:
@@ -129,11 +126,13 @@ def _probe(view: BlockView) -> tuple[Batch, tuple[torch.Tensor, ...]]:
     micro_batch = micro_batches(examples, batch_tokens=max(_LENGTHS) * len(_LENGTHS))[0]
     batch = Batch.from_micro_batch(micro_batch, view.device)
     batch.token_weights[batch.rows_of_scored != _LOUD] = 0.0
-    ids, mask = torch.zeros_like(batch.input_ids), torch.zeros_like(batch.attention_mask)
-    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
-        ids[row, -length:] = batch.input_ids[row, :length]
-        mask[row, -length:] = 1
-    return batch, (ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    return batch
+
+
+def _padded_otherwise(batch: Batch) -> Batch:
+    """The same rows, with other tokens in the place of the padding."""
+    ids = torch.where(batch.attention_mask.bool(), batch.input_ids, batch.input_ids.flip(1))
+    return dataclasses.replace(batch, input_ids=ids)
 
 
 def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
@@ -224,25 +223,27 @@ def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, le
 
 
 @torch.no_grad()
-def _refuse_use_of_the_mask(whole: WholeView, batch: Batch) -> None:
-    """Raise if logits of the text depend on the mask of the padding behind it, which no pass gives to the model.
+def _refuse_use_of_padding(whole: WholeView, batch: Batch) -> None:
+    """Raise if logits of the text depend on the padding behind it, or on its mask, which no pass gives to the model.
 
     Where the model comes apart, the comparison of the parts with the whole says so.
     """
     attended = batch.attention_mask.bool()
     try:
+        found = whole.causal_forward(batch)[attended]
         masked = whole.forward(batch.input_ids, batch.attention_mask, batch.position_ids)[attended]
-        unmasked = whole.causal_forward(batch)[attended]
+        padded_otherwise = whole.causal_forward(_padded_otherwise(batch))[attended]
     except _ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _itself_fails(whole.model, error) from error
-    error = relative_error(unmasked, masked)
-    if error > TOLERANCE[whole.matrices[0].weight.dtype]:
-        raise NotScorableError(
-            f"model: the mask of the padding behind a text changes the logits of the text by {error:.1e} (relative) in "
-            f"{type(whole.model).__name__}, so it cannot be scored"
-        )
+    for what, other in (("the mask of the padding behind a text", masked), ("the padding itself", padded_otherwise)):
+        error = relative_error(found, other)
+        if error > TOLERANCE[whole.matrices[0].weight.dtype]:
+            raise NotScorableError(
+                f"model: {what} changes the logits of the text by {error:.1e} (relative) in "
+                f"{type(whole.model).__name__}, so it cannot be scored"
+            )
 
 
 def _shared_container(arguments: BlockArguments) -> str | None:
@@ -265,12 +266,15 @@ def _containers(values: tuple) -> Iterator[object]:
 
 
 def _disagreement(
-    view: BlockView, batch: Batch, left_padded: tuple[torch.Tensor, ...], parts: Sequence[range]
+    view: BlockView,
+    batch: Batch,
+    logits: torch.Tensor,
+    gradients: dict[Matrix, torch.Tensor],
+    parts: Sequence[range],
 ) -> str | None:
     """What differs between the parts and the whole, in words; ``None`` if nothing does."""
     tolerance = TOLERANCE[view.matrices[0].weight.dtype]
     attended = batch.attention_mask.bool()
-    logits, gradients = _reference(view, batch, parts[-1].stop)
 
     # As the engine does: forward from boundary to boundary, then each segment again from the boundary below it. What a
     # block leaves behind, or hands to another segment past the hidden states, shows in the gradient.
@@ -309,11 +313,11 @@ def _disagreement(
             return f"no token reached {matrix.name}, although its gradient in the untouched model is not zero"
         if (error := relative_error(found, gradient)) > tolerance:
             return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
-    ids, mask, positions = left_padded
     with torch.no_grad():
-        left_logits = view.forward(ids, mask, positions)
-    error = relative_error(left_logits[mask.bool()], logits[attended])
-    # Padding on the left gives NaN where attention has no answer to a token that may see nothing. No pass has any.
-    if "position_ids" in view.accepted and tolerance < error < math.inf:
-        return f"padding changes its logits by {error:.1e} (relative): tokens see the padding"
+        hidden, arguments = view.prologue(_padded_otherwise(batch))
+        for part in parts:
+            hidden = view.run(part.start, part.stop, hidden, arguments)
+        error = relative_error(hidden[attended.to(hidden.device)], left)
+    if error > tolerance:
+        return f"other tokens in the place of the padding change the text by {error:.1e} (relative): it sees them"
     return None

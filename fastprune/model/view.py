@@ -49,7 +49,7 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor | None
-    """From 0 in each row; ``None`` leaves them to the model, for the check alone: not all do well on left padding."""
+    """From 0 in each row; ``None`` leaves them to the model, for the check alone."""
     scored: torch.Tensor
     """int64 ``(n_scored,)``, ascending: row * tokens + t where the token at t + 1 counts, which the hidden state at t
     predicts. Places, not a mask, whose places cannot be found without waiting for the device."""
