@@ -1,4 +1,8 @@
-"""Settings for the whole suite: interpreter mode without a GPU, no network, seeds that do not depend on test order."""
+"""Settings for the whole suite: interpreter mode without a GPU, no network, seeds that do not depend on test order.
+
+One thread, here and in the processes that tests start, unless OMP_NUM_THREADS says otherwise: for models this small
+others only wait for one another. Tests of what threads may change ask for more by themselves.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be set before the first import of triton
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
