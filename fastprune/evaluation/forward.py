@@ -20,7 +20,7 @@ from fastprune.model.adapters import unwrap
 from fastprune.model.admission import check_causal
 from fastprune.model.modulecheck import TOLERANCE, relative_error
 from fastprune.model.positions import rotary_conflict
-from fastprune.model.state import quiet
+from fastprune.model.state import exclusive, quiet
 
 _COMPARED = 64  # tokens of a row
 
@@ -147,8 +147,9 @@ class Forward:
 def inference(model: Any) -> Iterator[Forward]:
     """Evaluation mode without gradients; every flag of model and config is restored on exit, also after an error."""
     # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
-    check_causal(unwrap(model) if isinstance(model, torch.nn.Module) else model)
-    with quiet(model), torch.no_grad():
+    inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
+    check_causal(inner)
+    with exclusive(inner), quiet(model), torch.no_grad():
         yield Forward(model)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError, ModelError
+from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
 
@@ -121,7 +122,8 @@ def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bo
     finally:
         if undo.live:
             try:
-                undo.restore_(model)
+                with uninterrupted():  # a second Ctrl-C, say, while the first one takes the mask off
+                    undo.restore_(model)
             except MaskError as error:
                 error.undo = undo
                 error.add_note("the mask is still on the model; this error's attribute `undo` holds the old values")

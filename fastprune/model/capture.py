@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
+from fastprune.interrupts import uninterrupted
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens, watched
 
@@ -63,6 +64,15 @@ class Capture:
         self._installed = ExitStack()
 
     def __enter__(self) -> Capture:
+        try:
+            with uninterrupted():
+                self._install()
+            return self
+        except BaseException:
+            self._installed.close()
+            raise
+
+    def _install(self) -> None:
         for matrix in self._matrices:
             if matrix.expert is None:
                 # First of all hooks: another one, such as an ablation's, may put something else in the output's place.
@@ -71,10 +81,10 @@ class Capture:
                 self._installed.callback(handle.remove)
         for module in {matrix.module: None for matrix in self._matrices if matrix.expert is not None}:
             self._installed.enter_context(watched(module, self))
-        return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._installed.close()
+        with uninterrupted():
+            self._installed.close()
 
     @contextmanager
     def micro_batch(self, shape: tuple[int, int]) -> Iterator[None]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastprune.errors import ModelError
+from fastprune.interrupts import uninterrupted
 
 # What `use_experts_implementation` (transformers 5.17 … 5.23) sets on a module and its class: enough to run it.
 _INTERFACE = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -104,9 +105,10 @@ def one_by_one(modules: Iterable[nn.Module]) -> Iterator[None]:
             setattr(config, _SWITCH, name)
         yield
     finally:
-        for config, implementation in former:
-            setattr(config, _SWITCH, implementation)
-        interface.pop(name, None)
+        with uninterrupted():
+            for config, implementation in former:
+                setattr(config, _SWITCH, implementation)
+            interface.pop(name, None)
 
 
 def _interface() -> MutableMapping[str, Callable]:

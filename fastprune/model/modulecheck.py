@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastprune.errors import ModelError
+from fastprune.interrupts import uninterrupted
 from fastprune.model.capture import input_of
 from fastprune.model.eligible import Matrix
 
@@ -49,9 +50,18 @@ class ModuleCheck(contextlib.ExitStack):
         self._mixing: dict[str, None] = {}  # in order; there may be more backward passes than one
 
     def __enter__(self) -> ModuleCheck:
-        for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
-            self.callback(self._watch(module, matrix).remove)
-        return self
+        try:
+            with uninterrupted():
+                for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
+                    self.callback(self._watch(module, matrix).remove)
+            return self
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        with uninterrupted():
+            super().__exit__(*error)
 
     def refuse(self) -> None:
         """Raise ModelError if anything was found."""
@@ -71,7 +81,8 @@ class ModuleCheck(contextlib.ExitStack):
     def _watch(self, module: nn.Module, matrix: Matrix) -> RemovableHandle:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-            handle.remove()  # once is enough
+            with uninterrupted():
+                handle.remove()  # once is enough
             # Experts are run by this package when they are scored: their products need no look, their tokens do.
             if matrix.expert is None:
                 self._compare_product(module, input_of(args, kwargs), output, matrix)

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastprune.calibration import Example, micro_batches
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
+from fastprune.interrupts import uninterrupted
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
@@ -173,9 +174,10 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, [*parameters, *leaves])
     finally:
-        handle.remove()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+        with uninterrupted():
+            handle.remove()
+            for parameter in parameters:
+                parameter.requires_grad_(False)
     chosen = {view.matrices[0]: view.matrices[0].part_of(gradients[0])}
     if fused is not None:
         experts = [matrix for matrix in view.matrices if matrix.parameter is fused.parameter]

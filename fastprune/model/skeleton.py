@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from fastprune.errors import ModelError
 from fastprune.model.checkpoint import load_config
 from fastprune.model.fingerprint import sample_positions
 from fastprune.model.shards import DTYPES, Stored, read_elements, read_tensor, stored_tensors
+
+_building = threading.Lock()
 
 
 @dataclass
@@ -118,20 +121,23 @@ def _parameters_on_meta() -> Iterator[None]:
     """Parameters lose their memory as they are registered. Buffers are computed as always: no file holds most of them.
 
     Building under ``torch.device("meta")`` would lose the buffers too, and not every architecture can make them again.
+    What other threads build meanwhile is left alone, and one model is built like this at a time.
     """
-    register = nn.Module.register_parameter
+    builder = threading.get_ident()
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         # What is on meta already keeps its identity: that is how tied weights are known.
-        if parameter is not None and not parameter.is_meta:
+        if threading.get_ident() == builder and parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+    with _building:
+        register = nn.Module.register_parameter
+        try:
+            nn.Module.register_parameter = register_on_meta
+            yield
+        finally:
+            nn.Module.register_parameter = register
 
 
 def _recipes(

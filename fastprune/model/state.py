@@ -1,22 +1,56 @@
 """Quiet the model for the length of a pass and give it back exactly as it was.
 
-In: a resident causal LM. Out: nothing; the model's training flags, ``requires_grad`` flags and output switches of its
-config are the caller's again when the context ends, whatever happened in it. Weights and buffers are never written
-here.
+In: a resident causal LM. Out: nothing; the model's training flags, ``requires_grad`` flags and its config are the
+caller's again when the context ends, whatever happened in it. Weights and buffers are never written here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from fastprune.errors import ModelError
+from fastprune.interrupts import uninterrupted
+
 # Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute,
 # and router outputs would add an auxiliary loss.
 _OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
+
+_guard = threading.RLock()
+_threads: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_eager, _eager_users = contextlib.ExitStack(), 0
+
+
+@contextlib.contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Keep other threads from the model for the length of a pass: its blocks, flags and hooks are not its own then.
+
+    Args:
+        model: The plain model, without compilation and adapters.
+
+    Raises:
+        ModelError: A pass of another thread is at it.
+    """
+    first = False
+    try:
+        with _guard:
+            first = model not in _threads
+            if _threads.setdefault(model, threading.get_ident()) != threading.get_ident():
+                raise ModelError(
+                    f"model: another thread is scoring or evaluating this {type(model).__name__}; wait for its end, or "
+                    "give each thread a model of its own"
+                )
+        yield
+    finally:
+        if first:
+            with _guard:
+                del _threads[model]
 
 
 @contextlib.contextmanager
@@ -32,30 +66,49 @@ def quiet(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
-    switches = [
-        (config, name, getattr(config, name))
-        for config in configs.values()
-        for name in _OUTPUT_SWITCHES
-        if getattr(config, name, False)
-    ]
+    values = [(vars(config), dict(vars(config))) for config in configs.values()]
     try:
         model.eval()
         for parameter in requires_grad:
             parameter.requires_grad_(False)
-        for config, name, _ in switches:
-            setattr(config, name, False)
+        for config in configs.values():
+            for name in _OUTPUT_SWITCHES:
+                if getattr(config, name, False):
+                    setattr(config, name, False)
         with _uncompiled():
             yield
     finally:
-        for config, name, value in switches:
-            setattr(config, name, value)
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
-        for module, flag in training.items():
-            module.training = flag
+        with uninterrupted():
+            for parameter, flag in requires_grad.items():
+                parameter.requires_grad_(flag)
+            for module, flag in training.items():
+                module.training = flag
+            # Past the setters: some refuse what the config was loaded with (output_attentions beside sdpa).
+            for now, former in values:
+                for name in now.keys() - former.keys():
+                    del now[name]
+                now.update(former)
 
 
-def _uncompiled() -> contextlib.AbstractContextManager:
-    """Modules on which ``compile`` was called run as they are written: a compiled block traces hooks, or skips them."""
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Modules on which ``compile`` was called run as they are written: a compiled block traces hooks, or skips them.
+
+    The stance is the process's: the first pass sets it, and the last one of those that overlap puts it back.
+    """
+    global _eager_users
     # Who has compiled anything has loaded dynamo; nobody else should wait for its import.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _guard:
+        if not _eager_users:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_users += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _eager_users -= 1
+            if not _eager_users:
+                _eager.close()

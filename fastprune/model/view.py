@@ -19,6 +19,7 @@ from torch import nn
 
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
+from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.experts import one_by_one
@@ -173,12 +174,14 @@ class BlockView(View):
 
         before = list(self.block_list)
         try:
-            for index, block in enumerate(self.blocks[first:], start=first):
-                self.block_list[index] = _Stub(block, handler(index))
+            with uninterrupted():
+                for index, block in enumerate(self.blocks[first:], start=first):
+                    self.block_list[index] = _Stub(block, handler(index))
             yield
         finally:
-            for index, block in enumerate(before):
-                self.block_list[index] = block
+            with uninterrupted():
+                for index, block in enumerate(before):
+                    self.block_list[index] = block
 
     @contextlib.contextmanager
     def truncated(self, depth: int) -> Iterator[None]:
@@ -196,7 +199,8 @@ class BlockView(View):
         try:
             return self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
         finally:
-            hook.remove()
+            with uninterrupted():
+                hook.remove()
 
     def entering(self, batch: Batch) -> torch.Tensor:
         """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fastprune.interrupts import uninterrupted
 from fastprune.model.experts import one_by_one
 from fastprune.model.view import Batch, View
 from fastprune.model.weights import Weights
@@ -40,7 +41,8 @@ class WholeView(View):
                 return self.causal_forward(arguments)
         finally:
             if hook is not None:
-                hook.remove()
+                with uninterrupted():
+                    hook.remove()
 
     def losses_and_gradient(
         self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True

@@ -22,7 +22,7 @@ from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
 from fastprune.model.positions import rotary_conflict, table_size
 from fastprune.model.selfcheck import checked_view
-from fastprune.model.state import quiet
+from fastprune.model.state import exclusive, quiet
 from fastprune.model.view import BlockView
 from fastprune.model.weights import EMBEDDING, HEAD, Resident, Streamed, Weights
 from fastprune.scoring.collect import Collector
@@ -151,6 +151,7 @@ def score(
             raise ArgumentError("harm_loader: expected an iterable of batches, got None")
         weights = _weights(model, device, dtype)
         stack.callback(weights.close)
+        stack.enter_context(exclusive(unwrap(weights.model)))
         # Refuses what cannot be scored before any data is read.
         matrices = eligible_matrices(weights.model, allow_meta=weights.streamed)
         ranks.check_device(weights.device)

@@ -1,0 +1,117 @@
+"""Ctrl-C at every line of what changes a model in several steps, and configs that refuse their own values."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import pytest
+import torch
+import transformers
+from architectures import CONFIGS, HARM, build
+
+import fastprune
+from fastprune.calibration import CalibrationSet
+from fastprune.interrupts import uninterrupted
+from fastprune.masking import apply
+from fastprune.model import capture, modulecheck, state, view
+
+
+@contextmanager
+def signal_at(code: object, line: int) -> Iterator[list[int]]:
+    """Send this process SIGINT when the so-manyth line event of a function comes; yields the events so far."""
+    events = [0]
+
+    def on_line(frame: FrameType, event: str, argument: object) -> Callable:
+        if event == "line":
+            events[0] += 1
+            if events[0] == line:
+                os.kill(os.getpid(), signal.SIGINT)
+        return on_line
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: on_line if frame.f_code is code else None)
+    try:
+        yield events
+    finally:
+        sys.settrace(before)
+
+
+def state_of(model: torch.nn.Module) -> tuple:
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    return [id(m) for m in model.modules()], hooks, flags, dict(vars(model.config))
+
+
+INSIDE = {
+    "capture": capture.Capture.__enter__.__code__,
+    "install": capture.Capture._install.__code__,
+    "remove": torch.utils.hooks.RemovableHandle.remove.__code__,
+    "check": modulecheck.ModuleCheck.__enter__.__code__,
+    "stubs": view.BlockView._stubbed.__wrapped__.__code__,
+}
+
+
+@pytest.mark.parametrize("place", INSIDE)
+def test_an_interrupted_pass_leaves_the_model_as_it_was(place: str) -> None:
+    lines = 0
+    for line in range(1, 60):
+        model = build("Llama").train()
+        before = state_of(model)
+        with signal_at(INSIDE[place], line) as events:
+            try:
+                fastprune.score(model, CalibrationSet(HARM[:2]), segments=2, progress=False)
+            except KeyboardInterrupt:
+                lines += 1
+        assert state_of(model) == before, line
+        if events[0] < line:
+            break
+    assert lines > 2
+
+
+def test_a_mask_comes_off_whatever_interrupts_it() -> None:
+    model = build("Llama")
+    mask = fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for line in range(1, 200):
+        with signal_at(apply.Undo.restore_.__code__, line) as events, pytest.raises(KeyboardInterrupt):
+            with mask.applied(model):
+                assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+            if events[0] < line:
+                raise KeyboardInterrupt
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), line
+        if events[0] < line:
+            break
+    assert line > 10
+
+
+def test_the_interrupt_comes_at_the_end() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("all of it")
+    assert done
+    thread = threading.Thread(target=lambda: [done.append("there") for _ in [0] if not uninterrupted().__enter__()])
+    thread.start()
+    thread.join()
+    assert done[-1] == "there" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_config_that_refuses_the_value_it_was_loaded_with_gets_it_back() -> None:
+    """transformers loads output_attentions beside sdpa, but does not let anybody set it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**CONFIGS["Llama"], output_attentions=True)
+    model = transformers.LlamaForCausalLM(config).train()
+    before = state_of(model)
+    assert model.config.output_attentions and model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+    fastprune.score(model, CalibrationSet(HARM), progress=False)
+    assert state_of(model) == before
+    with state.quiet(model):
+        assert not model.config.output_attentions
