@@ -37,6 +37,8 @@ def check_accumulators(accs: Mapping[str, Tensor]) -> None:
         raise ArgumentError(
             f"accs: expected one or more of {', '.join(GRADIENT_SUMS)}, got {', '.join(accs) or 'none'}"
         )
+    for name, acc in accs.items():
+        _check_tensor(f"accs[{name!r}]", acc)
     kinds = {name: (acc.dtype, acc.device, tuple(acc.shape), _strides(acc)) for name, acc in accs.items()}
     if len(set(kinds.values())) > 1:
         raise ArgumentError(f"accs: expected one dtype, device, shape and strides for all, got {kinds}")
@@ -47,8 +49,14 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def check_accumulator(acc: Tensor, dims: int) -> None:
     """An accumulator has float32 or float64 elements and as many dimensions as its statistic."""
+    _check_tensor("acc", acc)
     if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
     if any(size > 1 and stride == 0 for size, stride in zip(acc.shape, acc.stride(), strict=True)):
@@ -57,8 +65,7 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
 
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
     """A tensor of 16, 32 or 64 bit floats on the device of another, of which the memory holds what it says."""
-    if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    _check_tensor(name, tensor)
     if tensor.layout is not torch.strided or tensor.is_neg() or tensor.device.type == "meta":
         kind = "a view that is to be negated" if tensor.is_neg() else f"{tensor.layout} on {tensor.device}"
         raise ArgumentError(f"{name}: expected a dense tensor with its values in memory, got {kind}")
@@ -93,6 +100,7 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
 def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[int, int]]:
     """First and end token of each example that has tokens; waits for the device where the two are not on the CPU."""
     for name, tensor in (("starts", starts), ("lengths", lengths)):
+        _check_tensor(name, tensor)
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
             raise ArgumentError(f"{name}: expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}")
     if len(starts) != len(lengths):
@@ -123,6 +131,8 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
         if statistic is not None:
             raise ArgumentError("statistic: expected None for 'magnitude', which needs no data")
         return k
+    if statistic is not None:
+        _check_tensor("statistic", statistic)
     if statistic is None or statistic.dtype not in (torch.float32, torch.float64):
         got = None if statistic is None else statistic.dtype
         raise ArgumentError(f"statistic: expected a float32 or float64 tensor for {criterion!r}, got {got}")
@@ -149,7 +159,11 @@ def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old:
     _check_names("indices", indices, weights)
     _check_names("old", old, weights)
     for name, weight in weights.items():
-        kept, shape = old[name], indices[name].shape
+        kept, listed = old[name], indices[name]
+        with naming(name):
+            _check_tensor("old", kept)
+            _check_tensor("indices", listed)
+        shape = listed.shape
         if kept.dtype != weight.dtype or kept.shape != shape or kept.device != weight.device:
             with naming(name):
                 raise ArgumentError(
@@ -174,6 +188,7 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
         with naming(name):
             check_float("weight", weight, like=weight)
             listed = indices[name]
+            _check_tensor("indices", listed)
             if listed.dim() != 1 or listed.dtype != torch.int64 or listed.device != weight.device:
                 got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
                 raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")

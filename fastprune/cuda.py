@@ -19,8 +19,8 @@ from fastprune import reference
 from fastprune.errors import ArgumentError, BackendError
 from fastprune.sources import Source, dtype_name
 
-# Entries of one launch: a launch needs some 140 bytes of workspace for each, and by then there is enough work in it.
-_ENTRIES = 1 << 20
+# Bytes of one launch's workspace, by which there is enough work in it.
+_WORKSPACE = 160 << 20
 
 
 def top_scores_of_each(
@@ -37,7 +37,7 @@ def top_scores_of_each(
         ScoringError: A score is not a number; the message names the matrix and the first flat index.
     """
     lengths = {name: min(ks[name], weight.numel()) for name, (weight, _) in matrices.items()}
-    for names in _launches(lengths):
+    for names in _launches(matrices, lengths):
         some, each = {name: matrices[name] for name in names}, [lengths[name] for name in names]
         _, indices, values = _select(some, criterion, [1] * len(names), each, with_sources=False)
         yield from zip(names, zip(indices.split(each), values.split(each), strict=True), strict=True)
@@ -63,14 +63,20 @@ def top_scores_of_all(
     return _select(matrices, criterion, [len(matrices)], [k], with_sources=True)
 
 
-def _launches(ks: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in runs of at most ``_ENTRIES`` entries, or of one matrix."""
+def _launches(matrices: Mapping[str, tuple[Tensor, Tensor | None]], ks: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in runs that need about ``_WORKSPACE``, or of one matrix."""
+    shapes = {name: (weight.numel(), ks[name]) for name, (weight, _) in matrices.items()}
+    # Experts are thousands of one shape: each shape is asked about once.
+    with _device_of([weight for weight, _ in matrices.values()]) as (extension, device, _):
+        needs = {of: extension.top_scores_workspace([of[0]], [1], [of[1]], device) for of in {*shapes.values()}}
     names: list[str] = []
-    for name, k in ks.items():
-        if names and sum(ks[other] for other in names) + k > _ENTRIES:
+    used = 0
+    for name, of in shapes.items():
+        if names and used + needs[of] > _WORKSPACE:
             yield names
-            names = []
+            names, used = [], 0
         names.append(name)
+        used += needs[of]
     if names:
         yield names
 

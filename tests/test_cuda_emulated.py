@@ -73,15 +73,24 @@ def test_first_nan_is_named(index: int, k: int) -> None:
     cuda_cases.check_nan("cpu", index, k, torch.bfloat16)
 
 
-@pytest.mark.parametrize("entries", [1 << 20, 100, 1])
-def test_top_scores_of_each(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_ENTRIES", entries)  # all in one launch, some, or each alone
+@pytest.mark.parametrize("workspace", [160 << 20, 400_000, 1])
+def test_top_scores_of_each(workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_WORKSPACE", workspace)  # all in one launch, some, or each alone
     cuda_cases.check_each("cpu")
 
 
-def test_entries_of_one_launch() -> None:
-    ks = {"a": 3, "b": 1 << 20, "c": (1 << 20) - 5, "d": 5, "e": 1, "f": 0}
-    assert list(cuda._launches(ks)) == [["a"], ["b"], ["c", "d"], ["e", "f"]]
+def test_launches_keep_to_the_workspace(emulated: ModuleType) -> None:
+    large, small = torch.empty(1 << 25, device="meta"), torch.empty(1 << 20, device="meta")
+    experts = {str(expert): (small, None) for expert in range(5000)}  # of a large mixture
+    matrices = {"large": (large, None), **experts, "last": (large, None)}
+    ks = {name: len(weight) // 60_000 for name, (weight, _) in matrices.items()} | {"large": len(large) // 10}
+    runs = list(cuda._launches(matrices, ks))
+    assert [name for run in runs for name in run] == list(matrices)
+    assert runs[0] == ["large"] and len(runs) > 4
+    for run in runs[1:]:
+        sizes = [len(matrices[name][0]) for name in run]
+        needed = emulated.top_scores_workspace(sizes, [1] * len(run), [ks[name] for name in run], 0)
+        assert needed <= cuda._WORKSPACE
 
 
 @pytest.mark.parametrize("k", [0, 1, 70, 80_000])

@@ -340,3 +340,22 @@ def test_a_compiled_model_is_scored_as_the_model_itself(compiled) -> None:
     plain = fastprune.score(build("Llama"), *batches, progress=False).select(0.05, 0.02)
     found = fastprune.score(compiled(build("Llama")), *batches, progress=False).select(0.05, 0.02)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda t, ends: ops.accumulate_grad_sum([1.0], t, t), "acc"),
+        (lambda t, ends: ops.accumulate_grad_sum(t.clone(), [1.0], t), "dy"),
+        (lambda t, ends: ops.accumulate_grad_abs_sum(t.clone(), t, t, [0], ends), "starts"),
+        (lambda t, ends: ops.accumulate_gradients({"grad_sum": 3}, t, t, ends, ends), "accs"),
+        (lambda t, ends: ops.accumulate_act_sq_sum(None, t), "acc"),
+        (lambda t, ends: ops.top_scores(t, [1.0], "abs", 3), "statistic"),
+        (lambda t, ends: ops.apply_sparse_(t, [0, 1], 0.0), "indices"),
+        (lambda t, ends: ops.restore_sparse_(t, ends, [1.0]), "old"),
+        (lambda t, ends: ops.restore_sparse_(t, [0], t), "indices"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, argument: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{argument}\b.*expected a tensor, got (list|int|NoneType)"):
+        call(torch.ones(3, 3), torch.tensor([0, 3]))

@@ -107,6 +107,8 @@ def test_a_plan_prints_what_lies_where() -> None:
             {"memory": "24GiB", "host_memory": "10GiB", "boundaries": "host"},
             r"host_memory: 10\.00 GiB.*boundaries='disk'",
         ),
+        ({"host_memory": "1MiB", "boundaries": "host", "segments": 4}, r"host_memory: 1\.0 MiB is not enough"),
+        ({"host_memory": "1MiB"}, r"host_memory: 1\.0 MiB is not enough"),
         ({"memory": "plenty"}, "memory"),
         ({"boundaries": "cloud"}, "boundaries.*cloud"),
         ({"segments": 81}, "segments: expected 1 … 80"),

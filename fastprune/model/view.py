@@ -281,39 +281,35 @@ class BlockView(View):
                 embedding.forward = own
 
     def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden: torch.Tensor, batch: Batch, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of each example and the gradient of their sum.
 
         Args:
             hidden: ``(rows, tokens, hidden)`` states that left the last block; no graph is needed.
             batch: The micro-batch they belong to.
             scale: Factor on the loss before the backward pass (a power of two; for fp16 models).
-            need_gradient: Whether the gradient is asked for.
 
         Returns:
             Losses, fp32 (fp64 for a float64 model) ``(rows,)``, unscaled; and ``scale`` times the gradient of their sum
-            with respect to ``hidden``, in its dtype, or ``None``.
+            with respect to ``hidden``, in its dtype.
         """
         hidden, scored = hidden.detach(), batch.scored.to(hidden.device)
         states = hidden.flatten(0, 1)[scored]
-        gradient = torch.zeros_like(states) if need_gradient else None
+        gradient = torch.zeros_like(states)
         losses: list[torch.Tensor] = []
         step = tokens_per_chunk(self.vocab_size, on_gpu=self.device.type == "cuda")
         for start in range(0, len(states), step):
             part = slice(start, start + step)
-            chunk = states[part].requires_grad_(need_gradient)
-            with torch.set_grad_enabled(need_gradient):
+            chunk = states[part].requires_grad_(True)
+            with torch.enable_grad():
                 token_losses = self.weighted_losses(
                     self.epilogue(chunk), batch.targets[part], batch.token_weights[part]
                 )
             losses.append(token_losses.detach())
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(token_losses.sum() * scale, chunk)
+            (gradient[part],) = torch.autograd.grad(token_losses.sum() * scale, chunk)
         per_token = torch.cat(losses)
         per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, batch.rows_of_scored, per_token)
-        if gradient is None:
-            return per_example, None
         full = hidden.new_zeros(hidden.shape)  # contiguous, whatever the last block returned
         full.view(-1, hidden.shape[-1])[scored] = gradient
         return per_example, full

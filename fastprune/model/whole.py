@@ -45,14 +45,12 @@ class WholeView(View):
                     hook.remove()
 
     def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float, need_gradient: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden: torch.Tensor, batch: Batch, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
-        logits = hidden.detach().requires_grad_(need_gradient)
-        with torch.set_grad_enabled(need_gradient):
+        logits = hidden.detach().requires_grad_(True)
+        with torch.enable_grad():
             per_token = self.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights)
         per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
-        if not need_gradient:
-            return per_example, None
         (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)
         return per_example, gradient

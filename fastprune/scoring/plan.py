@@ -220,7 +220,7 @@ def _choose(
                 enough = fits and (host_budget is None or result.host_bytes <= host_budget)
                 if enough and (exact or choice in (1, segments)):
                     return result
-        if not exact and budget is None and segments is None:
+        if not exact and budget is None and host_budget is None and segments is None:
             return estimate.plan(1, tiers[0])
     smallest = min((estimate.plan(segments or n_blocks, tier) for tier in tiers), key=lambda made: made.device_bytes)
     if budget is not None and smallest.device_bytes > budget:
