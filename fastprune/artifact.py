@@ -20,10 +20,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastprune.errors import ArtifactError, NotFoundError
+from fastprune.errors import ArgumentError, ArtifactError, NotFoundError
 
 VERSION = 2  # 1 had no hash
 _ENTRY = "fastprune"
+
+
+def as_path(value: object, argument: str) -> Path:
+    """The path that a caller has named.
+
+    Raises:
+        ArgumentError: It is neither a string nor a path, or it is empty, which would be the current folder.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ArgumentError(f"{argument}: expected a path, got {value!r}")
+    return Path(value)
 
 
 def write_artifact(
@@ -50,7 +61,7 @@ def write_artifact(
         NotFoundError: The folder does not exist.
         ArtifactError: ``content`` is not JSON-able, or ``path`` is a folder.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if not path.parent.is_dir():
         raise NotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
@@ -128,7 +139,7 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor],
         ArtifactError: It is truncated, no safetensors file, not one of this package, of another kind or version, or
             not as it was written.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     if not path.is_file():
         raise NotFoundError(f"{kind} file {path} does not exist or is not a file")
     try:

@@ -9,11 +9,20 @@ import peft
 import pytest
 import torch
 from test_evaluation_generate import tiny_model, word_tokenizer
-from transformers import BertConfig, BertForMaskedLM, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fastprune.errors import CalibrationError, ModelError
 from fastprune.evaluation import generate, perplexity
-from fastprune.evaluation.forward import inference
+from fastprune.evaluation.forward import Forward, inference
 from fastprune.evaluation.generate import continue_greedily
 
 
@@ -69,9 +78,7 @@ def test_a_model_that_reads_padding_is_refused_in_batches_only() -> None:
 
 def test_padding_is_looked_at_again_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
     model, looked = tiny_model(), []
-    monkeypatch.setattr(
-        "fastprune.evaluation.forward.relative_error", lambda found, alone: looked.append(len(found)) or 0.0
-    )
+    monkeypatch.setattr(Forward, "_compare_alone", lambda self, ids, found: looked.append(len(found)))
     for longest in (3, 4, 5, 6, 9, 9):
         continue_greedily(model, [[5, 6, 7], list(range(5, 5 + longest))], [1, 1], [])
     assert looked == [1] * 5  # each call is an evaluation of its own
@@ -83,3 +90,30 @@ def test_padding_is_looked_at_again_where_there_is_more(monkeypatch: pytest.Monk
             mask[1, 10 - padding :] = 0
             forward(ids, mask, use_cache=False, last=False)
     assert looked == [9, 8, 6, 1]
+
+
+def test_a_model_that_counts_positions_from_another_number_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = RobertaForCausalLM(RobertaConfig(vocab_size=50, is_decoder=True, **sizes)).eval()
+    with pytest.raises(ModelError, match=r"^model: RobertaForCausalLM does not count positions from 0"):
+        continue_greedily(model, [[5, 6, 7]], [1], [])
+
+
+def test_a_model_that_takes_padding_for_text_in_cached_steps_is_refused_in_batches_only() -> None:
+    model = tiny_model()
+    contexts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    alone = continue_greedily(model, contexts, [4, 4], [], batch_size=1)
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forgetful(**inputs: torch.Tensor) -> object:
+        if inputs.get("past_key_values") is not None:
+            inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        return plain(**inputs)
+
+    model.forward = forgetful
+    with pytest.raises(ModelError, match="padding changes the logits of LlamaForCausalLM"):
+        continue_greedily(model, contexts, [4, 4], [])
+    assert continue_greedily(model, contexts, [4, 4], [], batch_size=1) == alone
+    assert continue_greedily(model, contexts, [1, 1], []) == [ids[:1] for ids in alone]  # no step has a cache

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,31 @@ def test_other_copies_of_the_weights_are_pointed_out(model, folder):
     (folder / "pytorch_model.bin").write_text("x")
     with pytest.warns(FastpruneWarning, match=r"not pruned: pytorch_model\.bin"):
         fastprune.patch_in_place(folder, mask_for(model))
+
+
+def test_a_warning_that_is_an_error_comes_before_the_first_byte(model, folder, tmp_path):
+    mask = mask_for(model)
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    before = contents(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FastpruneWarning)
+        with pytest.raises(FastpruneWarning, match="not pruned"):
+            fastprune.patch_in_place(folder, mask, backup=True)
+        with pytest.raises(FastpruneWarning, match="not pruned"):
+            fastprune.patch_checkpoint(folder, mask, tmp_path / "copy")
+    assert contents(folder) == before and not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("path", [None, "", 3, b"folder"])
+def test_what_is_no_path_is_named(model, folder, tmp_path, path):
+    mask = mask_for(model)
+    for argument, call in (
+        ("in_dir", lambda: fastprune.patch_checkpoint(path, mask, tmp_path / "copy")),
+        ("out_dir", lambda: fastprune.patch_checkpoint(folder, mask, path)),
+        ("folder", lambda: fastprune.patch_in_place(path, mask)),
+        ("folder", lambda: fastprune.undo_patch(path)),
+        ("path", lambda: mask.save(path)),
+        ("path", lambda: PruneMask.load(path)),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{argument}: expected a path, got "):
+            call()

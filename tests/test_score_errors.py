@@ -102,6 +102,8 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"memory": "much"}, "memory"),
         ({"memory": "1KiB"}, "memory.*need"),
         ({"resume": "no/such/folder/somewhere"}, "resume.*existing folder"),
+        ({"resume": ""}, "resume: expected a path, got ''"),
+        ({"resume": 3}, "resume: expected a path, got 3"),
         ({"boundaries": "moon"}, "boundaries"),
         ({"device": "cpu"}, "device.*folder"),
         ({"backend": "abacus"}, "backend.*abacus"),

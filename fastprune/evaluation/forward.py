@@ -48,6 +48,7 @@ class Forward:
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
         self._padding_checked = 0
+        self._watched: tuple[int, torch.Tensor] | None = None  # a row, and what it was when it was compared
 
     def __call__(
         self,
@@ -90,7 +91,27 @@ class Forward:
         logits = output.logits[:, -1:] if last else output.logits
         if past is None:
             self._check_padding(input_ids, attention_mask, logits)
+        elif self._watched is not None:
+            self._check_cache(input_ids, logits)
         return logits, getattr(output, "past_key_values", None)
+
+    def check_positions(self) -> None:
+        """Raise ModelError if the model's own positions are others than those from 0 on, which rows are given here."""
+        if "position_ids" not in self._takes:
+            return
+        ids = torch.arange(2, device=self.device).unsqueeze(0) % self.vocab_size
+        keywords = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        own = self._model(**keywords).logits
+        # The same sums of the same numbers if positions are.
+        if (
+            relative_error(self._model(**keywords, position_ids=torch.arange(2, device=self.device)[None]).logits, own)
+            > 1e-3
+        ):
+            raise ModelError(
+                f"model: {type(self._inner).__name__} does not count positions from 0: its logits are others when "
+                "position_ids are 0, 1, … than when there are none; expected the same both ways (RoBERTa and its kin "
+                "begin after their padding token's id), so it cannot be evaluated"
+            )
 
     def _check_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits: torch.Tensor) -> None:
         """Compare the row that is padded most with itself alone; not every architecture looks at the mask.
@@ -98,21 +119,31 @@ class Forward:
         The first time that there is padding, and whenever there is twice as much as was looked at: a little may hide in
         rounding.
         """
+        self._watched = None
         lengths = attention_mask.sum(1)
         row, padding = int(lengths.argmin()), int(input_ids.shape[1] - lengths.min())
         if padding < max(1, 2 * self._padding_checked):
             return
         self._padding_checked = padding
         real = attention_mask[row].bool()
-        ids = input_ids[row : row + 1, real]
-        alone, _ = self(ids, torch.ones_like(ids), use_cache=False, last=logits.shape[1] == 1)
         found = logits[row, -1:] if logits.shape[1] == 1 else logits[row, real]
+        self._compare_alone(input_ids[row : row + 1, real], found)
+        self._watched = (row, input_ids[row, real])
+
+    def _check_cache(self, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare the same row with itself alone and without a cache: some take padding for text in cached steps."""
+        (row, before), self._watched = self._watched, None
+        self._compare_alone(torch.cat([before, input_ids[row]])[None], logits[row, -1:])
+
+    def _compare_alone(self, ids: torch.Tensor, found: torch.Tensor) -> None:
+        """Raise ModelError if a row ``(1, tokens)`` has other logits alone than ``(some last tokens, vocab)``."""
+        alone, _ = self(ids, torch.ones_like(ids), use_cache=False, last=len(found) == 1)
         some = slice(-_COMPARED, None)  # of a long text, logits of 100,000 words take memory
         error = relative_error(found[some], alone[0][some])
         # What computes in another dtype than it is stored in, as under autocast, rounds as the wider tolerance allows.
-        dtypes = {logits.dtype, *(parameter.dtype for parameter in self._inner.parameters())}
-        if torch.is_autocast_enabled(logits.device.type):
-            dtypes.add(torch.get_autocast_dtype(logits.device.type))
+        dtypes = {found.dtype, *(parameter.dtype for parameter in self._inner.parameters())}
+        if torch.is_autocast_enabled(found.device.type):
+            dtypes.add(torch.get_autocast_dtype(found.device.type))
         if error > max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes):
             raise ModelError(
                 f"model: padding changes the logits of {type(self._inner).__name__} by {error:.1e} (relative), so rows "
@@ -150,7 +181,9 @@ def inference(model: Any) -> Iterator[Forward]:
     inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
     check_causal(inner)
     with exclusive(inner), quiet(model), torch.no_grad():
-        yield Forward(model)
+        forward = Forward(model)
+        forward.check_positions()
+        yield forward
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastprune.artifact import sha256, sync, try_lock
+from fastprune.artifact import as_path, sha256, sync, try_lock
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
 from fastprune.masking.apply import checked_scale
 from fastprune.masking.edits import hashes, scatter
@@ -59,7 +59,7 @@ def patch_checkpoint(
     Warns:
         FastpruneWarning: Other copies of the weights were left out.
     """
-    source, target = Path(in_dir), Path(out_dir)
+    source, target = as_path(in_dir, "in_dir"), as_path(out_dir, "out_dir")
     _check_mask(mask)
     scale = checked_scale(scale)
     _check_folder("in_dir", source)
@@ -73,6 +73,9 @@ def patch_checkpoint(
     changes = changes_of(mask, stored_tensors(source), source, strict)
     check_whole(source)
     files, left_out = _other_files(source, shards)
+    if left_out:
+        message = f"{source}: left out other copies of the weights, which are not pruned: {', '.join(left_out)}"
+        warnings.warn(message, FastpruneWarning, stacklevel=2)
 
     edits = edits_of(changes, scale)
     found: dict[Path, Hashes] = {}
@@ -92,9 +95,6 @@ def patch_checkpoint(
         sync(target.absolute().parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if left_out:
-        message = f"{source}: left out other copies of the weights, which are not pruned: {', '.join(left_out)}"
-        warnings.warn(message, FastpruneWarning, stacklevel=2)
     return target
 
 
@@ -131,7 +131,7 @@ def patch_in_place(
     Warns:
         FastpruneWarning: There are other copies of the weights in the folder; they are not pruned.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     _check_mask(mask)
     scale = checked_scale(scale)
     _check_folder("folder", folder)
@@ -149,6 +149,10 @@ def patch_in_place(
         undo = Undo(
             mask.digest, scale, changes, {path: Hashes(*hashes(path, e.offsets, e.new)) for path, e in edits.items()}
         )
+        # Before the first byte: who turns warnings into errors has the folder as it was.
+        if other := [name for name in _other_files(folder, shards)[1] if not name.endswith(_BACKUP)]:
+            message = f"{folder}: other copies of the weights in it are not pruned: {', '.join(other)}"
+            warnings.warn(message, FastpruneWarning, stacklevel=2)
         if backup:
             for path, expected in undo.hashes.items():
                 _back_up(path, expected.original)
@@ -160,10 +164,6 @@ def patch_in_place(
             if (folder / UNDO_NAME).exists():
                 _undo(folder)
             raise
-    other = [name for name in _other_files(folder, shards)[1] if not name.endswith(_BACKUP)]
-    if other:
-        message = f"{folder}: other copies of the weights in it are not pruned: {', '.join(other)}"
-        warnings.warn(message, FastpruneWarning, stacklevel=2)
     return folder
 
 
@@ -185,7 +185,7 @@ def undo_patch(folder: str | Path) -> Path:
         ArtifactError: A shard was changed or replaced since it was patched, or the undo file is damaged; the message
             names it, and nothing is written.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     _check_folder("folder", folder)
     with _alone(folder):
         _undo(folder)

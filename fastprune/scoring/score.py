@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastprune import backends
+from fastprune.artifact import as_path
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.model.adapters import unwrap
@@ -149,6 +150,8 @@ def score(
         backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
         if harm_loader is None:
             raise ArgumentError("harm_loader: expected an iterable of batches, got None")
+        if resume is not None:
+            resume = as_path(resume, "resume")
         weights = _weights(model, device, dtype)
         stack.callback(weights.close)
         stack.enter_context(exclusive(unwrap(weights.model)))
