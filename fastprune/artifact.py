@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def write_artifact(
         text = json.dumps({**facts, "sha256": _hash(tensors, json.dumps(facts))})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: its metadata is not JSON-able ({error})") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         save_tensors(temporary, tensors, {_ENTRY: text})
         if durable:

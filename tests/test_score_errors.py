@@ -13,7 +13,7 @@ from architectures import BENIGN, HARM, VOCAB, build, pad, stateful
 from torch import nn
 
 import fastprune
-from fastprune.calibration import CalibrationSet
+from fastprune.calibration import CalibrationSet, Example
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneError, FastpruneWarning, ModelError
 from fastprune.scoring import engine
 
@@ -307,3 +307,18 @@ def test_numbers_of_numpy_are_numbers(model: nn.Module, tmp_path) -> None:
         fastprune.plan(model, 3, 70_000, segments=2),
     )
     assert sizes[0] == sizes[1]
+
+
+def test_examples_beyond_the_trained_length_are_pointed_out(model: nn.Module) -> None:
+    """Rotary positions have no end; what lies beyond is counted, and said."""
+    model.config.max_position_embeddings = 8
+    rows = [Example(tuple(range(3, 3 + length)), (-100, *range(4, 3 + length))) for length in (5, 9, 12)]
+    with pytest.warns(FastpruneWarning, match="harm_loader: 2 examples, the first is example 1, .* than the 8 tokens"):
+        fastprune.score(model, CalibrationSet(rows), progress=False)
+
+
+def test_a_head_may_be_a_module_of_several(model: nn.Module) -> None:
+    expected = fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.05)
+    head = model.lm_head
+    model.lm_head = nn.Sequential(nn.Identity(), head)
+    assert fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.05) == expected

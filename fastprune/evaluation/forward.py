@@ -19,7 +19,7 @@ from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
 from fastprune.model.admission import check_causal
 from fastprune.model.modulecheck import TOLERANCE, relative_error
-from fastprune.model.positions import rotary_conflict
+from fastprune.model.positions import rotary_conflict, trained_length
 from fastprune.model.state import exclusive, quiet
 
 _COMPARED = 64  # tokens of a row
@@ -41,10 +41,9 @@ class Forward:
         embedding = model.get_input_embeddings().weight
         if embedding.device.type == "meta":
             raise ModelError("model: expected weights in memory, got a model on the meta device")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.device = embedding.device
         self.vocab_size = embedding.shape[0]
-        self.max_tokens = limit if isinstance(limit, int) and limit > 0 else None
+        self.max_tokens = trained_length(model)
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
         self._padding_checked = 0

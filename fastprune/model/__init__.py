@@ -1,4 +1,5 @@
 """A causal LM as the engine sees it: blocks, eligible weights, hooks, state.
 
-On the scoring path, the only room that knows transformers. It must not know criteria.
+The room that knows transformers' models; scoring asks it, and builds from a config alone to weigh one. It must not know
+criteria.
 """

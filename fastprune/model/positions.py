@@ -13,11 +13,17 @@ from torch import nn
 
 def table_size(model: nn.Module) -> int | None:
     """Tokens that a learned table of positions has room for, ``None`` without one: rotary positions have no end."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = trained_length(model)
     tokens = model.get_input_embeddings()
     tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
     learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
     return limit if learned else None  # OPT's table has two rows more
+
+
+def trained_length(model: nn.Module) -> int | None:
+    """Tokens of the longest text that the model was made for, by its config; ``None`` where that says nothing."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def rotary_conflict(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> tuple[int, str] | None:

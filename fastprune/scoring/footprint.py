@@ -84,7 +84,7 @@ def footprint(model: nn.Module) -> Footprint:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_bytes = _bytes(embedding.parameters())
     head_bytes = _bytes(head.parameters()) if head is not None else 0
-    tied = head is not None and embedding.weight is head.weight
+    tied = any(parameter is embedding.weight for parameter in ([] if head is None else head.parameters()))
     block_bytes = tuple(_bytes(block.parameters()) for block in blocks)
     total = _bytes(model.parameters())
     return Footprint(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -18,10 +19,10 @@ import torch
 from fastprune import backends
 from fastprune.artifact import as_path
 from fastprune.calibration import CalibrationSet, collect
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
-from fastprune.model.positions import rotary_conflict, table_size
+from fastprune.model.positions import rotary_conflict, table_size, trained_length
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import exclusive, quiet
 from fastprune.model.view import BlockView
@@ -305,6 +306,15 @@ def _check_lengths(name: str, examples: CalibrationSet, model: torch.nn.Module) 
                 f"{name}, example {index}: {len(example)} tokens, but the model has positions for {limit}; nothing is "
                 "cut, shorten or drop it"
             )
+    limit = trained_length(model)
+    longer = [index for index, example in enumerate(examples) if limit is not None and len(example) > limit]
+    if longer:
+        warnings.warn(
+            f"{name}: {len(longer)} examples, the first is example {longer[0]}, are longer than the {limit} tokens "
+            "that the model was made for; they count like any other",
+            FastpruneWarning,
+            stacklevel=4,
+        )
     conflict = rotary_conflict(model, [(len(example), len(example)) for example in examples])
     if conflict is not None:
         index, reason = conflict
