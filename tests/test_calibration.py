@@ -80,6 +80,30 @@ def test_optional_values_may_be_absent_none_or_nan_and_other_columns_are_kept():
     assert rows == [Row("a", "b", extra={"skill": "copy", "answer": 3}), Row("a", "b", id="7")]
 
 
+def test_a_column_with_nearly_a_known_name_is_noted_once(tmp_path):
+    """Regression: with `prefil` for `prefill`, another experiment was run without a word."""
+    (tmp_path / "a.csv").write_text("prompt,response,prefil,category\na,b,c,\nd,e,f,\n")
+    for source, column, meant in (
+        (tmp_path / "a.csv", "prefil", "prefill"),
+        ([{"prompt": "a", "response": "b", "Prefill": "c"}], "Prefill", "prefill"),
+        ([{"prompt": "a", "response": "b", "prefix": "c", "prompt_id": 3}], "prefix", "prefill"),
+        ([{"prompt": "a", "response": "b", "categories": "c"}] * 2, "categories", "category"),
+    ):
+        with pytest.warns(FastpruneWarning) as caught:
+            read_rows(source)
+        (warning,) = caught
+        assert f"column {column!r} is not used; did you mean {meant!r}?" in str(warning.message)
+
+
+def test_columns_that_resemble_nothing_or_what_is_there_are_silent(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,prefill,prefix,category\na,b,,c,\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_rows(tmp_path / "a.csv") == [Row("a", "b", extra={"prefix": "c"})]
+        read_rows([{"prompt": "a", "response": "b", "prompt_id": 1, "skill": "copy", "preference": 2, "profile": 3}])
+        read_rows([Row("a", "b", extra={"prefix": "c"})])  # said when it was read
+
+
 def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'prompt,response\r\n"a\r\nb","c\nd"\r\n')
     assert read_rows(tmp_path / "a.csv") == [Row("a\r\nb", "c\nd")]
@@ -282,11 +306,13 @@ LETTERS = [{"prompt": "a" * n, "response": "b", "category": "xy"[n % 2], "id": s
 def test_long_rows_are_dropped_whole_and_counted(tokenizer):
     with pytest.warns(FastpruneWarning, match="left out 2 of 6 rows, longer than max_length=6 tokens"):
         kept = load_calibration(LETTERS, tokenizer, max_length=6)
-    assert kept.counts == {"kept": 4, "too_long": 2}
+    assert kept.counts == {"kept": 4, "too_long": 2, "prefilled": 0}
     assert [len(example) for example in kept] == [3, 4, 5, 6]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_calibration(LETTERS, tokenizer).counts == {"kept": 6, "too_long": 0}
+        assert load_calibration(LETTERS, tokenizer).counts == {"kept": 6, "too_long": 0, "prefilled": 0}
+    some = [row | {"prefill": "c" * (index % 2)} for index, row in enumerate(LETTERS)]
+    assert load_calibration(some, tokenizer).counts["prefilled"] == 3
     with pytest.raises(CalibrationError, match="all 6 rows are longer than max_length=2"):
         load_calibration(LETTERS, tokenizer, max_length=2)
 

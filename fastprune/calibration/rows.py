@@ -8,17 +8,23 @@ value is text. It must not know tokenizers, models or what the rows are for.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastprune.errors import CalibrationError, NotFoundError
+from fastprune.errors import CalibrationError, FastpruneWarning, NotFoundError
 
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("prefill", "category", "id")
+# Optional columns without which another experiment is run. How alike a name has to be to be taken for one of them:
+# "prefix" and "categories" are, "preference" and "prompt_id" are not.
+_MISSPELT = ("prefill", "category")
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,19 @@ def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Ro
         NotFoundError: There is no such file.
         CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or
             there are no rows. The message names the file and the line, or the number of the row (from 0).
+
+    Warns:
+        FastpruneWarning: A column that is not used has nearly the name of one that would be and is absent.
     """
-    rows = [_row(record, where) for record, where in _records(path_or_rows)]
+    rows, misspelt = [], {}
+    for record, where in _records(path_or_rows):
+        rows.append(_row(record, where))
+        misspelt.update(_misspelt(record))
     if not rows:
         raise CalibrationError(f"{describe(path_or_rows)} holds no rows; at least one is needed")
+    for column, meant in misspelt.items():
+        message = f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?"
+        warnings.warn(message, FastpruneWarning, stacklevel=2)
     return rows
 
 
@@ -114,8 +129,9 @@ def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
                 where = f"{path}, line {reader.line_num}"
                 if None in record or None in record.values():
                     raise CalibrationError(f"{where}: expected {len(columns)} fields as in the header {columns}")
-                # an empty cell is how a CSV says that there is no value
-                yield {k: v for k, v in record.items() if v != "" or k in REQUIRED}, where
+                # an empty cell is how a CSV says that there is no value; the optional columns show that they are there
+                empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
+                yield empty | {k: v for k, v in record.items() if v != "" or k in REQUIRED}, where
         except csv.Error as error:
             raise CalibrationError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
 
@@ -180,6 +196,15 @@ def _row(record: Mapping[str, Any], where: str) -> Row:
         id=_name(record.get("id"), "id", where),
         extra={key: value for key, value in record.items() if key not in REQUIRED + OPTIONAL},
     )
+
+
+def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Columns that nothing reads, each with the absent one whose name is nearly the same."""
+    absent = [name for name in _MISSPELT if name not in record]
+    for column in record:
+        if absent and isinstance(column, str) and column not in REQUIRED + OPTIONAL:
+            for meant in difflib.get_close_matches(column.strip().lower(), absent, n=1, cutoff=_ALIKE):
+                yield column, meant
 
 
 def _absent(value: Any) -> bool:

@@ -125,7 +125,7 @@ def load_calibration(
         max_length: Rows of more tokens than this are left out whole; ``None`` keeps all.
 
     Returns:
-        The set; its ``counts`` are ``{"kept": …, "too_long": …}``.
+        The set; its ``counts`` are ``{"kept": …, "too_long": …, "prefilled": …}``, the last one of the kept rows.
 
     Raises:
         NotFoundError: There is no such file.
@@ -133,21 +133,25 @@ def load_calibration(
         CalibrationError: The data cannot be read, a row has nothing to score, or no row is left.
 
     Warns:
-        FastpruneWarning: Rows were left out.
+        FastpruneWarning: Rows were left out, or a column has nearly the name of one that would be used.
     """
     check_format(tokenizer, format)
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise ArgumentError(f"max_length must be a positive integer or None, got {max_length!r}")
     source = describe(path_or_rows)
-    examples = [
-        encode_row(tokenizer, row, format, where=f"{source}, row {number}")
-        for number, row in enumerate(read_rows(path_or_rows))
-    ]
-    kept = [example for example in examples if max_length is None or len(example) <= max_length]
-    too_long = len(examples) - len(kept)
+    kept, too_long, prefilled = [], 0, 0
+    for number, row in enumerate(read_rows(path_or_rows)):
+        example = encode_row(tokenizer, row, format, where=f"{source}, row {number}")
+        if max_length is not None and len(example) > max_length:
+            too_long += 1
+        else:
+            kept.append(example)
+            prefilled += bool(row.prefill)
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
-        message = f"{source}: left out {too_long} of {len(examples)} rows, longer than max_length={max_length} tokens"
+        message = (
+            f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
+        )
         warnings.warn(message, FastpruneWarning, stacklevel=2)
-    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long})
+    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long, "prefilled": prefilled})

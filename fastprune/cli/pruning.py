@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import fastprune
+from fastprune.calibration import CalibrationSet
 from fastprune.cli.app import app
 from fastprune.cli.files import check_output_file
 from fastprune.cli.options import (
@@ -79,6 +80,8 @@ def score(
             else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
             for path in (harm, benign)
         ]
+        if is_first():
+            _show_sets(*sets)
         scores = fastprune.score(
             model,
             *(None if group is None else group.loader(batch_tokens) for group in sets),
@@ -224,6 +227,13 @@ def _check_patch_options(
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+
+
+def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
+    """How many rows count, and how many of them have the context that a prefilling attack would give."""
+    for role, examples in (("harm", harm), ("benign", benign)):
+        if examples is not None:
+            typer.echo(f"{role}: {len(examples)} rows, {examples.counts['prefilled']} of them with a prefill")
 
 
 def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
