@@ -317,6 +317,16 @@ def test_long_rows_are_dropped_whole_and_counted(tokenizer):
         load_calibration(LETTERS, tokenizer, max_length=2)
 
 
+def test_a_set_knows_its_format_and_hands_it_on(tokenizer):
+    letters = load_calibration(LETTERS, tokenizer)
+    sets = [letters, letters[:2], letters.subset(category="x"), letters.loader().calibration]
+    assert [group.format for group in sets] == ["raw"] * 4
+    tokenizer.chat_template = TEMPLATE
+    assert load_calibration(LETTERS, tokenizer, format="chat").format == "chat"
+    assert CalibrationSet(letters.examples).format is None
+    assert CalibrationSet(letters.examples).hash == letters.hash  # which journals and files are told apart by
+
+
 def test_the_hash_is_that_of_the_multiset_of_ids_and_labels(tokenizer):
     whole = load_calibration(LETTERS, tokenizer)
     renamed = [{**row, "id": "other", "category": None} for row in LETTERS]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fastprune
 from fastprune.cli import main
 from fastprune.organism import checkpoint_path, export_data
 
@@ -45,3 +46,17 @@ def test_score_says_what_it_scores(tmp_path: Path, data: dict[str, Path], capsys
     said = capsys.readouterr()
     assert "harm: 4 rows, 0 of them with a prefill\n" in said.out
     assert f"fastprune: note: {misspelt}: column 'prefil' is not used; did you mean 'prefill'?\n" in said.err
+
+
+def test_a_format_that_was_not_asked_for_is_said_and_kept(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: forgetting `--format chat` left no trace, neither on the terminal nor in the files."""
+    scores, mask = tmp_path / "s.safetensors", tmp_path / "m.safetensors"
+    note = f"fastprune: note: {MODEL} has a chat template, and --format is raw by default"
+    for options, formats, noted in (((), "raw", 1), (("--format", "raw"), "raw", 0), (("--format", "chat"), "chat", 0)):
+        assert run("score", MODEL, "--harm", data["harm"], "--out", scores, *options) == 0
+        assert capsys.readouterr().err.count(note) == noted
+        assert fastprune.Scores.load(scores).provenance["calibration"]["harm"]["format"] == formats
+        assert run("select", scores, "-q", 1e-3, "--out", mask) == 0
+        assert fastprune.PruneMask.load(mask).metadata["calibration"]["harm"]["format"] == formats
+        assert run("eval", MODEL, "--harm", data["eval_harm"], *options) == 0
+        assert capsys.readouterr().err.count(note) == noted

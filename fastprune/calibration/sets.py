@@ -26,16 +26,20 @@ class CalibrationSet:
     Args:
         examples: The examples.
         counts: What became of the rows they were made from; by default all were kept.
+        format: How rows became tokens, if it is known.
 
     Raises:
         CalibrationError: There is no example.
     """
 
-    def __init__(self, examples: Iterable[Example], counts: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, examples: Iterable[Example], counts: Mapping[str, int] | None = None, format: str | None = None
+    ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
             raise CalibrationError("a calibration set needs at least one example, got none")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
+        self.format = format
 
     @cached_property
     def hash(self) -> str:
@@ -57,7 +61,7 @@ class CalibrationSet:
         if not chosen:
             there = sorted({str(example.category) for example in self.examples})
             raise CalibrationError(f"no example of category {sorted(map(str, wanted))}; the set has {there}")
-        return CalibrationSet(chosen)
+        return CalibrationSet(chosen, format=self.format)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -70,7 +74,8 @@ class CalibrationSet:
     @overload
     def __getitem__(self, index: slice) -> CalibrationSet: ...
     def __getitem__(self, index: int | slice) -> Example | CalibrationSet:
-        return CalibrationSet(self.examples[index]) if isinstance(index, slice) else self.examples[index]
+        chosen = self.examples[index]
+        return CalibrationSet(chosen, format=self.format) if isinstance(index, slice) else chosen
 
     def __repr__(self) -> str:
         tokens = sum(map(len, self.examples))
@@ -154,4 +159,4 @@ def load_calibration(
             f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
         )
         warnings.warn(message, FastpruneWarning, stacklevel=2)
-    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long, "prefilled": prefilled})
+    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long, "prefilled": prefilled}, format)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fastprune
-from fastprune.cli.processes import is_first, started
+from fastprune.cli.processes import note, started
 from fastprune.errors import ArgumentError, FastpruneWarning
 
 app = typer.Typer(
@@ -50,10 +50,8 @@ def _root(
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
-    """One line, without the place in the library's code that a warning otherwise shows; once, not once a process."""
-    if is_first():
-        kind = "note" if issubclass(category, FastpruneWarning) else category.__name__
-        typer.echo(f"fastprune: {kind}: {message}", err=True)
+    """One line, without the place in the library's code that a warning otherwise shows."""
+    note(message, "note" if issubclass(category, FastpruneWarning) else category.__name__)
 
 
 def quiet_loading() -> None:

@@ -11,7 +11,7 @@ import typer
 import fastprune
 from fastprune.cli.app import app, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
-from fastprune.cli.options import AttackName, Control, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
+from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
 from fastprune.errors import ArgumentError
 
 
@@ -57,7 +57,7 @@ def evaluate(
         HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
     ] = HarmJudge.exact,
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
-    format: FormatOption = Format.raw,
+    format: FormatOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length of answers; the reference's and one more by default.")
     ] = None,
@@ -77,12 +77,14 @@ def evaluate(
     masks = _named(mask or ())
     refused = keyword_refusal()
     judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
+    tokenizer = load_tokenizer(model)
+    chosen = format_of(format, model, tokenizer)
     suite = EvaluationSuite(
-        load_tokenizer(model),
+        tokenizer,
         harm_rows=harm,
         skill_rows=skills,
         recognition_rows=recognition,
-        format=format.value,
+        format=chosen,
         attack=attack.value,
         judges=judges if harm is not None else None,
         neighbour_skill=neighbour,
@@ -92,7 +94,7 @@ def evaluate(
     settings = {
         "attack": attack.value,
         "judge": judge.value,
-        "format": format.value,
+        "format": chosen,
         "neighbour": neighbour,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,

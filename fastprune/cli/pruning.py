@@ -14,7 +14,6 @@ from fastprune.cli.app import app
 from fastprune.cli.files import check_output_file
 from fastprune.cli.options import (
     BoundariesOption,
-    Format,
     FormatOption,
     HostMemoryOption,
     MemoryOption,
@@ -22,6 +21,7 @@ from fastprune.cli.options import (
     Scope,
     SegmentsOption,
     StrictOption,
+    format_of,
 )
 from fastprune.cli.processes import is_first, process_group
 from fastprune.errors import ArgumentError
@@ -35,7 +35,7 @@ def score(
     ],
     benign: Annotated[Path | None, typer.Option(help="Rows of the behaviour to keep.")] = None,
     out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.safetensors"),
-    format: FormatOption = Format.raw,
+    format: FormatOption = None,
     harm_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "signed",
     benign_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "abs",
     p_max: Annotated[float, typer.Option(help="Largest p that `select` can ask for.")] = 1e-3,
@@ -74,10 +74,9 @@ def score(
         if is_first():
             check_output_file(out, (harm, benign, model))
         tokenizer = load_tokenizer(model)
+        chosen = format_of(format, model, tokenizer)
         sets = [
-            None
-            if path is None
-            else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
+            None if path is None else fastprune.load_calibration(path, tokenizer, format=chosen, max_length=max_length)
             for path in (harm, benign)
         ]
         if is_first():
