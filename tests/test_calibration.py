@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 
@@ -109,6 +110,18 @@ def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
     assert read_rows(tmp_path / "a.csv") == [Row("a\r\nb", "c\nd")]
 
 
+def test_a_csv_cell_may_be_long(tmp_path):
+    """Regression: above csv's own limit of 131,072 characters it was "line 1: not valid CSV"."""
+    long = "a" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,response\nb,{long}\n")
+    (tmp_path / "b.csv").write_text('prompt,response\nb,"c\n')
+    before = csv.field_size_limit()
+    assert read_rows(tmp_path / "a.csv") == [Row("b", long)]
+    with pytest.raises(CalibrationError):
+        read_rows(tmp_path / "b.csv")
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -119,7 +132,10 @@ def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
         ("a.csv", "prompt,response\na,b\nc\n", r"a\.csv, line 3: expected 2 fields"),
         ("a.csv", "prompt,response\na,b,c\n", r"a\.csv, line 2: expected 2 fields"),
         ("a.csv", "prompt,response,response\na,b,c\n", "appears twice"),
-        ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line \d: not valid CSV"),
+        ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line 2: the row that begins here is not valid CSV"),
+        ("a.csv", 'prompt,response\n"a\n\nb",c\n\nd,"e"f\n', r"a\.csv, line 6: the row that begins here is not valid"),
+        ("a.csv", 'prompt,response\n"a\n\nb",c\n"d\ne"\n', r"a\.csv, line 5: expected 2 fields .*, got 1"),
+        ("a.csv", '"prompt,response\na,b\n', r"a\.csv, line 1: the row that begins here is not valid"),
         ("a.jsonl", "", "holds no rows"),
         ("a.jsonl", "\n \n", "holds no rows"),
         ("a.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"', r"a\.jsonl, line 3: not valid JSON"),

@@ -117,23 +117,40 @@ def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            columns = list(reader.fieldnames or [])
-            _check_columns(columns, str(path))
-            if len(set(columns)) < len(columns):
-                raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
-            for record in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in record or None in record.values():
-                    raise CalibrationError(f"{where}: expected {len(columns)} fields as in the header {columns}")
-                # an empty cell is how a CSV says that there is no value; the optional columns show that they are there
-                empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
-                yield empty | {k: v for k, v in record.items() if v != "" or k in REQUIRED}, where
-        except csv.Error as error:
-            raise CalibrationError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
+    lines = _csv_lines(path)
+    columns = lines[0][1] if lines else []
+    _check_columns(columns, str(path))
+    if len(set(columns)) < len(columns):
+        raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
+    # an empty cell is how a CSV says that there is no value; the optional columns show that they are there
+    empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
+    for number, cells in lines[1:]:
+        where = f"{path}, line {number}"
+        if len(cells) != len(columns):
+            raise CalibrationError(
+                f"{where}: expected {len(columns)} fields as in the header {columns}, got {len(cells)}"
+            )
+        record = zip(columns, cells, strict=True)
+        yield empty | {name: cell for name, cell in record if cell or name in REQUIRED}, where
+
+
+def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows that are not blank, header first, each with the number of the line on which it begins."""
+    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters unless told otherwise, for the whole process
+    lines, begin = [], 1
+    try:
+        # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                if cells:
+                    lines.append((begin, cells))
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        raise CalibrationError(f"{path}, line {begin}: the row that begins here is not valid CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+    return lines
 
 
 def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
