@@ -12,7 +12,7 @@ import fastprune
 from fastprune.cli.app import app, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
 from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, require
 
 
 @app.command()
@@ -73,6 +73,7 @@ def evaluate(
     from fastprune.reporting import print_files, print_results, write_report
 
     if out is not None:
+        require("matplotlib", "report")  # the pictures come last
         check_output_folder(out)
     masks = _named(mask or ())
     refused = keyword_refusal()

@@ -9,6 +9,7 @@ import typer
 
 from fastprune.cli.app import app, organism_app, quiet_loading
 from fastprune.cli.files import check_output_folder
+from fastprune.errors import require
 
 
 @app.command()
@@ -25,6 +26,7 @@ def demo(
     from fastprune.experiments import DemoSettings, run_demo
     from fastprune.reporting import print_files, print_results, write_report
 
+    require("matplotlib", "report")  # the pictures come last
     quiet_loading()
     settings = DemoSettings(p=p, q=q, seed=seed, checkpoints=checkpoints)
     check_output_folder(out)
