@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +26,7 @@ from fastprune.cli.options import (
     StrictOption,
     format_of,
 )
-from fastprune.cli.processes import is_first, process_group
+from fastprune.cli.processes import is_first, note, process_group
 from fastprune.errors import ArgumentError
 
 
@@ -69,7 +72,7 @@ def score(
     """
     from fastprune.model.checkpoint import load_tokenizer
 
-    with process_group(device):
+    with process_group(device), _resumable(resume):
         _usable(device)
         if is_first():
             check_output_file(out, (harm, benign, model))
@@ -226,6 +229,17 @@ def _check_patch_options(
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+
+
+@contextlib.contextmanager
+def _resumable(journal: Path | None) -> Iterator[None]:
+    """Say that nothing is lost when somebody stops a run with a journal."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if journal is not None:
+            note(f"the same command, with --resume {shlex.quote(str(journal))}, goes on from here")
+        raise
 
 
 def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
