@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,41 @@ def test_a_format_that_was_not_asked_for_is_said_and_kept(tmp_path: Path, data: 
         assert fastprune.PruneMask.load(mask).metadata["calibration"]["harm"]["format"] == formats
         assert run("eval", MODEL, "--harm", data["eval_harm"], *options) == 0
         assert capsys.readouterr().err.count(note) == noted
+
+
+def test_commands_to_go_on_with_can_be_pasted_into_a_shell(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: paths were not quoted."""
+    folder = tmp_path / "my files"
+    shutil.copytree(MODEL, folder / "model")
+    scores, mask, other = (folder / name for name in ("s.safetensors", "m.safetensors", "c.safetensors"))
+    for words, following in (
+        (("organism", "export", "--out", folder), ["score", str(MODEL), "--harm", str(folder / "harm.jsonl")]),
+        (("score", MODEL, "--harm", data["harm"], "--out", scores), ["select", str(scores), "-q", "1e-4"]),
+        (("select", scores, "-q", 1e-3, "--out", mask), ["patch", "MODEL", str(mask), "--out", "PRUNED_MODEL"]),
+        (("control", folder / "model", mask, "--out", other), ["eval", str(folder / "model"), "--mask", str(mask)]),
+        (("patch", folder / "model", mask, "--in-place"), ["patch", "--undo", str(folder / "model")]),
+    ):
+        assert run(*words) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("next: ", "undo: ")))
+        assert shlex.split(line)[1 : len(following) + 2] == ["fastprune", *following]
+
+
+def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: both were done without a word."""
+    scores, mask = tmp_path / "s.safetensors", tmp_path / "m.safetensors"
+    same = "fastprune: note: harm_loader and benign_loader hold the same examples"
+    nothing = "fastprune: note: nothing is protected without -p, although the scores hold a benign set\n"
+    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--out", scores)
+    select = ("select", scores, "-q", 1e-3, "--out")
+    for words, notes in (
+        ((*score, "--benign", data["harm"]), same),
+        ((*score, "--benign", data["benign"]), ""),
+        ((*select, mask), nothing),
+        ((*select, tmp_path / "x", "-p", 1e-3), ""),
+        ((*select, tmp_path / "x", "--protect", mask), ""),
+        (score, ""),
+        ((*select, mask), ""),
+    ):
+        assert run(*words) == 0
+        error = "".join(line for line in capsys.readouterr().err.splitlines(True) if "note: " in line)
+        assert error.startswith(notes) if notes else "protect" not in error, words

@@ -1,7 +1,8 @@
-"""The program itself: its help, its version, and how it warns."""
+"""The program itself: its help, its version, how it warns, and how it names commands to go on with."""
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from typing import Annotated
 
@@ -52,6 +53,11 @@ def _root(
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
     """One line, without the place in the library's code that a warning otherwise shows."""
     note(message, "note" if issubclass(category, FastpruneWarning) else category.__name__)
+
+
+def command(*words: object) -> str:
+    """A command as it can be pasted into a shell."""
+    return "fastprune " + shlex.join(map(str, words))
 
 
 def quiet_loading() -> None:

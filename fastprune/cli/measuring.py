@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import fastprune
-from fastprune.cli.app import app, quiet_loading
+from fastprune.cli.app import app, command, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
 from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
 from fastprune.errors import ArgumentError, require
@@ -37,7 +37,8 @@ def control(
             chosen = largest_magnitude_mask(loaded, like)
         case _:
             chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
-    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: fastprune eval {model} --mask {mask} --mask {out} …")
+    following = command("eval", model, "--mask", mask, "--mask", out)
+    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: {following} …")
 
 
 @app.command(name="eval")

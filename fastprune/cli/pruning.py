@@ -13,7 +13,7 @@ import typer
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.cli.app import app
+from fastprune.cli.app import app, command
 from fastprune.cli.files import check_output_file
 from fastprune.cli.options import (
     BoundariesOption,
@@ -101,8 +101,8 @@ def score(
         )
         if is_first():
             protect, prune = _fractions(scores)
-            options = f"-q {prune}" if benign is None else f"-p {protect} -q {prune}"
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} {options}")
+            options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: {command('select', out, *options)}")
 
 
 @app.command()
@@ -124,7 +124,10 @@ def select(
 ) -> None:
     """Choose weights: the best by harm score without the best by benign score."""
     check_output_file(out, (scores, *(protect or ())))
-    mask = fastprune.Scores.load(scores).select(
+    loaded = fastprune.Scores.load(scores)
+    if p is None and not protect and loaded.criteria["benign"]:
+        note("nothing is protected without -p, although the scores hold a benign set")
+    mask = loaded.select(
         p,
         q,
         harm=harm_criterion,
@@ -134,7 +137,8 @@ def select(
         slice=slice,
         protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
     )
-    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: fastprune patch MODEL {out} --out PRUNED_MODEL")
+    following = command("patch", "MODEL", out, "--out", "PRUNED_MODEL")
+    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: {following}")
 
 
 @app.command()
@@ -169,7 +173,8 @@ def patch(
         fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
-    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
+    undoing = command("patch", "--undo", target)
+    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: {undoing}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
 from fastprune.model.positions import rotary_conflict, table_size
@@ -126,6 +127,9 @@ def score(
         ArtifactError: The checkpoint or the journal is damaged.
         ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or another
             process of the run failed.
+
+    Warns:
+        FastpruneWarning: Both loaders hold the same examples.
     """
     ranks = Ranks()
     with contextlib.ExitStack() as stack:
@@ -159,6 +163,9 @@ def score(
             for role, loader in (("harm", harm_loader), ("benign", benign_loader))
             if loader is not None
         ]
+        if len({group.examples.hash for group in sets}) < len(sets):
+            message = "harm_loader and benign_loader hold the same examples, so what is protected is what is pruned"
+            warnings.warn(message, FastpruneWarning, stacklevel=2)
         key = inputs_of(weights.model, matrices, sets, criteria, fractions, statistics_dtype, weights.device, backend)
         if ranks.size > 1 or resume is not None:
             key["weights"] = weights.identity()
