@@ -118,6 +118,24 @@ def test_an_output_is_never_an_input(tmp_path: Path, capsys) -> None:
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("no_work")
+def test_nothing_joins_the_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Regression: scores could lie beside the weights, where some loaders read every safetensors file."""
+    mask, model = small_mask(tmp_path / "mask.safetensors"), tmp_path / "model"
+    shutil.copytree(checkpoint_path("aligned"), model)
+    before = sorted(model.iterdir())
+    score = ("score", model, "--harm", tmp_path / "rows.jsonl")
+    for words in (score, ("control", model, mask)):
+        assert run(*words, "--out", model / "new.safetensors") == 1
+        assert f"out: expected a file outside of {model}, where some loaders would" in capsys.readouterr().err
+    monkeypatch.chdir(model)
+    assert run("score", ".", "--harm", "rows.jsonl") == 1
+    assert "out: expected a file outside of ., where some loaders would" in capsys.readouterr().err
+    assert run(*score, "--out", tmp_path / "scores.safetensors", "--resume", model) == 1
+    assert "resume: expected a folder of its own, got the model's" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
+
+
 def test_a_trial_leaves_nothing_behind(tmp_path: Path, capsys) -> None:
     mask = small_mask(tmp_path / "mask.safetensors")
     assert run("eval", tmp_path / "nowhere", "--harm", "x.jsonl", "--mask", mask, "--out", tmp_path / "a" / "b") == 1

@@ -14,7 +14,7 @@ import typer
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.cli.app import app, command
-from fastprune.cli.files import check_output_file
+from fastprune.cli.files import check_journal, check_output_file
 from fastprune.cli.options import (
     BoundariesOption,
     FormatOption,
@@ -76,6 +76,8 @@ def score(
         _usable(device)
         if is_first():
             check_output_file(out, (harm, benign, model))
+            if resume is not None:
+                check_journal(resume, model)
         tokenizer = load_tokenizer(model)
         chosen = format_of(format, model, tokenizer)
         sets = [
