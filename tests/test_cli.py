@@ -16,6 +16,7 @@ import torch
 import fastprune
 import fastprune.experiments
 from fastprune.cli import main
+from fastprune.errors import ArgumentError
 from fastprune.organism import checkpoint_path, export_data, load_organism
 
 
@@ -205,6 +206,19 @@ def test_a_gpu_that_is_not_there_is_called_by_its_name(tmp_path: Path, data: dic
     score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--out", tmp_path / "scores.safetensors"]
     assert run(*score, "--device", "cuda:99") == 1
     assert "device: 'cuda:99' cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu:0"])
+def test_devices_that_cannot_serve_are_refused_by_name(
+    device: str, tmp_path: Path, data: dict[str, Path], capsys
+) -> None:
+    """Regression: a traceback for meta, and mps was taken although it has no float64."""
+    model = checkpoint_path("aligned")
+    for words in (("score", model, "--harm", data["harm"]), ("eval", model, "--harm", data["eval_harm"])):
+        assert run(*words, "--device", device, "--out", tmp_path / "out") == 1
+        assert f"device: expected cpu, cuda or one such as cuda:1, got {device!r}" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match=f"device: expected cpu, cuda or one such as cuda:1, got '{device}'"):
+        fastprune.score(model, [], device=torch.device(device))
 
 
 def test_plan_and_version(capsys) -> None:

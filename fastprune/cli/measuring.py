@@ -125,14 +125,16 @@ def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:
 def _load(folder: Path, device: str | None, dtype: str):
     import torch
 
+    from fastprune.devices import usable_device
     from fastprune.model.checkpoint import load_model
 
     quiet_loading()
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
     try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(place)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {device!r} cannot hold the model: {error}") from error
+        raise ArgumentError(f"device: {str(place)!r} cannot hold the model: {error}") from error

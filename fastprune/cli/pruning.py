@@ -7,12 +7,11 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastprune
-from fastprune.calibration import CalibrationSet
 from fastprune.cli.app import app, command
 from fastprune.cli.files import check_journal, check_output_file
 from fastprune.cli.options import (
@@ -28,6 +27,9 @@ from fastprune.cli.options import (
 )
 from fastprune.cli.processes import is_first, note, process_group
 from fastprune.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastprune.calibration import CalibrationSet
 
 
 @app.command()
@@ -70,10 +72,12 @@ def score(
     After an interruption, the same command with the same `--resume` folder goes on where it was; the result has the
     same bits. Remove the folder when the scores are written.
     """
+    from fastprune.devices import usable_device
     from fastprune.model.checkpoint import load_tokenizer
 
     with process_group(device), _resumable(resume):
-        _usable(device)
+        if device is not None:
+            usable_device(device)  # before the rows are read
         if is_first():
             check_output_file(out, (harm, benign, model))
             if resume is not None:
@@ -261,16 +265,6 @@ def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
     largest = max(map(math.prod, scores.shapes.values()))
     exponent = next((digits for digits in (5, 4, 3, 2) if int(float(f"1e-{digits}") * largest) > 0), 1)
     return f"5e-{exponent}", f"1e-{exponent}"
-
-
-def _usable(device: str | None) -> None:
-    """Refuse a device that is not there before the rows are read, by the name that was given."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
 
 
 def _blocks(text: str) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 
 from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
+from fastprune.devices import usable_device
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
@@ -270,11 +271,7 @@ def _weights(
     if device is None:
         # torchrun says which of a node's GPUs belongs to this process
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
-    device = torch.device(device)
+    device = usable_device(device)
     if device.type == "cuda" and device.index is None:
         # "cuda" is whichever device is a thread's current one, and the thread that reads the weights has its own.
         device = torch.device("cuda", torch.cuda.current_device())
