@@ -127,7 +127,7 @@ def test_a_mask_of_another_model_is_refused_and_can_be_applied_all_the_same(
     evaluate = ("eval", model, "--mask", mask, "--harm", tmp_path / "rows.jsonl", "--format", "chat")
     for command in (patch, in_place, evaluate):
         assert run(*command) == 1
-        assert "strict=False applies it all the same" in capsys.readouterr().err
+        assert "--no-strict applies it all the same" in capsys.readouterr().err
         assert run(*command, "--no-strict") == 0
         if command is in_place:
             assert run("patch", model, "--undo") == 0
@@ -242,6 +242,8 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
     assert f"{2 * 655_360 * 6_400 * 3.5 / 1e6:,.1f} s at the given rates" in output
     assert run("plan", config, "--memory", "1KiB") == 1
     assert "memory: 0.0 MiB is not enough" in capsys.readouterr().err
+    assert run("plan", config, "--memory", "80G") == 1
+    assert "expected a size such as '80GiB' or '80GB' (with K, M, G or T), or a positive" in capsys.readouterr().err
 
 
 def test_score_streams_the_folder_and_goes_on_from_a_journal(

@@ -11,6 +11,7 @@ import pytest
 
 import fastprune
 from fastprune.cli import main
+from fastprune.cli.words import as_options
 from fastprune.organism import checkpoint_path, export_data
 
 MODEL = checkpoint_path("aligned")
@@ -100,3 +101,36 @@ def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dic
         assert run(*words) == 0
         error = "".join(line for line in capsys.readouterr().err.splitlines(True) if "note: " in line)
         assert error.startswith(notes) if notes else "protect" not in error, words
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("…; strict=False applies it", "…; --no-strict applies it"),
+        (
+            "q=0.5 and slice=1 needs; score again with q_max=1e-05 or",
+            "-q 0.5 and --slice 1 needs; score again with --q-max 1e-05 or",
+        ),
+        ("p=0.5; p_max=1.0", "-p 0.5; --p-max 1.0"),
+        ("give more, or boundaries='disk'", "give more, or --boundaries disk"),
+        ("(resume=, TMPDIR)", "(--resume, TMPDIR)"),
+        ("longer than max_length=6 tokens", "longer than --max-length 6 tokens"),
+        ("use format='raw' or set tokenizer.chat_template", "use --format raw or set tokenizer.chat_template"),
+        ("/runs/q=0.1/a.safetensors and step=1 stay", "/runs/q=0.1/a.safetensors and step=1 stay"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
+    """Regression: they told the user of arguments that no command takes."""
+    assert as_options(message) == said
+
+
+def test_messages_and_lists_of_criteria_at_the_command_line(tmp_path: Path, data: dict[str, Path], capsys) -> None:
+    """Regression: a space after the comma was part of the criterion's name."""
+    scores = tmp_path / "s.safetensors"
+    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--out", scores)
+    assert run(*score, "--harm-criterion", "signed, abs", "--q-max", 0.01) == 0
+    assert fastprune.Scores.load(scores).criteria["harm"] == ("signed", "abs")
+    assert run(*score, "--max-length", 1) == 1
+    assert "longer than --max-length 1 tokens" in capsys.readouterr().err
+    assert run("select", scores, "-q", 1e-9, "--out", tmp_path / "m") == 1
+    assert "error: -q 1e-09 rounds to 0 weights" in capsys.readouterr().err

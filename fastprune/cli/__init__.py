@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 
 from fastprune.cli.processes import is_first
+from fastprune.cli.words import as_options
 from fastprune.errors import FastpruneError, require
 
 _STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _terminable():
             _run(arguments)
     except (FastpruneError, OSError) as error:
-        print(f"fastprune: error: {error}", file=sys.stderr)
+        print(f"fastprune: error: {as_options(error)}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer makes the latter of the former
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code

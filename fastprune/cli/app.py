@@ -10,6 +10,7 @@ import typer
 
 import fastprune
 from fastprune.cli.processes import note, started
+from fastprune.cli.words import as_options
 from fastprune.errors import ArgumentError, FastpruneWarning
 
 app = typer.Typer(
@@ -52,7 +53,7 @@ def _root(
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
     """One line, without the place in the library's code that a warning otherwise shows."""
-    note(message, "note" if issubclass(category, FastpruneWarning) else category.__name__)
+    note(as_options(message), "note" if issubclass(category, FastpruneWarning) else category.__name__)
 
 
 def command(*words: object) -> str:

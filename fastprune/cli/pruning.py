@@ -93,8 +93,8 @@ def score(
         scores = fastprune.score(
             model,
             *(None if group is None else group.loader(batch_tokens) for group in sets),
-            harm=tuple(harm_criterion.split(",")),
-            benign=tuple(benign_criterion.split(",")),
+            harm=_listed(harm_criterion),
+            benign=_listed(benign_criterion),
             p_max=p_max,
             q_max=q_max,
             memory=memory,
@@ -265,6 +265,11 @@ def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
     largest = max(map(math.prod, scores.shapes.values()))
     exponent = next((digits for digits in (5, 4, 3, 2) if int(float(f"1e-{digits}") * largest) > 0), 1)
     return f"5e-{exponent}", f"1e-{exponent}"
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """``"signed, abs"`` as ``("signed", "abs")``."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _blocks(text: str) -> list[int]:
