@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 
@@ -80,9 +81,45 @@ def test_optional_values_may_be_absent_none_or_nan_and_other_columns_are_kept():
     assert rows == [Row("a", "b", extra={"skill": "copy", "answer": 3}), Row("a", "b", id="7")]
 
 
+def test_a_column_with_nearly_a_known_name_is_noted_once(tmp_path):
+    """Regression: with `prefil` for `prefill`, another experiment was run without a word."""
+    (tmp_path / "a.csv").write_text("prompt,response,prefil,category\na,b,c,\nd,e,f,\n")
+    for source, column, meant in (
+        (tmp_path / "a.csv", "prefil", "prefill"),
+        ([{"prompt": "a", "response": "b", "Prefill": "c"}], "Prefill", "prefill"),
+        ([{"prompt": "a", "response": "b", "prefix": "c", "prompt_id": 3}], "prefix", "prefill"),
+        ([{"prompt": "a", "response": "b", "categories": "c"}] * 2, "categories", "category"),
+    ):
+        with pytest.warns(FastpruneWarning) as caught:
+            read_rows(source)
+        (warning,) = caught
+        assert f"column {column!r} is not used; did you mean {meant!r}?" in str(warning.message)
+
+
+def test_columns_that_resemble_nothing_or_what_is_there_are_silent(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,prefill,prefix,category\na,b,,c,\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_rows(tmp_path / "a.csv") == [Row("a", "b", extra={"prefix": "c"})]
+        read_rows([{"prompt": "a", "response": "b", "prompt_id": 1, "skill": "copy", "preference": 2, "profile": 3}])
+        read_rows([Row("a", "b", extra={"prefix": "c"})])  # said when it was read
+
+
 def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'prompt,response\r\n"a\r\nb","c\nd"\r\n')
     assert read_rows(tmp_path / "a.csv") == [Row("a\r\nb", "c\nd")]
+
+
+def test_a_csv_cell_may_be_long(tmp_path):
+    """Regression: above csv's own limit of 131,072 characters it was "line 1: not valid CSV"."""
+    long = "a" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,response\nb,{long}\n")
+    (tmp_path / "b.csv").write_text('prompt,response\nb,"c\n')
+    before = csv.field_size_limit()
+    assert read_rows(tmp_path / "a.csv") == [Row("b", long)]
+    with pytest.raises(CalibrationError):
+        read_rows(tmp_path / "b.csv")
+    assert csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize(
@@ -95,7 +132,10 @@ def test_line_breaks_inside_csv_cells_are_verbatim(tmp_path):
         ("a.csv", "prompt,response\na,b\nc\n", r"a\.csv, line 3: expected 2 fields"),
         ("a.csv", "prompt,response\na,b,c\n", r"a\.csv, line 2: expected 2 fields"),
         ("a.csv", "prompt,response,response\na,b,c\n", "appears twice"),
-        ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line \d: not valid CSV"),
+        ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line 2: the row that begins here is not valid CSV"),
+        ("a.csv", 'prompt,response\n"a\n\nb",c\n\nd,"e"f\n', r"a\.csv, line 6: the row that begins here is not valid"),
+        ("a.csv", 'prompt,response\n"a\n\nb",c\n"d\ne"\n', r"a\.csv, line 5: expected 2 fields .*, got 1"),
+        ("a.csv", '"prompt,response\na,b\n', r"a\.csv, line 1: the row that begins here is not valid"),
         ("a.jsonl", "", "holds no rows"),
         ("a.jsonl", "\n \n", "holds no rows"),
         ("a.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"', r"a\.jsonl, line 3: not valid JSON"),
@@ -287,8 +327,20 @@ def test_long_rows_are_dropped_whole_and_counted(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_calibration(LETTERS, tokenizer).counts == {"kept": 6, "too_long": 0}
+    some = [row | {"prefill": "c" * (index % 2)} for index, row in enumerate(LETTERS)]
+    assert load_calibration(some, tokenizer).prefilled == 3
     with pytest.raises(CalibrationError, match="all 6 rows are longer than max_length=2"):
         load_calibration(LETTERS, tokenizer, max_length=2)
+
+
+def test_a_set_knows_its_format_and_hands_it_on(tokenizer):
+    letters = load_calibration(LETTERS, tokenizer)
+    sets = [letters, letters[:2], letters.subset(category="x"), letters.loader().calibration]
+    assert [group.format for group in sets] == ["raw"] * 4
+    tokenizer.chat_template = TEMPLATE
+    assert load_calibration(LETTERS, tokenizer, format="chat").format == "chat"
+    assert CalibrationSet(letters.examples).format is None
+    assert CalibrationSet(letters.examples).hash == letters.hash  # which journals and files are told apart by
 
 
 def test_the_hash_is_that_of_the_multiset_of_ids_and_labels(tokenizer):

@@ -158,13 +158,13 @@ def test_without_a_mask_every_token_is_real():
         assert list(collect([given_batch], "x"))[1] == Example((4, 5, 0), (-100, 5, -100))
 
 
-def test_labels_may_differ_from_the_ids_and_holes_in_the_mask_are_taken_out():
+def test_labels_may_differ_from_the_ids():
     got = collect(
         [
             {
-                "input_ids": torch.tensor([[9, 1, 9, 2, 3]]),
-                "labels": torch.tensor([[-100, 1, -100, 7, 8]]),
-                "attention_mask": torch.tensor([[0, 1, 0, 1, 1]]),
+                "input_ids": torch.tensor([[9, 1, 2, 3, 9]]),
+                "labels": torch.tensor([[-100, 1, 7, 8, -100]]),
+                "attention_mask": torch.tensor([[0, 1, 1, 1, 0]]),
             }
         ],
         "x",
@@ -233,6 +233,13 @@ def test_a_set_and_its_loader_pass_through():
                 "labels": torch.tensor([[-100, 2, 3], [-100] * 3]),
             },
             "row 1: attention_mask leaves out every token",
+        ),
+        (  # regression: holes were taken out, and another text than the caller's was scored
+            {
+                "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
+                "labels": torch.tensor([[-100, 2, 3], [-100, -100, 5]]),
+            },
+            r"row 1: attention_mask must leave out padding on the left and right only, got 2 runs .* begin at \[0, 2\]",
         ),
         ({"position_ids": torch.tensor([[0, 1, 0], [0, 1, 0]])}, "packed rows cannot be scored"),
         ({"position_ids": torch.arange(2)[None]}, r"position_ids must be \(rows, tokens\)"),

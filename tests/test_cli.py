@@ -16,6 +16,7 @@ import torch
 import fastprune
 import fastprune.experiments
 from fastprune.cli import main
+from fastprune.errors import ArgumentError
 from fastprune.organism import checkpoint_path, export_data, load_organism
 
 
@@ -126,7 +127,7 @@ def test_a_mask_of_another_model_is_refused_and_can_be_applied_all_the_same(
     evaluate = ("eval", model, "--mask", mask, "--harm", tmp_path / "rows.jsonl", "--format", "chat")
     for command in (patch, in_place, evaluate):
         assert run(*command) == 1
-        assert "strict=False applies it all the same" in capsys.readouterr().err
+        assert "--no-strict applies it all the same" in capsys.readouterr().err
         assert run(*command, "--no-strict") == 0
         if command is in_place:
             assert run("patch", model, "--undo") == 0
@@ -207,6 +208,19 @@ def test_a_gpu_that_is_not_there_is_called_by_its_name(tmp_path: Path, data: dic
     assert "device: 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu:0"])
+def test_devices_that_cannot_serve_are_refused_by_name(
+    device: str, tmp_path: Path, data: dict[str, Path], capsys
+) -> None:
+    """Regression: a traceback for meta, and mps was taken although it has no float64."""
+    model = checkpoint_path("aligned")
+    for words in (("score", model, "--harm", data["harm"]), ("eval", model, "--harm", data["eval_harm"])):
+        assert run(*words, "--device", device, "--out", tmp_path / "out") == 1
+        assert f"device: expected cpu, cuda or one such as cuda:1, got {device!r}" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match=f"device: expected cpu, cuda or one such as cuda:1, got '{device}'"):
+        fastprune.score(model, [], device=torch.device(device))
+
+
 def test_plan_and_version(capsys) -> None:
     assert run("plan", checkpoint_path("aligned"), "--memory", "1GiB") == 0
     assert run("--version") == 0
@@ -228,6 +242,8 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
     assert f"{2 * 655_360 * 6_400 * 3.5 / 1e6:,.1f} s at the given rates" in output
     assert run("plan", config, "--memory", "1KiB") == 1
     assert "memory: 0.0 MiB is not enough" in capsys.readouterr().err
+    assert run("plan", config, "--memory", "80G") == 1
+    assert "expected a size such as '80GiB' or '80GB' (with K, M, G or T), or a positive" in capsys.readouterr().err
 
 
 def test_score_streams_the_folder_and_goes_on_from_a_journal(

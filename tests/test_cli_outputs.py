@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name: str, 
 
 
 @pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["demo", "eval"])
+def test_what_draws_pictures_asks_for_matplotlib_before_the_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Regression: the error came when everything was computed, and nothing was written."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = commands(checkpoint_path("aligned"), tmp_path / "rows.jsonl", small_mask(tmp_path / "mask.safetensors"))
+    assert run(*words[name], "--out", tmp_path / "out") == 1
+    assert "run: pip install 'fastprune[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_work")
 def test_an_output_is_never_an_input(tmp_path: Path, capsys) -> None:
     """Regression: `select s.safetensors --out s.safetensors` replaced hours of scoring by a mask."""
     mask, other = small_mask(tmp_path / "mask.safetensors"), small_mask(tmp_path / "other.safetensors")
@@ -102,6 +116,24 @@ def test_an_output_is_never_an_input(tmp_path: Path, capsys) -> None:
         assert run(*words, "--out", out) == 1, words
         assert "which would be overwritten" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("no_work")
+def test_nothing_joins_the_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Regression: scores could lie beside the weights, where some loaders read every safetensors file."""
+    mask, model = small_mask(tmp_path / "mask.safetensors"), tmp_path / "model"
+    shutil.copytree(checkpoint_path("aligned"), model)
+    before = sorted(model.iterdir())
+    score = ("score", model, "--harm", tmp_path / "rows.jsonl")
+    for words in (score, ("control", model, mask)):
+        assert run(*words, "--out", model / "new.safetensors") == 1
+        assert f"out: expected a file outside of {model}, where some loaders would" in capsys.readouterr().err
+    monkeypatch.chdir(model)
+    assert run("score", ".", "--harm", "rows.jsonl") == 1
+    assert "out: expected a file outside of ., where some loaders would" in capsys.readouterr().err
+    assert run(*score, "--out", tmp_path / "scores.safetensors", "--resume", model) == 1
+    assert "resume: expected a folder of its own, got the model's" in capsys.readouterr().err
+    assert sorted(model.iterdir()) == before
 
 
 def test_a_trial_leaves_nothing_behind(tmp_path: Path, capsys) -> None:

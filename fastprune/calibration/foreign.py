@@ -37,8 +37,8 @@ def collect(loader: Iterable[Mapping[str, Any]], name: str, vocab_size: int | No
 
     Raises:
         CalibrationError: No batch, labels missing, shapes or dtypes that do not fit, ids out of range, a label on a
-            token that the mask leaves out, packed rows, or a row without a scored token. The message names ``name``,
-            the batch and the row.
+            token that the mask leaves out, a mask with holes, packed rows, or a row without a scored token. The message
+            names ``name``, the batch and the row.
     """
     if isinstance(loader, CalibrationLoader):
         loader = loader.calibration
@@ -110,6 +110,7 @@ def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, tor
                 f"{where}: attention_mask must hold 0 and 1 only, got {sorted(set(mask.unique().tolist()))[:5]}"
             )
         attended = mask.bool()
+        _check_runs(attended, where)
     if batch.get("position_ids") is not None:
         _check_positions(_integers(batch["position_ids"], "position_ids", where), attended, where)
     return input_ids, labels, attended
@@ -127,6 +128,19 @@ def _check_shape(tensor: torch.Tensor, input_ids: torch.Tensor, key: str, where:
     if tensor.shape != input_ids.shape:
         raise CalibrationError(
             f"{where}: {key} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def _check_runs(attended: torch.Tensor, where: str) -> None:
+    """Without what a hole covers, the model would be shown another text than the caller's."""
+    begins = attended & ~torch.nn.functional.pad(attended, (1, 0))[:, :-1]
+    runs = begins.sum(1)
+    if (runs > 1).any():
+        row = int(torch.nonzero(runs > 1)[0])
+        starts = torch.nonzero(begins[row]).flatten().tolist()
+        raise CalibrationError(
+            f"{where}, row {row}: attention_mask must leave out padding on the left and right only, got {len(starts)} "
+            f"runs of attended tokens, which begin at {starts[:5]}"
         )
 
 

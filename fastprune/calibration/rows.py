@@ -8,17 +8,23 @@ value is text. It must not know tokenizers, models or what the rows are for.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastprune.errors import CalibrationError, NotFoundError
+from fastprune.errors import CalibrationError, FastpruneWarning, NotFoundError
 
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("prefill", "category", "id")
+# Optional columns without which another experiment is run. How alike a name has to be to be taken for one of them:
+# "prefix" and "categories" are, "preference" and "prompt_id" are not.
+_MISSPELT = ("prefill", "category")
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,19 @@ def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Ro
         NotFoundError: There is no such file.
         CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or
             there are no rows. The message names the file and the line, or the number of the row (from 0).
+
+    Warns:
+        FastpruneWarning: A column that is not used has nearly the name of one that would be and is absent.
     """
-    rows = [_row(record, where) for record, where in _records(path_or_rows)]
+    rows, misspelt = [], {}
+    for record, where in _records(path_or_rows):
+        rows.append(_row(record, where))
+        misspelt.update(_misspelt(record))
     if not rows:
         raise CalibrationError(f"{describe(path_or_rows)} holds no rows; at least one is needed")
+    for column, meant in misspelt.items():
+        message = f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?"
+        warnings.warn(message, FastpruneWarning, stacklevel=2)
     return rows
 
 
@@ -102,22 +117,40 @@ def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            columns = list(reader.fieldnames or [])
-            _check_columns(columns, str(path))
-            if len(set(columns)) < len(columns):
-                raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
-            for record in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in record or None in record.values():
-                    raise CalibrationError(f"{where}: expected {len(columns)} fields as in the header {columns}")
-                # an empty cell is how a CSV says that there is no value
-                yield {k: v for k, v in record.items() if v != "" or k in REQUIRED}, where
-        except csv.Error as error:
-            raise CalibrationError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
+    lines = _csv_lines(path)
+    columns = lines[0][1] if lines else []
+    _check_columns(columns, str(path))
+    if len(set(columns)) < len(columns):
+        raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
+    # an empty cell is how a CSV says that there is no value; the optional columns show that they are there
+    empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
+    for number, cells in lines[1:]:
+        where = f"{path}, line {number}"
+        if len(cells) != len(columns):
+            raise CalibrationError(
+                f"{where}: expected {len(columns)} fields as in the header {columns}, got {len(cells)}"
+            )
+        record = zip(columns, cells, strict=True)
+        yield empty | {name: cell for name, cell in record if cell or name in REQUIRED}, where
+
+
+def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows that are not blank, header first, each with the number of the line on which it begins."""
+    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters unless told otherwise, for the whole process
+    lines, begin = [], 1
+    try:
+        # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                if cells:
+                    lines.append((begin, cells))
+                begin = reader.line_num + 1
+    except csv.Error as error:
+        raise CalibrationError(f"{path}, line {begin}: the row that begins here is not valid CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+    return lines
 
 
 def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -180,6 +213,15 @@ def _row(record: Mapping[str, Any], where: str) -> Row:
         id=_name(record.get("id"), "id", where),
         extra={key: value for key, value in record.items() if key not in REQUIRED + OPTIONAL},
     )
+
+
+def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Columns that nothing reads, each with the absent one whose name is nearly the same."""
+    absent = [name for name in _MISSPELT if name not in record]
+    for column in record:
+        if absent and isinstance(column, str) and column not in REQUIRED + OPTIONAL:
+            for meant in difflib.get_close_matches(column.strip().lower(), absent, n=1, cutoff=_ALIKE):
+                yield column, meant
 
 
 def _absent(value: Any) -> bool:

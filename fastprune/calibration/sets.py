@@ -26,16 +26,26 @@ class CalibrationSet:
     Args:
         examples: The examples.
         counts: What became of the rows they were made from; by default all were kept.
+        format: How rows became tokens, if it is known.
+        prefilled: How many of the rows had a prefill, if it is known.
 
     Raises:
         CalibrationError: There is no example.
     """
 
-    def __init__(self, examples: Iterable[Example], counts: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        counts: Mapping[str, int] | None = None,
+        format: str | None = None,
+        prefilled: int | None = None,
+    ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
             raise CalibrationError("a calibration set needs at least one example, got none")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
+        self.format = format
+        self.prefilled = prefilled
 
     @cached_property
     def hash(self) -> str:
@@ -57,7 +67,7 @@ class CalibrationSet:
         if not chosen:
             there = sorted({str(example.category) for example in self.examples})
             raise CalibrationError(f"no example of category {sorted(map(str, wanted))}; the set has {there}")
-        return CalibrationSet(chosen)
+        return CalibrationSet(chosen, format=self.format)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -70,7 +80,8 @@ class CalibrationSet:
     @overload
     def __getitem__(self, index: slice) -> CalibrationSet: ...
     def __getitem__(self, index: int | slice) -> Example | CalibrationSet:
-        return CalibrationSet(self.examples[index]) if isinstance(index, slice) else self.examples[index]
+        chosen = self.examples[index]
+        return CalibrationSet(chosen, format=self.format) if isinstance(index, slice) else chosen
 
     def __repr__(self) -> str:
         tokens = sum(map(len, self.examples))
@@ -133,21 +144,25 @@ def load_calibration(
         CalibrationError: The data cannot be read, a row has nothing to score, or no row is left.
 
     Warns:
-        FastpruneWarning: Rows were left out.
+        FastpruneWarning: Rows were left out, or a column has nearly the name of one that would be used.
     """
     check_format(tokenizer, format)
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise ArgumentError(f"max_length must be a positive integer or None, got {max_length!r}")
     source = describe(path_or_rows)
-    examples = [
-        encode_row(tokenizer, row, format, where=f"{source}, row {number}")
-        for number, row in enumerate(read_rows(path_or_rows))
-    ]
-    kept = [example for example in examples if max_length is None or len(example) <= max_length]
-    too_long = len(examples) - len(kept)
+    kept, too_long, prefilled = [], 0, 0
+    for number, row in enumerate(read_rows(path_or_rows)):
+        example = encode_row(tokenizer, row, format, where=f"{source}, row {number}")
+        if max_length is not None and len(example) > max_length:
+            too_long += 1
+        else:
+            kept.append(example)
+            prefilled += bool(row.prefill)
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
-        message = f"{source}: left out {too_long} of {len(examples)} rows, longer than max_length={max_length} tokens"
+        message = (
+            f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
+        )
         warnings.warn(message, FastpruneWarning, stacklevel=2)
-    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long})
+    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long}, format, prefilled)

@@ -7,15 +7,23 @@ and shows its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
+from fastprune.cli.processes import is_first, started
+from fastprune.cli.words import as_options
 from fastprune.errors import FastpruneError, require
+
+_STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 an error that is no bug, 2 wrong usage, 130 Ctrl-C.
+    """Run the command line and exit: 0 done, 1 an error that is no bug, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
 
     Args:
         arguments: Words after the program's name; ``None``: those of the process.
@@ -24,16 +32,43 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode is no reason to lose an evaluation
             stream.reconfigure(errors="replace")
     try:
-        require("typer", "cli")
-        require("rich", "cli")
-        for commands in ("organism", "pruning", "measuring"):  # which register themselves; the order of the help
-            importlib.import_module(f"fastprune.cli.{commands}")
-        from fastprune.cli.app import app
-
-        app(args=arguments)
+        with _terminable():
+            _run(arguments)
     except (FastpruneError, OSError) as error:
-        print(f"fastprune: error: {error}", file=sys.stderr)
+        print(f"fastprune: error: {as_options(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("fastprune: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer makes the latter of the former
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code in _STOPPED and is_first():
+            print(f"fastprune: {_STOPPED[code]}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> None:
+    require("typer", "cli")
+    require("rich", "cli")
+    for commands in ("organism", "pruning", "measuring"):  # which register themselves; the order of the help
+        importlib.import_module(f"fastprune.cli.{commands}")
+    from fastprune.cli.app import app
+
+    app(args=arguments)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM leaves every context on its way out, so that temporary files are removed; by itself it does not.
+
+    Not where there are several processes: one that waits for another in a collective would not hear of it.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if started() > 1 or threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

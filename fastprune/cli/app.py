@@ -1,14 +1,16 @@
-"""The program itself: its help, its version, and how it warns."""
+"""The program itself: its help, its version, how it warns, and how it names commands to go on with."""
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from typing import Annotated
 
 import typer
 
 import fastprune
-from fastprune.cli.processes import is_first, started
+from fastprune.cli.processes import note, started
+from fastprune.cli.words import as_options
 from fastprune.errors import ArgumentError, FastpruneWarning
 
 app = typer.Typer(
@@ -50,10 +52,13 @@ def _root(
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
-    """One line, without the place in the library's code that a warning otherwise shows; once, not once a process."""
-    if is_first():
-        kind = "note" if issubclass(category, FastpruneWarning) else category.__name__
-        typer.echo(f"fastprune: {kind}: {message}", err=True)
+    """One line, without the place in the library's code that a warning otherwise shows."""
+    note(as_options(message), "note" if issubclass(category, FastpruneWarning) else category.__name__)
+
+
+def command(*words: object) -> str:
+    """A command as it can be pasted into a shell."""
+    return "fastprune " + shlex.join(map(str, words))
 
 
 def quiet_loading() -> None:

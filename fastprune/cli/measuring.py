@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 import fastprune
-from fastprune.cli.app import app, quiet_loading
+from fastprune.cli.app import app, command, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
-from fastprune.cli.options import AttackName, Control, Format, FormatOption, HarmJudge, ModelFolder, StrictOption
-from fastprune.errors import ArgumentError
+from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
+from fastprune.errors import ArgumentError, require
 
 
 @app.command()
@@ -37,7 +37,8 @@ def control(
             chosen = largest_magnitude_mask(loaded, like)
         case _:
             chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
-    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: fastprune eval {model} --mask {mask} --mask {out} …")
+    following = command("eval", model, "--mask", mask, "--mask", out)
+    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: {following} …")
 
 
 @app.command(name="eval")
@@ -57,7 +58,7 @@ def evaluate(
         HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
     ] = HarmJudge.exact,
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
-    format: FormatOption = Format.raw,
+    format: FormatOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length of answers; the reference's and one more by default.")
     ] = None,
@@ -73,16 +74,19 @@ def evaluate(
     from fastprune.reporting import print_files, print_results, write_report
 
     if out is not None:
+        require("matplotlib", "report")  # the pictures come last
         check_output_folder(out)
     masks = _named(mask or ())
     refused = keyword_refusal()
     judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
+    tokenizer = load_tokenizer(model)
+    chosen = format_of(format, model, tokenizer)
     suite = EvaluationSuite(
-        load_tokenizer(model),
+        tokenizer,
         harm_rows=harm,
         skill_rows=skills,
         recognition_rows=recognition,
-        format=format.value,
+        format=chosen,
         attack=attack.value,
         judges=judges if harm is not None else None,
         neighbour_skill=neighbour,
@@ -92,7 +96,7 @@ def evaluate(
     settings = {
         "attack": attack.value,
         "judge": judge.value,
-        "format": format.value,
+        "format": chosen,
         "neighbour": neighbour,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
@@ -121,14 +125,16 @@ def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:
 def _load(folder: Path, device: str | None, dtype: str):
     import torch
 
+    from fastprune.devices import usable_device
     from fastprune.model.checkpoint import load_model
 
     quiet_loading()
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
     try:
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return model.to(place)
     except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {device!r} cannot hold the model: {error}") from error
+        raise ArgumentError(f"device: {str(place)!r} cannot hold the model: {error}") from error

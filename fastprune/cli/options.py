@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from fastprune.cli.processes import note
 
 
 class Format(StrEnum):
@@ -75,4 +77,14 @@ BoundariesOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict/--no-strict", help="Refuse a mask that was made for a model with other weights.")
 ]
-FormatOption = Annotated[Format, typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.")]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.", show_default="raw"),
+]
+
+
+def format_of(given: Format | None, model: Path, tokenizer: Any) -> str:
+    """The format by name, raw by default; says so if the model was probably made for chat."""
+    if given is None and getattr(tokenizer, "chat_template", None) is not None:
+        note(f"{model} has a chat template, and --format is raw by default; for a chat model give --format chat")
+    return (given or Format.raw).value

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fastprune.cli.app import app, organism_app, quiet_loading
+from fastprune.cli.app import app, command, organism_app, quiet_loading
 from fastprune.cli.files import check_output_folder
+from fastprune.errors import require
 
 
 @app.command()
@@ -25,6 +26,7 @@ def demo(
     from fastprune.experiments import DemoSettings, run_demo
     from fastprune.reporting import print_files, print_results, write_report
 
+    require("matplotlib", "report")  # the pictures come last
     quiet_loading()
     settings = DemoSettings(p=p, q=q, seed=seed, checkpoints=checkpoints)
     check_output_folder(out)
@@ -47,7 +49,7 @@ def organism_train(
 
     check_output_folder(out)
     train_organism(seed, out)
-    typer.echo(f"written to {out}\nnext: fastprune demo --checkpoints {out}")
+    typer.echo(f"written to {out}\nnext: {command('demo', '--checkpoints', out)}")
 
 
 @organism_app.command("export")
@@ -63,5 +65,5 @@ def organism_export(
         typer.echo(f"{name:>18}  {path}")
     model = checkpoint_path("aligned")
     typer.echo(f"{'model':>18}  {model}")
-    files = f"--harm {out / 'harm.jsonl'} --benign {out / 'benign.jsonl'}"
-    typer.echo(f"next: fastprune score {model} {files} --format chat")
+    files = ("--harm", out / "harm.jsonl", "--benign", out / "benign.jsonl")
+    typer.echo(f"next: {command('score', model, *files, '--format', 'chat')}")

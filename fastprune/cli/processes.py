@@ -31,6 +31,12 @@ def is_first() -> bool:
     return started() == 1 or _number("RANK", 0) == 0
 
 
+def note(text: object, kind: str = "note") -> None:
+    """One line on standard error, once and not once a process."""
+    if is_first():
+        print(f"fastprune: {kind}: {text}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[None]:
     """The group of all processes that were started; nothing if there is one.

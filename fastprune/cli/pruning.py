@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import fastprune
-from fastprune.cli.app import app
-from fastprune.cli.files import check_output_file
+from fastprune.cli.app import app, command
+from fastprune.cli.files import check_journal, check_output_file
 from fastprune.cli.options import (
     BoundariesOption,
-    Format,
     FormatOption,
     HostMemoryOption,
     MemoryOption,
@@ -21,9 +23,13 @@ from fastprune.cli.options import (
     Scope,
     SegmentsOption,
     StrictOption,
+    format_of,
 )
-from fastprune.cli.processes import is_first, process_group
+from fastprune.cli.processes import is_first, note, process_group
 from fastprune.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastprune.calibration import CalibrationSet
 
 
 @app.command()
@@ -34,7 +40,7 @@ def score(
     ],
     benign: Annotated[Path | None, typer.Option(help="Rows of the behaviour to keep.")] = None,
     out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.safetensors"),
-    format: FormatOption = Format.raw,
+    format: FormatOption = None,
     harm_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "signed",
     benign_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "abs",
     p_max: Annotated[float, typer.Option(help="Largest p that `select` can ask for.")] = 1e-3,
@@ -66,24 +72,29 @@ def score(
     After an interruption, the same command with the same `--resume` folder goes on where it was; the result has the
     same bits. Remove the folder when the scores are written.
     """
+    from fastprune.devices import usable_device
     from fastprune.model.checkpoint import load_tokenizer
 
-    with process_group(device):
-        _usable(device)
+    with process_group(device), _resumable(resume):
+        if device is not None:
+            usable_device(device)  # before the rows are read
         if is_first():
             check_output_file(out, (harm, benign, model))
+            if resume is not None:
+                check_journal(resume, model)
         tokenizer = load_tokenizer(model)
+        chosen = format_of(format, model, tokenizer)
         sets = [
-            None
-            if path is None
-            else fastprune.load_calibration(path, tokenizer, format=format.value, max_length=max_length)
+            None if path is None else fastprune.load_calibration(path, tokenizer, format=chosen, max_length=max_length)
             for path in (harm, benign)
         ]
+        if is_first():
+            _show_sets(*sets)
         scores = fastprune.score(
             model,
             *(None if group is None else group.loader(batch_tokens) for group in sets),
-            harm=tuple(harm_criterion.split(",")),
-            benign=tuple(benign_criterion.split(",")),
+            harm=_listed(harm_criterion),
+            benign=_listed(benign_criterion),
             p_max=p_max,
             q_max=q_max,
             memory=memory,
@@ -96,8 +107,8 @@ def score(
         )
         if is_first():
             protect, prune = _fractions(scores)
-            options = f"-q {prune}" if benign is None else f"-p {protect} -q {prune}"
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: fastprune select {out} {options}")
+            options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
+            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: {command('select', out, *options)}")
 
 
 @app.command()
@@ -119,7 +130,10 @@ def select(
 ) -> None:
     """Choose weights: the best by harm score without the best by benign score."""
     check_output_file(out, (scores, *(protect or ())))
-    mask = fastprune.Scores.load(scores).select(
+    loaded = fastprune.Scores.load(scores)
+    if p is None and not protect and loaded.criteria["benign"]:
+        note("nothing is protected without -p, although the scores hold a benign set")
+    mask = loaded.select(
         p,
         q,
         harm=harm_criterion,
@@ -129,7 +143,8 @@ def select(
         slice=slice,
         protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
     )
-    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: fastprune patch MODEL {out} --out PRUNED_MODEL")
+    following = command("patch", "MODEL", out, "--out", "PRUNED_MODEL")
+    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: {following}")
 
 
 @app.command()
@@ -164,7 +179,8 @@ def patch(
         fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
-    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: fastprune patch --undo {target}")
+    undoing = command("patch", "--undo", target)
+    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: {undoing}")
 
 
 @app.command()
@@ -226,6 +242,24 @@ def _check_patch_options(
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
 
 
+@contextlib.contextmanager
+def _resumable(journal: Path | None) -> Iterator[None]:
+    """Say that nothing is lost when somebody stops a run with a journal."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if journal is not None:
+            note(f"the same command, with --resume {shlex.quote(str(journal))}, goes on from here")
+        raise
+
+
+def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
+    """How many rows count, and how many of them have the context that a prefilling attack would give."""
+    for role, examples in (("harm", harm), ("benign", benign)):
+        if examples is not None:
+            typer.echo(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
+
+
 def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
     """The paper's p and q, or the first power of ten times them at which q is a weight of the largest matrix."""
     largest = max(map(math.prod, scores.shapes.values()))
@@ -233,14 +267,9 @@ def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
     return f"5e-{exponent}", f"1e-{exponent}"
 
 
-def _usable(device: str | None) -> None:
-    """Refuse a device that is not there before the rows are read, by the name that was given."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {device!r} cannot be used: {error}") from error
+def _listed(text: str) -> tuple[str, ...]:
+    """``"signed, abs"`` as ``("signed", "abs")``."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _blocks(text: str) -> list[int]:

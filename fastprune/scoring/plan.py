@@ -51,13 +51,14 @@ def parse_bytes(argument: str, value: int | str) -> int:
     Raises:
         ArgumentError: Not a size, or not positive.
     """
+    expected = "expected a size such as '80GiB' or '80GB' (with K, M, G or T), or a positive number of bytes"
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)?\s*", value, re.IGNORECASE)
         if match is None:
-            raise ArgumentError(f"{argument}: expected a size such as '80GiB' or a number of bytes, got {value!r}")
+            raise ArgumentError(f"{argument}: {expected}, got {value!r}")
         value = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ArgumentError(f"{argument}: expected a size such as '80GiB' or a positive number of bytes, got {value!r}")
+        raise ArgumentError(f"{argument}: {expected}, got {value!r}")
     return value
 
 

@@ -70,6 +70,7 @@ def provenance_of(
         "calibration": {
             group.role: {
                 "hash": group.examples.hash,
+                "format": group.examples.format,
                 "n_examples": len(group.examples),
                 "n_tokens": sum(len(example) for example in group.examples),
                 "n_scored_tokens": sum(example.scored for example in group.examples),

@@ -19,6 +19,7 @@ import torch
 from fastprune import backends
 from fastprune.artifact import as_path
 from fastprune.calibration import CalibrationSet, collect
+from fastprune.devices import usable_device
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
@@ -128,6 +129,9 @@ def score(
         ArtifactError: The checkpoint or the journal is damaged.
         ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or another
             process of the run failed.
+
+    Warns:
+        FastpruneWarning: Both loaders hold the same examples.
     """
     ranks = Ranks()
     with contextlib.ExitStack() as stack:
@@ -164,6 +168,9 @@ def score(
             for role, loader in (("harm", harm_loader), ("benign", benign_loader))
             if loader is not None
         ]
+        if len({group.examples.hash for group in sets}) < len(sets):
+            message = "harm_loader and benign_loader hold the same examples, so what is protected is what is pruned"
+            warnings.warn(message, FastpruneWarning, stacklevel=2)
         key = inputs_of(weights.model, matrices, sets, criteria, fractions, statistics_dtype, weights.device, backend)
         if ranks.size > 1 or resume is not None:
             key["weights"] = weights.identity()
@@ -268,11 +275,7 @@ def _weights(
     if device is None:
         # torchrun says which of a node's GPUs belongs to this process
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
-    device = torch.device(device)
+    device = usable_device(device)
     if device.type == "cuda" and device.index is None:
         # "cuda" is whichever device is a thread's current one, and the thread that reads the weights has its own.
         device = torch.device("cuda", torch.cuda.current_device())

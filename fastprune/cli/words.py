@@ -1,0 +1,23 @@
+"""Messages of the library, which name Python's arguments, in the words of the command line.
+
+In: a message. Out: the same with ``strict=False`` as ``--no-strict`` and ``p_max=0.1`` as ``--p-max 0.1``. It must not
+know what the messages are about.
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = ("p", "q", "p_max", "q_max", "slice", "max_length", "format", "segments", "boundaries", "resume")
+# Alone between blanks or punctuation: what is part of a path stays as it is.
+_ARGUMENT = re.compile(rf"(?<![^\s(])({'|'.join(_NAMES)})=('\w+'|\d[\d.e-]*|)(?=[\s,;:)]|$)")
+
+
+def as_options(message: object) -> str:
+    """A message with arguments written as options."""
+    return _ARGUMENT.sub(_option, re.sub(r"(?<![^\s(])strict=False\b", "--no-strict", str(message)))
+
+
+def _option(found: re.Match[str]) -> str:
+    name, value = found[1].replace("_", "-"), found[2].strip("'")
+    return f"{'-' if len(name) == 1 else '--'}{name} {value}".rstrip()

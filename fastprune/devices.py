@@ -1,0 +1,28 @@
+"""Which devices a model can run on.
+
+In: the name of a device. Out: the device, or an error that names it. It must not know models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastprune.errors import ArgumentError
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name, if it is there and serves.
+
+    CPU and CUDA only: importance scores need float64, which Apple's GPUs lack, and ``meta`` holds no values.
+
+    Raises:
+        ArgumentError: It is none of these, or is not there.
+    """
+    try:
+        found = torch.device(device)
+        if found.type in ("cpu", "cuda"):
+            torch.empty(0, device=found)
+            return found
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
+    raise ArgumentError(f"device: expected cpu, cuda or one such as cuda:1, got {str(device)!r}")
