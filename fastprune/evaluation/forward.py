@@ -98,14 +98,11 @@ class Forward:
         """Raise ModelError if the model's own positions are others than those from 0 on, which rows are given here."""
         if "position_ids" not in self._takes:
             return
-        ids = torch.arange(2, device=self.device).unsqueeze(0) % self.vocab_size
+        positions = torch.arange(2, device=self.device).unsqueeze(0)
+        ids = positions % self.vocab_size
         keywords = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        own = self._model(**keywords).logits
-        # The same sums of the same numbers if positions are.
-        if (
-            relative_error(self._model(**keywords, position_ids=torch.arange(2, device=self.device)[None]).logits, own)
-            > 1e-3
-        ):
+        given, own = (self._model(**keywords, **extra).logits for extra in ({"position_ids": positions}, {}))
+        if relative_error(given, own) > 1e-3:  # the same sums of the same numbers, if positions are
             raise ModelError(
                 f"model: {type(self._inner).__name__} does not count positions from 0: its logits are others when "
                 "position_ids are 0, 1, … than when there are none; expected the same both ways (RoBERTa and its kin "
