@@ -16,6 +16,7 @@ from fastprune.errors import ArtifactError
 from fastprune.reporting import print_results
 from fastprune.reporting.findings import controls_finding, headline
 from fastprune.reporting.glossary import definitions
+from fastprune.reporting.plots import controls_plot
 from fastprune.reporting.record import RATES, checked
 from fastprune.reporting.wording import check_value, number, percent, seconds, share
 
@@ -151,9 +152,27 @@ def test_a_mask_is_what_the_record_says_and_not_what_it_is_called(order: int) ->
 
 def test_without_what_the_masks_are_a_second_one_is_no_control() -> None:
     record = only(results=[rates("none", harm=1.0), rates("one", harm=0.2), rates("two", harm=0.8)])
-    assert said(record) == "Pruning (one) takes the harm rate from 100 % to 20 %."
-    text = controls_finding(record).replace("\u00a0", " ")
-    assert text == "The other mask lowers harm by 10 points or more: two (harm 80 %)."
+    assert said(record) == (
+        "Pruning (one) takes the harm rate from 100 % to 20 %. Pruning (two) takes the harm rate from 100 % to 80 %."
+    )
+    assert controls_finding(record) == ""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_masks_of_the_method_none_is_the_headline_by_its_place(order: int) -> None:
+    """Regression: the first one given was "the method", the others were "other masks"."""
+    masks = kinds(weak=("method", "selection"), strong=("method", "selection"), drawn=("control", "random (count)"))
+    results = [rates("weak", "my", harm=0.8, utility=1.0), rates("strong", "my", harm=0.1, utility=0.5)]
+    results.append(rates("drawn", "my", harm=1.0, utility=1.0))
+    record = only(results=[rates("none", "my", harm=1.0, utility=1.0), *results[::order]], masks=masks)
+    weak = "Pruning (weak) takes the harm rate from 100 % to 80 %; utility stays at 100 %."
+    strong = "Pruning (strong) takes the harm rate from 100 % to 10 %; utility falls from 100 % to 50 %."
+    last = "Removing random weights changes nothing (harm rate 100 %)."
+    assert said(record) == " ".join([*[weak, strong][::order], last])
+    assert "mask" not in controls_finding(record)
+    reading = controls_plot(checked(record)).reading
+    names = " and ".join(["weak", "strong"][::order])
+    assert reading.endswith(f"; {names} are masks of the method, the others are controls.")
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (0.5, 0.9), (1.0, 0.95)])

@@ -17,8 +17,8 @@ from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import measure_each, result_rows
 from fastprune.masking import PruneMask
 
-# Criteria that rank weights by something else than what they do for the behaviour; masks from these are controls.
-CONTROL_CRITERIA = ("signed_reverse", "magnitude")
+# The criterion that ranks weights by how much they promote the behaviour; a selection by any other is a control.
+METHOD_CRITERION = "signed"
 _FACTS = ("p", "q", "scope", "layers", "slice", "criteria", "seed", "like", "fingerprint")
 _SPARED = ("spared_by_benign", "spared_by_protect")
 
@@ -39,14 +39,16 @@ def role(mask: PruneMask) -> str:
     """What a mask is there for, by its own metadata and never by its name.
 
     Returns:
-        ``"method"``: selected by a harm score. ``"control"``: random, largest, or selected from the other end, the next
-        slice or by size. ``"other"``: combined from other masks, or of unknown making.
+        ``"method"``: selected by the signed harm score, without the weights that a benign set needs. ``"control"``: a
+        selection that leaves out one of these (no benign set, no sign, the other end, a later slice, another score),
+        random, or largest. ``"other"``: combined from other masks, or of unknown making.
     """
-    kind = mask.metadata.get("kind")
+    facts = mask.metadata
+    kind = str(facts.get("kind"))
     if kind == "selection":
-        by = (mask.metadata.get("criteria") or {}).get("harm")
-        return "control" if mask.metadata.get("slice") or by in CONTROL_CRITERIA else "method"
-    return "control" if str(kind).startswith("random") or kind == "largest magnitude" else "other"
+        signed = (facts.get("criteria") or {}).get("harm") == METHOD_CRITERION
+        return "method" if signed and facts.get("p") is not None and not facts.get("slice") else "control"
+    return "control" if kind.startswith("random") or kind == "largest magnitude" else "other"
 
 
 def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:

@@ -35,10 +35,13 @@ EFFECT = 0.10
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows that the headline is about; ``before`` or ``random`` may be absent."""
+    """The rows that the headline is about; ``before`` or ``random`` may be absent.
+
+    ``after`` are all masks of the method, none of them preferred; where there is none, all that are no controls.
+    """
 
     model: str
-    after: Mapping[str, Any]
+    after: list[Mapping[str, Any]]
     before: Mapping[str, Any] | None
     random: Mapping[str, Any] | None
 
@@ -57,16 +60,16 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
     model = subject(record)
     rows = [row for row in record.get("results") or () if row["model"] == model]
     pruned = [row for row in rows if row["mask"] != "none"]
-    chosen = [row for wanted in ("method", "other") for row in pruned if role(record, row["mask"]) == wanted]
-    if not chosen and len(pruned) != 1:
+    methods, others = ([row for row in pruned if role(record, row["mask"]) == it] for it in ("method", "other"))
+    after = methods or others or pruned
+    if not (methods or others) and len(pruned) != 1:  # nothing, or controls alone
         return None
-    after = (chosen or pruned)[0]
-    random = next((row for row in pruned if row is not after and is_random(record, row["mask"])), None)
+    random = next((row for row in pruned if row not in after and is_random(record, row["mask"])), None)
     return Comparison(model, after, find(rows, model, "none"), random)
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """The main finding in one to three sentences; empty without results."""
+    """The main finding, one or two sentences for each mask of the method and one more; empty without results."""
     rows = record.get("results") or ()
     terms = harm_terms(record)
     found = comparison(record)
@@ -76,15 +79,18 @@ def headline(record: Mapping[str, Any]) -> str:
             return ""
         utility = "" if missing(row.get("utility")) else f" and utility is {percent(row['utility'])}"
         return f"Without pruning, the harm rate{terms} is {percent(row['harm'])}{utility}."
-    sentences = [f"{_removing(record, found.after)} {_harm_clause(record, found)}{_utility_clause(found)}."]
     before = found.before or {}
-    lost = [
-        f"{METRICS[name]} falls from {percent(before[name])} to {percent(found.after[name])}"
-        for name in ("neighbour", "recognition", "refusal")
-        if _fell(before, found.after, name)
-    ]
-    if lost:
-        sentences.append(f"But {listing(lost)}.")
+    sentences = []
+    for after in found.after:
+        what = f"{_removing(record, after)} {_harm_clause(record, before, after)}"
+        sentences.append(f"{what}{_utility_clause(before, after)}.")
+        lost = [
+            f"{METRICS[name]} falls from {percent(before[name])} to {percent(after[name])}"
+            for name in ("neighbour", "recognition", "refusal")
+            if _fell(before, after, name)
+        ]
+        if lost:
+            sentences.append(f"But {listing(lost)}.")
     random = _random_sentence(found)
     if random:
         sentences.append(random)
@@ -102,10 +108,9 @@ def _removing(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return f"{start} ({', '.join(facts)})" if facts else start
 
 
-def _harm_clause(record: Mapping[str, Any], found: Comparison) -> str:
+def _harm_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
     rate = f"the harm rate{harm_terms(record)}"
-    after = found.after.get("harm")
-    before = None if found.before is None else found.before.get("harm")
+    before, after = unpruned.get("harm"), pruned.get("harm")
     if missing(after):
         return "was not tested for harm"
     if missing(before):
@@ -124,9 +129,8 @@ def _harm_clause(record: Mapping[str, Any], found: Comparison) -> str:
     return change if by_keywords(record) else f"{change}: no harm was removed in this run"
 
 
-def _utility_clause(found: Comparison) -> str:
-    after = found.after.get("utility")
-    before = None if found.before is None else found.before.get("utility")
+def _utility_clause(unpruned: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    before, after = unpruned.get("utility"), pruned.get("utility")
     if missing(after):
         return ""
     if missing(before):
@@ -144,11 +148,11 @@ def _fell(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> boo
 def _random_sentence(found: Comparison) -> str:
     if found.random is None or found.before is None:
         return ""
-    before, after, harm = found.before.get("harm"), found.after.get("harm"), found.random.get("harm")
+    before, harm = found.before.get("harm"), found.random.get("harm")
     if missing(before) or missing(harm):
         return ""
     n = found.random.get("pruned")
-    same_count = not missing(n) and n == found.after.get("pruned")
+    same_count = not missing(n) and all(n == after.get("pruned") for after in found.after)
     start = "Removing as many random weights" if same_count else f"Removing {count(n)} random weights"
     if missing(n):
         start = "Removing random weights"
@@ -166,7 +170,7 @@ def _random_sentence(found: Comparison) -> str:
     if harm > before:
         takes = f" and takes {listing(moved)}" if moved else ""
         return f"{start} raises the harm rate to {percent(harm)}{takes}."
-    fall = before - after if not missing(after) else 0
+    fall = max((before - after["harm"] for after in found.after if not missing(after.get("harm"))), default=0)
     also = ", so the fall is not special to the chosen weights" if fall >= EFFECT and before - harm >= fall / 2 else ""
     change = listing([f"the harm rate from {percent(before)} to {percent(harm)}", *moved])
     return f"{start} takes {change}{also}."
@@ -185,7 +189,7 @@ def controls_finding(record: Mapping[str, Any]) -> str:
     found = comparison(record)
     rows = [row for row in record.get("results") or () if row["model"] == model and not missing(row.get("harm"))]
     before = find(rows, model, "none")
-    rest = [row for row in rows if row is not before and (found is None or row is not found.after)]
+    rest = [row for row in rows if row is not before and (found is None or row not in found.after)]
     if before is None or not rest:
         return ""
     controls = [row for row in rest if role(record, row["mask"]) == "control"]

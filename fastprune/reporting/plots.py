@@ -26,6 +26,7 @@ from fastprune.reporting.wording import (
     count,
     find,
     harm_terms,
+    listing,
     measured,
     model_label,
     ordered,
@@ -187,13 +188,13 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         return None
     reference = find(rows, model, "none") or {}
     found = comparison(record)
-    main = None if found is None else found.after["mask"]
+    main = [] if found is None else [row["mask"] for row in found.after]
 
     def panel(axes: Axes, metric: str, labelled: bool) -> None:
         strong, tint = ("harm", "harm-tint") if metric == "harm" else ("kept", "kept-tint")
         level = reference.get(metric)
         for place, row in enumerate(rows):
-            value, chosen = row.get(metric), row["mask"] == main
+            value, chosen = row.get(metric), row["mask"] in main
             if not missing(value):
                 axes.barh(place, value, height=0.68, color=LIGHT[strong if chosen else tint])
             words = DASH if missing(value) else f"{100 * value:.0f}"
@@ -206,7 +207,7 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.set_yticks(range(len(rows)), [short(mask_label(record, row["mask"])) for row in rows] if labelled else [])
         for text, row in zip(axes.get_yticklabels(), rows, strict=False):
-            text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] == main else "normal")
+            text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] in main else "normal")
         axes.set_xlim(0, 1.18)
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
         axes.tick_params(axis="y", length=0)
@@ -227,9 +228,12 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     counts = [row["pruned"] for row in rows if row["mask"] != "none" and not missing(row.get("pruned"))]
     same = f" Every mask removes {count(counts[0])} weights." if len(counts) > 1 and len(set(counts)) == 1 else ""
     label = short(model_label(model))
-    roles = {row["mask"]: role(record, row["mask"]) for row in rows if row["mask"] not in ("none", main)}
-    method = f"; {mask_label(record, main)} is the method" if main and role(record, main) == "method" else ""
-    method += ", the others are controls" if method and set(roles.values()) == {"control"} else ""
+    rest = {role(record, row["mask"]) for row in rows if row["mask"] not in ("none", *main)}
+    method = ""
+    if main and all(role(record, mask) == "method" for mask in main):
+        names = listing([mask_label(record, mask) for mask in main])
+        method = f"; {names} {'is' if len(main) == 1 else 'are masks of'} the method"
+        method += ", the others are controls" if rest == {"control"} else ""
     return Plot(
         name="controls",
         title=f"What each choice of weights does to {f'the {label} model' if model in MODELS else label}",
