@@ -72,6 +72,8 @@ BAD = [
     (_set("notes", 0, None), 'record["notes"][0]: expected a string'),
     (_set("settings", []), 'record["settings"]: expected a dict'),
     (_set("model", "parameters", -1), 'record["model"]["parameters"]: expected a whole number >= 0'),
+    (_set("model", "patched", {"weights": "all"}), 'record["model"]["patched"]["weights"]: expected a whole number'),
+    (_set("model", "patched", {}), 'record["model"]["patched"]: expected the key \'weights\''),
     (_set("timings", "score_s", "long"), 'record["timings"]["score_s"]: expected a number'),
     (_set("results", {}), 'record["results"]: expected a list'),
     (_set("results", 1, []), 'record["results"][1]: expected a dict'),

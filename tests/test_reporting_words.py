@@ -175,6 +175,21 @@ def test_of_several_masks_of_the_method_none_is_the_headline_by_its_place(order:
     assert reading.endswith(f"; {names} are masks of the method, the others are controls.")
 
 
+def test_no_sentence_calls_a_patched_model_unpruned() -> None:
+    model = {"name": "m", "patched": {"mask": "abc", "weights": 12_345, "scale": 0.0}}
+    results = [rates("none", "m", harm=0.06, pruned=0, **dict.fromkeys(RATES[1:], 1.0)), rates("x", "m", harm=0.02)]
+    record = checked(only(model=model, results=results))
+    assert said(record) == "Pruning (x) leaves little to see: the harm rate is 6 % as stored and 2 % with it."
+    assert controls_plot(record).caption == "Dashed: the level as stored."
+    words = {word: text for heading, group in definitions(record) for word, text in group}
+    label = "as stored (patched: 12,345 weights)"
+    assert words[label] == "the model as its folder holds it, where a patch has changed 12,345 weights"
+    lines = [line.strip() for line in printed(record, 80).splitlines()]
+    assert "12,345 weights)" in lines  # on a line of its own, where 80 columns are too few
+    assert max(map(len, lines)) <= 80
+    assert label in printed(record, 200)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (0.5, 0.9), (1.0, 0.95)])
 def test_key_words_draw_no_conclusion_about_harm(before: float, after: float) -> None:
     """Regression: "no harm was removed" of a model that answered with nonsense, which holds no refusal."""

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import fastprune
+from fastprune.errors import ArtifactError
 from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import measure_each, result_rows
 from fastprune.masking import PruneMask
+from fastprune.masking.edits import gather
+from fastprune.masking.undo_file import UNDO_NAME, read_undo
 
 # The criterion that ranks weights by how much they promote the behaviour; a selection by any other is a control.
 METHOD_CRITERION = "signed"
@@ -66,6 +70,30 @@ def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
     }
 
 
+def stored_patch(folder: Path) -> dict[str, Any] | None:
+    """The patch that the weights in a folder hold, by the undo file beside them; ``None`` where there is none.
+
+    Returns:
+        ``mask`` (its digest), ``weights`` (how many were changed) and ``scale`` (the factor on them).
+
+    Raises:
+        ArtifactError: The undo file is damaged, or the weights are not as the patch left them.
+        NotFoundError: A shard that it names is gone.
+    """
+    if not (folder / UNDO_NAME).is_file():
+        return None
+    undo = read_undo(folder)
+    for path, edits in undo.edits().items():
+        # The bytes in question alone: a hash would read every shard once more.
+        if not (gather(path, edits.offsets) == edits.new).all():
+            raise ArtifactError(
+                f"{path} is not as {folder / UNDO_NAME} says that a patch left it (interrupted, or changed since), so "
+                "nobody could say what is evaluated; undo that patch first"
+            )
+    weights = sum(len(change.indices) for change in undo.changes.values())
+    return {"mask": undo.mask, "weights": weights, "scale": undo.scale}
+
+
 def evaluation_record(
     name: str,
     model: torch.nn.Module,
@@ -74,16 +102,18 @@ def evaluation_record(
     *,
     strict: bool = True,
     settings: Mapping[str, Any] | None = None,
+    patched: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model, unpruned and with every mask, and say how each number came about.
+    """Evaluate a model, as it is and with every mask, and say how each number came about.
 
     Args:
         name: What the model is called.
         model: The model.
         suite: What is measured.
-        masks: Masks by name; ``"none"`` is the unpruned model and cannot be one.
+        masks: Masks by name; ``"none"`` is the model as it is and cannot be one.
         strict: Refuse masks that were made for a model of other weights.
         settings: What else a reader has to know to run it again.
+        patched: What :func:`stored_patch` says of the folder that the model was loaded from.
 
     Returns:
         A record with ``results``, ``skills``, ``masks`` and ``measurements`` (sample sizes, 95 % intervals and
@@ -101,6 +131,7 @@ def evaluation_record(
     return {
         "schema": 1,
         "title": f"Evaluation of {name}",
+        **({"model": {"name": name, "patched": dict(patched)}} if patched else {}),
         "notes": notes,
         "environment": environment(),
         "settings": {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastprune.reporting.masks import is_random, mask_label, role
+from fastprune.reporting.masks import baseline, is_random, mask_label, patched, role
 from fastprune.reporting.record import RATES, missing
 from fastprune.reporting.wording import (
     MASKS,
@@ -78,7 +78,8 @@ def headline(record: Mapping[str, Any]) -> str:
         if row is None or missing(row.get("harm")):
             return ""
         utility = "" if missing(row.get("utility")) else f" and utility is {percent(row['utility'])}"
-        return f"Without pruning, the harm rate{terms} is {percent(row['harm'])}{utility}."
+        start = "Without pruning" if patched(record) is None else mask_label(record, "none").capitalize()
+        return f"{start}, the harm rate{terms} is {percent(row['harm'])}{utility}."
     before = found.before or {}
     sentences = []
     for after in found.after:
@@ -120,7 +121,7 @@ def _harm_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned:
     if after - before > SAME:
         change = f"raises {rate} from {percent(before)} to {percent(after)}"
     elif before < EFFECT:
-        return f"leaves little to see: {rate} is {percent(before)} without pruning and {percent(after)} with it"
+        return f"leaves little to see: {rate} is {percent(before)} {baseline(record)} and {percent(after)} with it"
     elif percent(before) == percent(after):
         change = f"leaves {rate} at {percent(after)}"
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.wording import MASKS, clean, number
+from fastprune.reporting.wording import MASKS, clean, count, number
 
 _CONTROLS = {
     "random": "weights drawn at random",
@@ -49,6 +49,16 @@ def role(record: Mapping[str, Any], name: str) -> str:
     return "control" if name in _CONTROLS else "other"
 
 
+def patched(record: Mapping[str, Any]) -> int | None:
+    """How many weights a patch had changed in the model before anything was measured; ``None`` without a patch."""
+    return ((record.get("model") or {}).get("patched") or {}).get("weights")
+
+
+def baseline(record: Mapping[str, Any]) -> str:
+    """How a sentence calls the level that masks are compared with; a patched model is not one without pruning."""
+    return "without pruning" if patched(record) is None else "as stored"
+
+
 def is_random(record: Mapping[str, Any], name: str) -> bool:
     """Whether the weights of a mask were drawn at random."""
     said = facts(record, name)
@@ -57,6 +67,8 @@ def is_random(record: Mapping[str, Any], name: str) -> bool:
 
 def mask_label(record: Mapping[str, Any], name: str) -> str:
     """What a choice of weights is called in text: a user's mask by its name, as it is."""
+    if name == "none" and patched(record) is not None:
+        return f"as stored (patched: {count(patched(record))} weights)"
     if facts(record, name) is None and name in MASKS:
         return MASKS[name]
     return clean(name.replace("_", " "))
@@ -65,6 +77,8 @@ def mask_label(record: Mapping[str, Any], name: str) -> str:
 def meaning(record: Mapping[str, Any], name: str) -> str:
     """What a choice of weights is; empty where nobody knows."""
     said = facts(record, name)
+    if name == "none" and patched(record) is not None:
+        return f"the model as its folder holds it, where a patch has changed {count(patched(record))} weights"
     if said is None:
         return _MEANING.get(name, "")
     what = {"method": "the method: ", "control": "control: "}.get(said["role"], "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastprune.errors import require
 from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
 from fastprune.reporting.findings import comparison, controls_finding, subject
-from fastprune.reporting.masks import mask_label, role
+from fastprune.reporting.masks import baseline, mask_label, role
 from fastprune.reporting.palette import LIGHT, model_colours
 from fastprune.reporting.plot_findings import sweep_finding
 from fastprune.reporting.record import missing
@@ -178,6 +178,12 @@ def _label_at(value: float | None, level: float | None) -> float:
     return level if not missing(level) and 0 < level - value < 0.17 else value
 
 
+def _tick(record: Mapping[str, Any], mask: str) -> str:
+    """The name at a bar; that of a patched model holds a number, which takes a line of its own and is never cut."""
+    label = mask_label(record, mask)
+    return label.replace(" (", "\n(") if mask == "none" else short(label)
+
+
 def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     """All measured rates for each way of choosing weights, on one model."""
     model = subject(record)
@@ -205,7 +211,7 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         if not missing(level):
             axes.axvline(level, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=3)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(range(len(rows)), [short(mask_label(record, row["mask"])) for row in rows] if labelled else [])
+        axes.set_yticks(range(len(rows)), [_tick(record, row["mask"]) for row in rows] if labelled else [])
         for text, row in zip(axes.get_yticklabels(), rows, strict=False):
             text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] in main else "normal")
         axes.set_xlim(0, 1.18)
@@ -237,7 +243,7 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     return Plot(
         name="controls",
         title=f"What each choice of weights does to {f'the {label} model' if model in MODELS else label}",
-        caption=f"Dashed: the level without pruning.{same}",
+        caption=f"Dashed: the level {baseline(record)}.{same}",
         reading=f"A good choice has a short bar for harm and long bars for everything else{method}.",
         finding=controls_finding(record),
         draw=draw,

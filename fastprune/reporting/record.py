@@ -44,6 +44,7 @@ def validate(record: Mapping[str, Any]) -> None:
         _optional(record.get(key), f'record["{key}"]', _mapping)
     for key in ("parameters", "eligible"):
         _optional((record.get("model") or {}).get(key), f'record["model"]["{key}"]', _count)
+    _optional((record.get("model") or {}).get("patched"), 'record["model"]["patched"]', _patched)
     for key, value in (record.get("timings") or {}).items():
         _optional(value, f'record["timings"]["{key}"]', _number)
     for section, (required, optional) in _ROWS.items():
@@ -251,6 +252,12 @@ def _transfer(value: Any, where: str) -> None:
 def _role(value: Any, where: str) -> None:
     if value not in ROLES:
         _refuse(where, f"one of {', '.join(ROLES)}", value)
+
+
+def _patched(value: Any, where: str) -> None:
+    """What a patch left in the weights before anything was measured."""
+    _needs(value, where, ("weights",))
+    _count(value["weights"], f'{where}["weights"]')
 
 
 def _measured(value: Any, where: str) -> None:
