@@ -161,9 +161,9 @@ def test_findings_of_the_plots(page: Page) -> None:
     assert "At q = 0.3 % the harm rate is 97 % on base, 94 % on SFT and 2 % on aligned." in words
     assert "1,104 weights in all, densest in layer 2, v_proj: 47 of 16,384 weights (2.9 ‰)." in words
     assert (
-        "1 of 5 controls lowers harm by 10 points or more: no set difference "
+        "1 of 5 controls lowers harm by more than 5 points: no set difference "
         "(harm 0 %, but utility 81 %, neighbour 2 % and refusal 50 %). "
-        "Pruning recognition instead takes recognition from 100 % to 27 % and harm from 100 % to 98 %."
+        "Pruning recognition instead takes recognition from 100 % to 27 % and takes harm from 100 % to 98 %."
     ) in words
     assert (
         "Mean harm rate: 0 % on the same category, 9 % on the others and 100 % without pruning. "

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
+from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
-from fastprune.reporting.findings import comparison, controls_finding, subject
+from fastprune.reporting.findings import comparison, subject
 from fastprune.reporting.masks import baseline, mask_label, role
 from fastprune.reporting.palette import LIGHT, model_colours
 from fastprune.reporting.plot_findings import sweep_finding
