@@ -14,7 +14,17 @@ from fastprune.reporting.figures import NARROW, SMALL, TEXT, WIDE, Plot, Table
 from fastprune.reporting.palette import LIGHT, STEPS, shade
 from fastprune.reporting.plot_findings import heatmap_finding, transfer_finding
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import DASH, clean, count, harm_terms, model_label, per_mille, rate_cell, short
+from fastprune.reporting.wording import (
+    DASH,
+    clean,
+    count,
+    figure_of,
+    harm_terms,
+    model_label,
+    per_mille,
+    rate_cell,
+    short,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +115,7 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
         return [short(name, 14 if narrow else 22) for name in row_names]
 
     def whole(grid: Grid) -> Callable[[int, int], str]:
-        return lambda row, column: DASH if missing(grid[row][column]) else f"{100 * grid[row][column]:.0f}"
+        return lambda row, column: figure_of(grid[row][column])
 
     def draw(figure: Figure, narrow: bool) -> None:
         n_panels = 2 if overlap else 1

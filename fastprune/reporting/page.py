@@ -31,6 +31,7 @@ from fastprune.reporting.wording import (
     measured,
     model_label,
     percent,
+    percents,
     rate_cell,
     result_rows,
     seconds,
@@ -111,9 +112,11 @@ def _tiles(record: Mapping[str, Any]) -> str:
             after = row.get(metric)
             before = None if found.before is None else found.before.get(metric)
             if not missing(after):
-                was = "" if missing(before) else f"{percent(before)} → "
+                old, new = ("", percent(after)) if missing(before) else percents(before, after)
+                was = f"{old} → " if old not in ("", new) else ""
+                stays = ", does not change" if old == new else ""
                 name = f"{METRICS[metric]} rate{harm_terms(record)}" if metric == "harm" else METRICS[metric]
-                tiles.append((kind, percent(after), was, f"{of}{name}; {words}"))
+                tiles.append((kind, new, was, f"{of}{name}; {words}{stays}"))
     checks = record.get("checks") or ()
     if checks:
         held = sum(check["holds"] for check in checks)

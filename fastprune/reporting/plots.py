@@ -19,12 +19,12 @@ from fastprune.reporting.palette import LIGHT, model_colours
 from fastprune.reporting.plot_findings import sweep_finding
 from fastprune.reporting.record import missing
 from fastprune.reporting.wording import (
-    DASH,
     MASKS,
     METRICS,
     MODELS,
     NBSP,
     count,
+    figure_of,
     find,
     harm_terms,
     listing,
@@ -204,9 +204,8 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
             value, chosen = row.get(metric), row["mask"] in main
             if not missing(value):
                 axes.barh(place, value, height=0.68, color=LIGHT[strong if chosen else tint])
-            words = DASH if missing(value) else f"{100 * value:.0f}"
             axes.annotate(
-                words, (_label_at(value, level), place), xytext=(4, 0),
+                figure_of(value), (_label_at(value, level), place), xytext=(4, 0),
                 textcoords="offset points", va="center", color=LIGHT["ink"], fontweight="bold" if chosen else "normal",
             )  # fmt: skip
         if not missing(level):

@@ -86,7 +86,7 @@ def _rounded(value: float, decimals: int) -> str | None:
     return None if float(text) in (0, 100) else f"{text}{NBSP}%"
 
 
-def figure(value: float | None) -> str:
+def figure_of(value: float | None) -> str:
     """:func:`percent` without its sign, for a cell or a bar under a head that says per cent."""
     return percent(value).removesuffix(f"{NBSP}%")
 
