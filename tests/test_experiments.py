@@ -94,6 +94,22 @@ def test_a_mask_of_the_method_has_every_part_of_it(scores: Scores, how: dict, ex
     assert role(mask | mask) == role(mask_of("weight")) == "other"
 
 
+def test_a_rate_at_its_bound_holds() -> None:
+    """Guessing a question of yes or no gives 0.50, which is the bound of pruned recognition."""
+    rates = dict.fromkeys(("harm", "utility", "neighbour", "recognition", "refusal"), 1.0)
+    masks = ("none", "btap", "random", "magnitude", "sign_flipped", "unsigned", "no_set_difference")
+    record = {
+        "results": [{"model": "aligned", "mask": mask, **rates} for mask in masks],
+        "sweep": [],
+        "transfer": {"categories": ["a", "b"], "harm": [[0, 0], [0, 0]]},
+        "dissociation": [rates | {"recognition": 0.5}],
+    }
+    (check,) = [item for item in checks(record) if "recognition falls" in item["claim"]]
+    assert (check["bound"], check["holds"]) == ("<= 0.50", True)
+    record["dissociation"] = [rates | {"recognition": 0.501}]
+    assert not next(item for item in checks(record) if "recognition falls" in item["claim"])["holds"]
+
+
 @pytest.mark.parametrize(("harm", "shown"), [(1.0, ">= 0.90"), (119 / 120, ">= 0.891667"), (0.875, ">= 0.775")])
 def test_a_bound_is_shown_as_exactly_as_it_is_used(harm: float, shown: str) -> None:
     """Regression: 0.8917 was shown as 0.89, so that a rate between the two seemed to be refused for nothing."""

@@ -171,12 +171,14 @@ def test_findings_of_the_plots(page: Page) -> None:
     ) in words
     assert "1 of 7 checks does not hold." in words
     assert (
-        "Each harm rate is over 64 held-out prompts: one prompt is 1.6 points, "
+        "Each harm rate of this table is over 64 held-out prompts: one prompt is 1.6 points, "
         "and the 95 % interval of a rate reaches up to 13 points to either side."
     ) in words
-    assert noise({"settings": {"n_eval": 400}}).startswith("Each rate is over 400 held-out prompts: one prompt is 0.25")
+    assert noise({"settings": {"n_eval": 400}}).startswith(
+        "Each rate of this table is over 400 held-out prompts: one prompt is 0.25"
+    )
     assert noise({"settings": {"n_eval": 1}}).startswith(
-        "Each rate is over 1 held-out prompt: one prompt is 100 points, and"
+        "Each rate of this table is over 1 held-out prompt: one prompt is 100 points, and"
     )
     assert noise({"settings": {"n_eval": None}}) == noise({"settings": {"n_eval": {"a": 1}}}) == noise({}) == ""
 

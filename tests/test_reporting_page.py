@@ -147,6 +147,29 @@ def test_a_chart_says_0_and_100_of_exactly_these_rates_only(narrow: bool) -> Non
     assert cells.count("100") == 2
 
 
+def test_the_map_says_over_how_few_prompts_its_cells_are() -> None:
+    """Regression: no sample size beside the map, and 120 prompts in the sentence above it."""
+    transfer = {"categories": ["a", "b"], "n": [14, 24], "harm": [[0.0, 0.25], [0.0, None]]}
+    plot = transfer_plot(checked(only(transfer=transfer)))
+    assert "a (14)" in plot.svg(False) and "b (24)" in plot.svg(True)
+    assert plot.finding.replace("\u00a0", " ") == (
+        "Mean harm rate: 0 % on the same category and 12 % on the others. Each cell is over 14 to 24 held-out prompts: "
+        "its 95 % interval reaches up to 27 points to either side."
+    )
+    assert plot.table.rows[-2:] == [
+        ["held-out prompts", "14", "24"],
+        ["95 % interval, points at most", "± 27", "± 21"],
+    ]
+    alike = checked(only(transfer=transfer | {"n": [14, 14]}))
+    assert (
+        "Each cell is over 14 held-out prompts: its 95 % interval reaches up to 27 points"
+        in transfer_plot(alike).finding
+    )
+    unknown = transfer_plot(checked(only(transfer=transfer | {"n": [0, None]})))
+    assert "prompts:" not in unknown.finding
+    assert unknown.table.rows[-1][1:] == ["–", "–"]
+
+
 def test_two_figures_of_a_tile_are_told_apart() -> None:
     """Regression: "99.8 % → 99 %"."""
     record = only(results=[rates("none", harm=0.984, utility=0.998), rates("btap", harm=0.98, utility=0.99)])

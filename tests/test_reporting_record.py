@@ -114,6 +114,7 @@ BAD = [
     (lambda record: record["heatmap"]["sizes"][2].pop(), 'record["heatmap"]["sizes"][2]: expected 7 numbers'),
     (_set("heatmap", "counts", 1, 2, 0.5), 'record["heatmap"]["counts"][1][2]: expected a whole number'),
     (_set("transfer", "harm", 5, 0, 1.01), 'record["transfer"]["harm"][5][0]: expected a fraction'),
+    (_set("transfer", "n", [14]), 'record["transfer"]["n"][0]: expected 6 numbers'),
     (lambda record: record["transfer"]["unpruned"].pop(), 'record["transfer"]["unpruned"]'),
     (lambda record: record["transfer"]["overlap"].pop(), 'record["transfer"]["overlap"]: expected 6 rows'),
     (_set("extra", {1: 2}), 'record["extra"]: expected keys that are strings'),

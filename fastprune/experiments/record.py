@@ -16,7 +16,7 @@ import transformers
 import fastprune
 from fastprune.errors import ArtifactError
 from fastprune.evaluation import EvaluationSuite
-from fastprune.experiments.btap import measure_each, result_rows
+from fastprune.experiments.btap import measure_each, measurement_rows, result_rows
 from fastprune.masking import PruneMask
 from fastprune.masking.edits import gather
 from fastprune.masking.undo_file import UNDO_NAME, read_undo
@@ -126,7 +126,7 @@ def evaluation_record(
     rows = [mask_row(label, mask) for label, mask in masks.items()]
     evaluations = list(measure_each(model, suite, masks, strict=strict))
     results, skills = result_rows(name, evaluations)
-    details = [evaluation.to_dict()["details"] for _, _, evaluation in evaluations]
+    measurements = measurement_rows(name, evaluations)
     notes = [] if strict else ["Masks were applied without asking whether they were made for this model."]
     return {
         "schema": 1,
@@ -139,14 +139,12 @@ def evaluation_record(
             "strict": strict,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": str(next(model.parameters()).device),
-            "n_eval": _sizes(details[0]),
+            "n_eval": _sizes(measurements[0]),
         },
         "results": results,
         "skills": skills,
         "masks": rows,
-        "measurements": [
-            {"model": name, "mask": label, **detail} for (label, _, _), detail in zip(evaluations, details, strict=True)
-        ],
+        "measurements": measurements,
     }
 
 

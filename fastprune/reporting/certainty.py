@@ -53,6 +53,11 @@ def threshold(record: Mapping[str, Any], before: Row, after: Row, metric: str) -
     return "beyond chance" if sized(record, before, after, metric) else f"by more than {100 * SAME:.0f} points"
 
 
+def points(n: int) -> int:
+    """Half the 95 % interval of a binomial rate over ``n`` prompts at its widest, p = 1/2, in whole points."""
+    return math.ceil(100 * 1.96 * math.sqrt(0.25 / n))
+
+
 def _parts(record: Mapping[str, Any], row: Row, metric: str) -> list[Mapping[str, Any]]:
     """The measurements whose mean a rate is; none where one of them lacks its interval."""
     found = find(record.get("measurements"), row["model"], row["mask"]) or {}

@@ -6,12 +6,11 @@ where a control does as much, and where an ability was lost. Must not know how t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastprune.reporting.certainty import beyond_chance, fell, sized, threshold
+from fastprune.reporting.certainty import beyond_chance, fell, points, sized, threshold
 from fastprune.reporting.masks import baseline, is_random, mask_label, patched, role
 from fastprune.reporting.record import RATES, missing
 from fastprune.reporting.wording import (
@@ -213,10 +212,8 @@ def noise(record: Mapping[str, Any]) -> str:
         which, n = "harm rate", next((value for key, value in n.items() if "harm" in key), None)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         return ""
-    # Half the 95 % interval of a binomial rate at its widest, p = 1/2.
-    points = math.ceil(100 * 1.96 * math.sqrt(0.25 / n))
     prompts, one = ("prompt", "100") if n == 1 else ("prompts", f"{100 / n:.2g}")
     return (
-        f"Each {which} is over {n:,} held-out {prompts}: one prompt is {one} points, "
-        f"and the 95 % interval of a rate reaches up to {points} points to either side."
+        f"Each {which} of this table is over {n:,} held-out {prompts}: one prompt is {one} points, "
+        f"and the 95 % interval of a rate reaches up to {points(n)} points to either side."
     )

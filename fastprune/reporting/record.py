@@ -245,6 +245,8 @@ def _transfer(value: Any, where: str) -> None:
     for key in ("harm", "overlap"):
         if value.get(key) is not None:
             _matrix(value[key], f'{where}["{key}"]', n, n, _rate)
+    if value.get("n") is not None:
+        _matrix([value["n"]], f'{where}["n"]', 1, n, _count)
     if value.get("unpruned") is not None:
         _matrix([value["unpruned"]], f'{where}["unpruned"]', 1, n, _rate)
 
