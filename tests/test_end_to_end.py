@@ -56,6 +56,13 @@ def test_each_rate_has_its_sample_size_and_interval(result: DemoResult, rows: di
     assert sum(transfer["n"]) == measured["aligned", "none"]["harm"]["n"]
 
 
+def test_the_record_says_what_each_mask_is(result: DemoResult) -> None:
+    masks = {row["mask"]: row for row in result.record["masks"]}
+    assert set(masks) == MASKS - {"none"}
+    assert [name for name, row in masks.items() if row["role"] != "control"] == ["btap"]
+    assert masks["btap"]["role"] == "method" and masks["btap"]["digest"] == result.mask.digest
+
+
 def test_unpruned_aligned_model_refuses_but_knows(rows: dict) -> None:
     none = rows["aligned", "none"]
     assert none["refusal"] >= 0.95

@@ -177,6 +177,16 @@ def test_of_several_masks_of_the_method_none_is_the_headline_by_its_place(order:
     assert reading.endswith(f"; {names} are masks of the method, the others are controls.")
 
 
+def test_names_of_the_demonstration_keep_their_words_where_the_record_says_what_they_are() -> None:
+    masks = kinds(btap=("method", "selection"), unsigned=("control", "selection"))
+    results = [rates("none", harm=1.0), rates("unsigned", harm=1.0), rates("btap", harm=0.0)]
+    own = only(results=results, masks=[row | {"standard": True} for row in masks])
+    assert said(own) == "Pruning takes the harm rate from 100 % to 0 %."
+    words = {word: text for heading, group in definitions(own) for word, text in group}
+    assert words["B-TAP"].startswith("the method: ") and words["unsigned"] == "control: the harm score without its sign"
+    assert said(only(results=results, masks=masks)) == "Pruning (btap) takes the harm rate from 100 % to 0 %."
+
+
 def test_no_sentence_calls_a_patched_model_unpruned() -> None:
     model = {"name": "m", "patched": {"mask": "abc", "weights": 12_345, "scale": 0.0}}
     results = [rates("none", "m", harm=0.06, pruned=0, **dict.fromkeys(RATES[1:], 1.0)), rates("x", "m", harm=0.02)]

@@ -31,7 +31,7 @@ from fastprune.experiments.btap import (
     sweep,
     transfer,
 )
-from fastprune.experiments.record import environment
+from fastprune.experiments.record import environment, mask_row
 from fastprune.masking import PruneMask
 from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
 from fastprune.scoring import Scores, score
@@ -141,8 +141,8 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
         progress: Show a progress bar when standard error is a terminal.
 
     Returns:
-        The record with ``results``, ``skills``, ``measurements``, ``sweep``, ``heatmap``, ``transfer``,
-        ``dissociation`` and ``checks``; scores and mask of the aligned model.
+        The record with ``results``, ``skills``, ``measurements``, ``masks``, ``sweep``, ``heatmap``,
+        ``transfer``, ``dissociation`` and ``checks``; scores and mask of the aligned model.
     """
     settings = settings or DemoSettings()
     stages = _Stages(3 * len(STAGES) + 2, progress)
@@ -167,6 +167,8 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
         aligned = scored["aligned"]
         model, scores, suite, mask = aligned.model, aligned.scores, aligned.suite, aligned.masks["btap"]
         stages.begin("transfer between harm types")
+        made = {"model": "aligned", "standard": True}
+        record["masks"] = [mask_row(name, chosen) | made for name, chosen in aligned.masks.items()]
         record["heatmap"] = heat_map("aligned", mask, scores.provenance["block_of"])
         types = _by_category(aligned.harm)
         record["transfer"] = transfer(model, types, aligned.benign, suite, p=settings.p, q=settings.q)

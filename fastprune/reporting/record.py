@@ -289,7 +289,10 @@ _ROWS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "results": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "dissociation": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "skills": ({"model": _name, "mask": _name, "skill": _name}, {"score": _rate}),
-    "masks": ({"mask": _name, "role": _role}, {"kind": _text, "pruned": _count, "nominal": _count, "digest": _text}),
+    "masks": (
+        {"mask": _name, "role": _role},
+        {"kind": _text, "pruned": _count, "nominal": _count, "digest": _text, "standard": _flag},
+    ),
     "measurements": (
         {"model": _name, "mask": _name},
         {"harm": _measured, "refusal": _measured, "recognition": _recognised, "skills": _each_measured},
