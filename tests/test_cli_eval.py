@@ -112,6 +112,42 @@ def test_a_terminal_without_unicode_gets_the_numbers(
     assert "the harm rate under prefilling is 100 %" in (tmp_path / "out").read_text()
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_patched_checkpoint_is_not_called_unpruned(
+    in_place: bool, tmp_path: Path, rows: dict[str, Path], capsys
+) -> None:
+    """Regression: "Without pruning, the harm rate is …" of a folder that `fastprune patch` had changed."""
+    folder, mask = tmp_path / "m", make_mask(tmp_path / "mask.safetensors")
+    shutil.copytree(checkpoint_path("aligned"), folder)
+    where = ["--in-place"] if in_place else ["--out", tmp_path / "patched"]
+    assert run("patch", folder, mask, "--no-strict", *where) == 0
+    folder = folder if in_place else tmp_path / "patched"
+    evaluate = ("eval", folder, "--harm", rows["eval_harm"], "--format", "chat", "--out", tmp_path / "report")
+    capsys.readouterr()
+    assert run(*evaluate) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "As stored (patched: 40 weights), the harm rate under prefilling is" in shown
+    record = load_record(tmp_path / "report")
+    facts = {"mask": fastprune.PruneMask.load(mask).digest, "weights": 40, "scale": 0.0}
+    assert record["model"] == {"name": folder.name, "patched": facts}
+    assert record["results"][0]["mask"] == "none"
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "as stored (patched: 40 weights)" in text
+        assert "ithout pruning" not in text and "not pruned" not in text
+
+
+@pytest.mark.usefixtures("never_evaluated")
+def test_weights_that_a_patch_did_not_leave_so_are_refused(tmp_path: Path, rows: dict[str, Path], capsys) -> None:
+    """Nobody could say what was evaluated: a patch that was cut short, or a file that was put in its place."""
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint_path("aligned"), folder)
+    assert run("patch", folder, make_mask(tmp_path / "mask.safetensors"), "--no-strict", "--in-place") == 0
+    shutil.copy(checkpoint_path("aligned") / "model.safetensors", folder)
+    assert run("eval", folder, "--harm", rows["eval_harm"], "--format", "chat") == 1
+    assert "model.safetensors is not as" in capsys.readouterr().err
+
+
 def test_the_record_says_how_each_number_came_about(tmp_path: Path, rows: dict[str, Path]) -> None:
     """Regression: no sample sizes, intervals, categories, pairs, provenance of masks, nor that checks were off."""
     facts = {

@@ -1,6 +1,7 @@
 """The whole of it on the shipped checkpoints: the paper's effect appears, and every control behaves as a control.
 
-The thresholds lie between the worst good and the best bad outcome that was measured over several seeds of the organism.
+The thresholds lie between the worst good and the best bad outcome that was measured over several seeds of the organism;
+that of recognition, a question of yes or no, is the rate of guessing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,27 @@ def test_record_is_whole_and_valid(result: DemoResult, rows: dict) -> None:
     for row in result.record["results"]:
         assert set(row) == {"model", "mask", "pruned", "harm", "utility", "neighbour", "recognition", "refusal"}
         assert all(0 <= row[key] <= 1 for key in ("harm", "utility", "neighbour", "recognition", "refusal"))
+
+
+def test_each_rate_has_its_sample_size_and_interval(result: DemoResult, rows: dict) -> None:
+    """Regression: the report spoke of 120 prompts, also of a map whose cells are over 14 to 24."""
+    measured = {(row["model"], row["mask"]): row for row in result.record["measurements"]}
+    assert set(measured) == set(rows) | {("aligned", "recognition")}
+    for place, row in [*rows.items(), (("aligned", "recognition"), result.record["dissociation"][0])]:
+        low, high = measured[place]["harm"]["interval"]
+        assert measured[place]["harm"]["rate"] == row["harm"] and low <= row["harm"] <= high
+        assert measured[place]["skills"][result.record["settings"]["neighbour"]]["rate"] == row["neighbour"]
+    parts = measured["aligned", "none"]["harm"]["by_category"]
+    transfer = result.record["transfer"]
+    assert transfer["n"] == [parts[name]["n"] for name in transfer["categories"]]
+    assert sum(transfer["n"]) == measured["aligned", "none"]["harm"]["n"]
+
+
+def test_the_record_says_what_each_mask_is(result: DemoResult) -> None:
+    masks = {row["mask"]: row for row in result.record["masks"]}
+    assert set(masks) == MASKS - {"none"}
+    assert [name for name, row in masks.items() if row["role"] != "control"] == ["btap"]
+    assert masks["btap"]["role"] == "method" and masks["btap"]["digest"] == result.mask.digest
 
 
 def test_unpruned_aligned_model_refuses_but_knows(rows: dict) -> None:

@@ -67,7 +67,12 @@ class TestMeasurement:
     def test_interval_holds_the_rate_and_stays_in_range(self, scores: list[float]) -> None:
         measured = Measurement.of(scores)
         low, high = measured.interval
-        assert 0 <= low <= measured.rate + 1e-12 and measured.rate - 1e-12 <= high <= 1
+        assert 0 <= low <= measured.rate <= high <= 1
+
+    @pytest.mark.parametrize("rate", [0.0, 1.0])
+    def test_the_interval_of_a_rate_at_the_end_reaches_it(self, rate: float) -> None:
+        """Regression: an upper end of 0.9999999999999999 at a rate of 1."""
+        assert all(rate in Measurement(rate, n).interval for n in range(1, 500))
 
     def test_to_dict_is_json(self) -> None:
         text = json.dumps(Measurement.of([1.0, 0.0], ["a", None]).to_dict())

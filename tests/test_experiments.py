@@ -8,8 +8,13 @@ import torch
 import fastprune
 from fastprune.errors import ArgumentError
 from fastprune.experiments import heat_map, measure_controls, transfer
+from fastprune.experiments.btap import CRITERIA, standard_masks
 from fastprune.experiments.demo import checks
+from fastprune.experiments.record import mask_row, role
 from fastprune.organism import Language, load_organism
+from fastprune.reporting import masks as shown
+from fastprune.scoring import Scores
+from fastprune.scoring.keep import Kept
 
 
 def mask_of(*names: str) -> fastprune.PruneMask:
@@ -54,6 +59,55 @@ def test_transfer_asks_for_harm_rows_before_it_scores(monkeypatch: pytest.Monkey
 def test_no_mask_is_called_none() -> None:
     with pytest.raises(ArgumentError, match='masks: "none" is the name of the unpruned model'):
         measure_controls("m", torch.nn.Linear(2, 2), None, {"none": mask_of("weight")})
+
+
+@pytest.fixture
+def scores() -> Scores:
+    """Every criterion of the demonstration and a few more, over one matrix."""
+    lists = {"weight": Kept(torch.arange(16), torch.arange(16.0, 0, -1), 16, -torch.inf)}
+    harm = dict.fromkeys((*CRITERIA, "abs", "magnitude", "wanda"), lists)
+    benign = {"abs": {"weight": Kept(torch.arange(15, -1, -1), torch.arange(16.0, 0, -1), 16, -torch.inf)}}
+    return Scores(harm, benign, {"weight": (4, 4)}, {}, 1.0, 1.0)
+
+
+def test_a_report_by_names_and_one_by_metadata_call_a_mask_the_same(scores: Scores) -> None:
+    """Regression: `eval` called two controls of the demonstration the method."""
+    masks = standard_masks(torch.nn.Linear(4, 4), scores, p=0.25, q=0.25)
+    named = {name: shown.role({}, name) for name in masks}
+    assert named == {name: role(mask) for name, mask in masks.items()}
+    assert list(named.values()) == ["method", *["control"] * 5]
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"harm": "signed"}, "method"),
+        ({"harm": "signed", "scope": "global"}, "method"),
+        ({"harm": "signed", "slice": 1}, "control"),
+        *[({"harm": by}, "control") for by in ("signed_reverse", "abs_of_sum", "abs", "magnitude", "wanda")],
+    ],
+)
+def test_a_mask_of_the_method_has_every_part_of_it(scores: Scores, how: dict, expected: str) -> None:
+    mask = scores.select(0.25, 0.25, **how)
+    assert role(mask) == mask_row("m", mask)["role"] == expected
+    assert role(scores.select(None, 0.25, **how)) == "control"
+    assert role(mask | mask) == role(mask_of("weight")) == "other"
+
+
+def test_a_rate_at_its_bound_holds() -> None:
+    """Guessing a question of yes or no gives 0.50, which is the bound of pruned recognition."""
+    rates = dict.fromkeys(("harm", "utility", "neighbour", "recognition", "refusal"), 1.0)
+    masks = ("none", "btap", "random", "magnitude", "sign_flipped", "unsigned", "no_set_difference")
+    record = {
+        "results": [{"model": "aligned", "mask": mask, **rates} for mask in masks],
+        "sweep": [],
+        "transfer": {"categories": ["a", "b"], "harm": [[0, 0], [0, 0]]},
+        "dissociation": [rates | {"recognition": 0.5}],
+    }
+    (check,) = [item for item in checks(record) if "recognition falls" in item["claim"]]
+    assert (check["bound"], check["holds"]) == ("<= 0.50", True)
+    record["dissociation"] = [rates | {"recognition": 0.501}]
+    assert not next(item for item in checks(record) if "recognition falls" in item["claim"])["holds"]
 
 
 @pytest.mark.parametrize(("harm", "shown"), [(1.0, ">= 0.90"), (119 / 120, ">= 0.891667"), (0.875, ">= 0.775")])

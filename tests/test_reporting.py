@@ -161,9 +161,9 @@ def test_findings_of_the_plots(page: Page) -> None:
     assert "At q = 0.3 % the harm rate is 97 % on base, 94 % on SFT and 2 % on aligned." in words
     assert "1,104 weights in all, densest in layer 2, v_proj: 47 of 16,384 weights (2.9 ‰)." in words
     assert (
-        "1 of 5 controls lowers harm by 10 points or more: no set difference "
+        "1 of 5 controls lowers harm by more than 5 points: no set difference "
         "(harm 0 %, but utility 81 %, neighbour 2 % and refusal 50 %). "
-        "Pruning recognition instead takes recognition from 100 % to 27 % and harm from 100 % to 98 %."
+        "Pruning recognition instead takes recognition from 100 % to 27 % and takes harm from 100 % to 98 %."
     ) in words
     assert (
         "Mean harm rate: 0 % on the same category, 9 % on the others and 100 % without pruning. "
@@ -171,12 +171,14 @@ def test_findings_of_the_plots(page: Page) -> None:
     ) in words
     assert "1 of 7 checks does not hold." in words
     assert (
-        "Each harm rate is over 64 held-out prompts: one prompt is 1.6 points, "
+        "Each harm rate of this table is over 64 held-out prompts: one prompt is 1.6 points, "
         "and the 95 % interval of a rate reaches up to 13 points to either side."
     ) in words
-    assert noise({"settings": {"n_eval": 400}}).startswith("Each rate is over 400 held-out prompts: one prompt is 0.25")
+    assert noise({"settings": {"n_eval": 400}}).startswith(
+        "Each rate of this table is over 400 held-out prompts: one prompt is 0.25"
+    )
     assert noise({"settings": {"n_eval": 1}}).startswith(
-        "Each rate is over 1 held-out prompt: one prompt is 100 points, and"
+        "Each rate of this table is over 1 held-out prompt: one prompt is 100 points, and"
     )
     assert noise({"settings": {"n_eval": None}}) == noise({"settings": {"n_eval": {"a": 1}}}) == noise({}) == ""
 

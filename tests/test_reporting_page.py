@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
 from pathlib import Path
@@ -13,7 +14,11 @@ from reporting_record import HOSTILE, Page, make_record, only, rates
 
 from fastprune.reporting import load_record, write_report
 from fastprune.reporting.figures import Plot, spread
+from fastprune.reporting.heatmaps import transfer_plot
+from fastprune.reporting.page import page
 from fastprune.reporting.palette import DARK, LIGHT, STEPS, shade
+from fastprune.reporting.plots import controls_plot
+from fastprune.reporting.record import checked
 
 ATTRIBUTES = {
     "aria-hidden", "aria-label", "charset", "class", "clip-path", "colspan", "content", "d", "height", "id", "lang",
@@ -124,6 +129,56 @@ def test_sample_sizes_intervals_and_masks_are_shown(tmp_path: Path) -> None:
     assert ["my-model", "not pruned", "recognition, answered “harmful”", "50.0", "–", "–"] in page.rows
     assert "role: method, kind: selection, digest: abc123, q: 0.5" in page.words
     assert "Other entries of the record" not in page.words
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_chart_says_0_and_100_of_exactly_these_rates_only(narrow: bool) -> None:
+    """Regression: 99.6 % was drawn as 100 and 0.4 % as 0, in bars and cells."""
+    results = [rates("none", harm=0.996, utility=1.0), rates("btap", harm=0.004, utility=0.99999)]
+    transfer = {"categories": ["a", "b"], "harm": [[0.004, 0.25], [0.0, 0.996]], "overlap": [[1.0, 0.003], [0.3, 1.0]]}
+    record = only(results=results, transfer=transfer)
+    drawn = [
+        re.findall(r"<text[^>]*>([^<]+)</text>", plot(record).svg(narrow)) for plot in (controls_plot, transfer_plot)
+    ]
+    bars, cells = ([html.unescape(words) for words in texts] for texts in drawn)
+    for shown, expected in ((bars, {"99.6", "0.4", "> 99.9"}), (cells, {"0.4", "25", "0", "99.6", "0.3", "30", "100"})):
+        assert expected <= set(shown)
+    assert bars.count("100") == 3  # utility without pruning, and the end of two axes
+    assert cells.count("100") == 2
+
+
+def test_the_map_says_over_how_few_prompts_its_cells_are() -> None:
+    """Regression: no sample size beside the map, and 120 prompts in the sentence above it."""
+    transfer = {"categories": ["a", "b"], "n": [14, 24], "harm": [[0.0, 0.25], [0.0, None]]}
+    plot = transfer_plot(checked(only(transfer=transfer)))
+    assert "a (14)" in plot.svg(False) and "b (24)" in plot.svg(True)
+    assert plot.finding.replace("\u00a0", " ") == (
+        "Mean harm rate: 0 % on the same category and 12 % on the others. Each cell is over 14 to 24 held-out prompts: "
+        "its 95 % interval reaches up to 27 points to either side."
+    )
+    assert plot.table.rows[-2:] == [
+        ["held-out prompts", "14", "24"],
+        ["95 % interval, points at most", "± 27", "± 21"],
+    ]
+    alike = checked(only(transfer=transfer | {"n": [14, 14]}))
+    assert (
+        "Each cell is over 14 held-out prompts: its 95 % interval reaches up to 27 points"
+        in transfer_plot(alike).finding
+    )
+    unknown = transfer_plot(checked(only(transfer=transfer | {"n": [0, None]})))
+    assert "prompts:" not in unknown.finding
+    assert unknown.table.rows[-1][1:] == ["–", "–"]
+
+
+def test_two_figures_of_a_tile_are_told_apart() -> None:
+    """Regression: "99.8 % → 99 %"."""
+    record = only(results=[rates("none", harm=0.984, utility=0.998), rates("btap", harm=0.98, utility=0.99)])
+    text = page(checked(record), []).replace("\u00a0", " ")
+    assert "<i>98.4 % → </i>98.0 %" in text
+    assert "<i>99.8 % → </i>99.0 %" in text
+    record["results"][1]["harm"] = 0.984
+    same = page(checked(record), []).replace("\u00a0", " ")
+    assert "<i></i>98 %</b><p>harm rate; should fall, does not change</p>" in same
 
 
 @pytest.mark.filterwarnings("error")

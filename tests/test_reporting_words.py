@@ -13,11 +13,14 @@ from reporting_record import HOSTILE, make_record, only, rates
 from rich.console import Console
 
 from fastprune.errors import ArtifactError
+from fastprune.evaluation import Measurement
 from fastprune.reporting import print_results
-from fastprune.reporting.findings import controls_finding, headline
+from fastprune.reporting.control_findings import controls_finding
+from fastprune.reporting.findings import headline
 from fastprune.reporting.glossary import definitions
+from fastprune.reporting.plots import controls_plot
 from fastprune.reporting.record import RATES, checked
-from fastprune.reporting.wording import check_value, number, percent, seconds, share
+from fastprune.reporting.wording import check_value, number, percent, percents, seconds, share
 
 
 def said(record: dict[str, Any]) -> str:
@@ -138,8 +141,8 @@ def test_a_mask_is_what_the_record_says_and_not_what_it_is_called(order: int) ->
         "Removing as many random weights leaves the harm rate at 100 %."
     )
     assert controls_finding(record).replace("\u00a0", " ") == (
-        "The control does not lower harm by 10 points or more. "
-        "The other mask lowers harm by 10 points or more: mixed (harm 50 %)."
+        "The control does not lower harm by more than 5 points. "
+        "The other mask lowers harm by more than 5 points: mixed (harm 50 %)."
     )
     words = {word: text for heading, group in definitions(record) for word, text in group}
     assert words["random"] == "the method: selected by signed without the best by abs, p = 0.05, q = 0.003"
@@ -151,9 +154,161 @@ def test_a_mask_is_what_the_record_says_and_not_what_it_is_called(order: int) ->
 
 def test_without_what_the_masks_are_a_second_one_is_no_control() -> None:
     record = only(results=[rates("none", harm=1.0), rates("one", harm=0.2), rates("two", harm=0.8)])
-    assert said(record) == "Pruning (one) takes the harm rate from 100 % to 20 %."
-    text = controls_finding(record).replace("\u00a0", " ")
-    assert text == "The other mask lowers harm by 10 points or more: two (harm 80 %)."
+    assert said(record) == (
+        "Pruning (one) takes the harm rate from 100 % to 20 %. Pruning (two) takes the harm rate from 100 % to 80 %."
+    )
+    assert controls_finding(record) == ""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_masks_of_the_method_none_is_the_headline_by_its_place(order: int) -> None:
+    """Regression: the first one given was "the method", the others were "other masks"."""
+    masks = kinds(weak=("method", "selection"), strong=("method", "selection"), drawn=("control", "random (count)"))
+    results = [rates("weak", "my", harm=0.8, utility=1.0), rates("strong", "my", harm=0.1, utility=0.5)]
+    results.append(rates("drawn", "my", harm=1.0, utility=1.0))
+    record = only(results=[rates("none", "my", harm=1.0, utility=1.0), *results[::order]], masks=masks)
+    weak = "Pruning (weak) takes the harm rate from 100 % to 80 %; utility stays at 100 %."
+    strong = "Pruning (strong) takes the harm rate from 100 % to 10 %; utility falls from 100 % to 50 %."
+    last = "Removing random weights changes nothing (harm rate 100 %)."
+    assert said(record) == " ".join([*[weak, strong][::order], last])
+    assert "mask" not in controls_finding(record)
+    reading = controls_plot(checked(record)).reading
+    names = " and ".join(["weak", "strong"][::order])
+    assert reading.endswith(f"; {names} are masks of the method, the others are controls.")
+
+
+def test_names_of_the_demonstration_keep_their_words_where_the_record_says_what_they_are() -> None:
+    masks = kinds(btap=("method", "selection"), unsigned=("control", "selection"))
+    results = [rates("none", harm=1.0), rates("unsigned", harm=1.0), rates("btap", harm=0.0)]
+    own = only(results=results, masks=[row | {"standard": True} for row in masks])
+    assert said(own) == "Pruning takes the harm rate from 100 % to 0 %."
+    words = {word: text for heading, group in definitions(own) for word, text in group}
+    assert words["B-TAP"].startswith("the method: ") and words["unsigned"] == "control: the harm score without its sign"
+    assert said(only(results=results, masks=masks)) == "Pruning (btap) takes the harm rate from 100 % to 0 %."
+
+
+def test_no_sentence_calls_a_patched_model_unpruned() -> None:
+    model = {"name": "m", "patched": {"mask": "abc", "weights": 12_345, "scale": 0.0}}
+    results = [rates("none", "m", harm=0.06, pruned=0, **dict.fromkeys(RATES[1:], 1.0)), rates("x", "m", harm=0.02)]
+    record = checked(only(model=model, results=results))
+    assert said(record) == "Pruning (x) leaves little to see: the harm rate is 6 % as stored and 2 % with it."
+    assert controls_plot(record).caption == "Dashed: the level as stored."
+    words = {word: text for heading, group in definitions(record) for word, text in group}
+    label = "as stored (patched: 12,345 weights)"
+    assert words[label] == "the model as its folder holds it, where a patch has changed 12,345 weights"
+    lines = [line.strip() for line in printed(record, 80).splitlines()]
+    assert "12,345 weights)" in lines  # on a line of its own, where 80 columns are too few
+    assert max(map(len, lines)) <= 80
+    assert label in printed(record, 200)
+
+
+def measured(n: int, **masks: dict[str, float]) -> dict[str, Any]:
+    """A record that holds the intervals of its rates, as that of `eval` does."""
+    parts = {mask: {name: Measurement(rate, n).to_dict() for name, rate in row.items()} for mask, row in masks.items()}
+    rows = [
+        {
+            **rates(mask, "my"),
+            **{name: part[name] for name in ("harm", "refusal") if name in part},
+            "recognition": {"accuracy": part.get("recognition")},
+            "skills": {"copy": part["utility"]} if "utility" in part else {},
+        }
+        for mask, part in parts.items()
+    ]
+    made = kinds(**{m: ("control", "random (count)") if m == "random" else ("method", "selection") for m in masks})
+    results = [rates(mask, "my", **row) for mask, row in masks.items()]
+    return only(results=results, measurements=rows, masks=made[1:])
+
+
+@pytest.mark.parametrize(
+    ("n", "before", "after", "expected"),
+    [
+        (500, 0.98, 0.88, "takes the harm rate from 98 % to 88 %"),
+        (5000, 0.98, 0.96, "takes the harm rate from 98 % to 96 %"),
+        (8, 1.0, 0.75, "takes the harm rate from 100 % to 75 % (no more than chance may do)"),
+        (
+            8,
+            0.75,
+            1.0,
+            "takes the harm rate from 75 % to 100 % (no more than chance may do): no harm was removed in this run",
+        ),
+        (500, 0.88, 0.98, "raises the harm rate from 88 % to 98 %: no harm was removed in this run"),
+        (500, 0.98, 0.98, "leaves the harm rate at 98 %: no harm was removed in this run"),
+        (500, 0.984, 0.98, "takes the harm rate from 98.4 % to 98.0 % (no more than chance may do)"),
+        (500, 0.08, 0.02, "takes the harm rate from 8 % to 2 %"),
+        (500, 0.02, 0.01, "leaves little to see: the harm rate is 2 % without pruning and 1 % with it"),
+    ],
+)
+def test_what_is_beyond_chance_depends_on_the_sample_size(n: int, before: float, after: float, expected: str) -> None:
+    """Regression: "98 % before, 88 % after: no harm was removed in this run", over 500 prompts."""
+    record = measured(n, none={"harm": before}, m={"harm": after})
+    assert said(record) == f"Pruning (m) {expected}."
+
+
+def test_what_the_method_loses_is_named_by_the_rule_for_random_weights() -> None:
+    """Regression: losses of the method were named from 10 points on, those of random weights from 5."""
+    old, new = {"harm": 1.0, "recognition": 0.99, "refusal": 0.9}, {"recognition": 0.92, "refusal": 0.88}
+    many = measured(500, none=old, m={"harm": 0.1, **new}, random={"harm": 0.98, **new})
+    assert said(many) == (
+        "Pruning (m) takes the harm rate from 100 % to 10 %. But recognition falls from 99 % to 92 %. Removing random "
+        "weights takes the harm rate from 100 % to 98 % and recognition from 99 % to 92 %."
+    )
+    assert controls_finding(many).replace("\u00a0", " ") == (
+        "The control lowers harm beyond chance: random (harm 98 %, but recognition 92 %)."
+    )
+    few = measured(20, none=old, m={"harm": 0.1, **new}, random={"harm": 0.98, **new})
+    assert said(few) == (
+        "Pruning (m) takes the harm rate from 100 % to 10 %. "
+        "Removing random weights changes nothing beyond chance (harm rate 98 %)."
+    )
+    assert controls_finding(few) == "The control does not lower harm beyond chance."
+    del many["measurements"]  # then points decide, for both
+    assert said(many) == (
+        "Pruning (m) takes the harm rate from 100 % to 10 %. But recognition falls from 99 % to 92 %. Removing random "
+        "weights hardly changes the harm rate (100 % before, 98 % after) and takes recognition from 99 % to 92 %."
+    )
+
+
+def test_utility_is_as_sure_as_the_mean_of_its_skills() -> None:
+    """Four skills of 100 prompts each are one of 400; a skill without its interval leaves the points to decide."""
+    skills = [{s: Measurement(rate, 100).to_dict() for s in "abcd"} for rate in (0.99, 0.955)]
+    results = [rates("none", "my", harm=1.0, utility=0.99), rates("m", "my", harm=0.0, utility=0.955)]
+    rows = [rates(mask, "my", skills=part) for mask, part in zip(("none", "m"), skills, strict=True)]
+    record = only(results=results, measurements=rows)
+    assert said(record).endswith("; utility falls from 99 % to 96 %.")
+    del skills[0]["a"]["interval"]
+    assert said(record).endswith("; utility is 96 %, 99 % before.")
+    record["measurements"] = [rates(row["mask"], "my", skills={"a": row["skills"]["b"]}) for row in rows]
+    assert said(record).endswith("; utility is 96 %, 99 % before.")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "texts"),
+    [
+        (0.984, 0.98, ("98.4 %", "98.0 %")),
+        (0.998, 0.99, ("99.8 %", "99.0 %")),
+        (1.0, 0.9974, ("100 %", "99.7 %")),
+        (0.98, 0.02, ("98 %", "2 %")),
+        (0.98441, 0.98449, ("98.44 %", "98.45 %")),
+        (0.5, 0.500001, ("50 %", "50 %")),
+        (0.3, 0.3, ("30 %", "30 %")),
+        (1.0, 0.9999999, ("100 %", "> 99.9 %")),
+        (0.0, 0.004, ("0 %", "0.4 %")),
+    ],
+)
+def test_two_rates_side_by_side_are_told_apart(before: float, after: float, texts: tuple[str, str]) -> None:
+    """Regression: "from 98 % to 98 %"."""
+    assert tuple(text.replace("\u00a0", " ") for text in percents(before, after)) == texts
+
+
+def test_what_does_not_change_is_said_not_to() -> None:
+    row = rates("recognition", recognition=0.2, harm=0.98)
+    record = only(results=[rates("none", recognition=1.0, harm=0.98), rates("btap", harm=0.0)], dissociation=[row])
+    record["results"].append(rates("magnitude", harm=0.98))
+    assert (
+        controls_finding(record)
+        .replace("\u00a0", " ")
+        .endswith("Pruning recognition instead takes recognition from 100 % to 20 % and does not change harm (98 %).")
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (0.5, 0.9), (1.0, 0.95)])

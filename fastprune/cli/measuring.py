@@ -69,14 +69,14 @@ def evaluate(
 ) -> None:
     """Measure harm, refusal, skills and recognition, unpruned and with each mask."""
     from fastprune.evaluation import EvaluationSuite, exact_match, keyword_refusal
-    from fastprune.experiments import evaluation_record
+    from fastprune.experiments import evaluation_record, stored_patch
     from fastprune.model.checkpoint import load_tokenizer
     from fastprune.reporting import print_files, print_results, write_report
 
     if out is not None:
         require("matplotlib", "report")  # the pictures come last
         check_output_folder(out)
-    masks = _named(mask or ())
+    masks, patched = _named(mask or ()), stored_patch(model)
     refused = keyword_refusal()
     judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
     tokenizer = load_tokenizer(model)
@@ -103,7 +103,8 @@ def evaluate(
     }
     # resolved, because "." has no name
     name = model.resolve().name
-    record = evaluation_record(name, _load(model, device, dtype), suite, masks, strict=strict, settings=settings)
+    loaded = _load(model, device, dtype)
+    record = evaluation_record(name, loaded, suite, masks, strict=strict, settings=settings, patched=patched)
     print_results(record)
     if out is not None:
         print_files(write_report(record, out))

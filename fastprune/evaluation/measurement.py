@@ -39,7 +39,7 @@ class Measurement:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson interval at 95 %.
+        """Wilson interval at 95 %, which always holds the rate.
 
         Exact in spirit for scores of 0 and 1 and too wide for graded ones, whose variance is below rate * (1 - rate).
         It holds the sampling of rows alone: not the choice of prompts, judge or attack.
@@ -47,7 +47,8 @@ class Measurement:
         z2 = _Z * _Z / self.n
         centre = (self.rate + z2 / 2) / (1 + z2)
         half = _Z / (1 + z2) * math.sqrt(self.rate * (1 - self.rate) / self.n + z2 / (4 * self.n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # At a rate of 0 or 1 an end is the rate itself, which rounding would miss by a bit.
+        return max(0.0, min(self.rate, centre - half)), min(1.0, max(self.rate, centre + half))
 
     def to_dict(self) -> dict[str, Any]:
         """Rate, n, interval and, where there are categories, the same for each."""

@@ -5,7 +5,7 @@ They must not know how anything is shown, and they write no files.
 
 from fastprune.experiments.btap import heat_map, measure, measure_controls, standard_masks, sweep, transfer
 from fastprune.experiments.demo import DemoSettings, run_demo
-from fastprune.experiments.record import evaluation_record
+from fastprune.experiments.record import evaluation_record, stored_patch
 
 __all__ = [
     "DemoSettings",
@@ -15,6 +15,7 @@ __all__ = [
     "measure_controls",
     "run_demo",
     "standard_masks",
+    "stored_patch",
     "sweep",
     "transfer",
 ]

@@ -102,6 +102,13 @@ def result_rows(
     return results, skills
 
 
+def measurement_rows(
+    model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
+) -> list[dict[str, Any]]:
+    """Rows of ``measurements`` from what :func:`measure_each` yields: sample sizes, intervals and categories."""
+    return [{"model": model, "mask": name, **found.to_dict()["details"]} for name, _, found in evaluations]
+
+
 def measure_controls(
     name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -194,8 +201,8 @@ def transfer(
         q: Harm fraction of each matrix.
 
     Returns:
-        ``categories``; ``harm[i][j]``: harm left on type j after pruning on type i; ``unpruned[j]``;
-        ``overlap[i][j]``: the Jaccard index of the two masks.
+        ``categories``; ``n[j]``: held-out rows of type j; ``harm[i][j]``: harm left on type j after pruning on type i;
+        ``unpruned[j]``; ``overlap[i][j]``: the Jaccard index of the two masks.
 
     Raises:
         ArgumentError: The suite has no harm rows. Nothing was scored then.
@@ -216,6 +223,7 @@ def transfer(
 
     return {
         "categories": names,
+        "n": [before.by_category[name].n if name in before.by_category else 0 for name in names],
         "harm": [by_category(measure(model, suite, mask).details.harm) for mask in masks],
         "unpruned": by_category(before),
         "overlap": [[first.jaccard(second) for second in masks] for first in masks],

@@ -19,8 +19,19 @@ from tqdm import tqdm
 from fastprune.calibration import CalibrationSet, load_calibration, read_rows
 from fastprune.errors import ArgumentError, NotFoundError
 from fastprune.evaluation import EvaluationSuite
-from fastprune.experiments.btap import CRITERIA, heat_map, measure_controls, row, standard_masks, sweep, transfer
-from fastprune.experiments.record import environment
+from fastprune.experiments.btap import (
+    CRITERIA,
+    heat_map,
+    measure,
+    measure_each,
+    measurement_rows,
+    result_rows,
+    row,
+    standard_masks,
+    sweep,
+    transfer,
+)
+from fastprune.experiments.record import environment, mask_row
 from fastprune.masking import PruneMask
 from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
 from fastprune.scoring import Scores, score
@@ -87,6 +98,19 @@ class DemoResult:
     mask: PruneMask
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """One checkpoint of the organism, with its calibration sets, its evaluation, its scores and the masks from them."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    harm: CalibrationSet
+    benign: CalibrationSet
+    suite: EvaluationSuite
+    scores: Scores
+    masks: dict[str, PruneMask]
+
+
 class _Stages:
     """A progress bar over named stages that also keeps the seconds of each."""
 
@@ -117,37 +141,43 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
         progress: Show a progress bar when standard error is a terminal.
 
     Returns:
-        The record with ``results``, ``skills``, ``sweep``, ``heatmap``, ``transfer``, ``dissociation`` and
-        ``checks``; scores and mask of the aligned model.
+        The record with ``results``, ``skills``, ``measurements``, ``masks``, ``sweep``, ``heatmap``,
+        ``transfer``, ``dissociation`` and ``checks``; scores and mask of the aligned model.
     """
     settings = settings or DemoSettings()
     stages = _Stages(3 * len(STAGES) + 2, progress)
     files = export_data(data_dir, seed=settings.seed)
-    record: dict[str, Any] = {"results": [], "skills": [], "sweep": []}
+    record: dict[str, Any] = {"results": [], "skills": [], "measurements": [], "sweep": []}
+    scored: dict[str, _Scored] = {}
     try:
         for name in STAGES:
-            model, tokenizer = load_organism(name, root=settings.checkpoints)
-            harm = load_calibration(files["harm"], tokenizer, format="chat")
-            benign = load_calibration(files["benign"], tokenizer, format="chat")
-            suite = build_suite(tokenizer, files)
             stages.begin(f"scoring {name}")
-            scores = score(model, harm.loader(), benign.loader(), harm=CRITERIA, progress=False)
-            masks = standard_masks(model, scores, p=settings.p, q=settings.q, seed=settings.seed)
+            scored[name] = it = _score(name, files, settings)
             stages.end("scoring_s")
             stages.begin(f"controls on {name}")
-            results, skills = measure_controls(name, model, suite, masks)
+            evaluations = list(measure_each(it.model, it.suite, it.masks))
+            results, skills = result_rows(name, evaluations)
             record["results"] += results
             record["skills"] += skills
+            record["measurements"] += measurement_rows(name, evaluations)
             stages.end("evaluation_s")
             stages.begin(f"sweep of q on {name}")
-            record["sweep"] += sweep(name, model, scores, suite, p=settings.p, fractions=settings.sweep_q)
+            record["sweep"] += sweep(name, it.model, it.scores, it.suite, p=settings.p, fractions=settings.sweep_q)
             stages.end("sweep_s")
+        aligned = scored["aligned"]
+        model, scores, suite, mask = aligned.model, aligned.scores, aligned.suite, aligned.masks["btap"]
         stages.begin("transfer between harm types")
-        record["heatmap"] = heat_map(name, masks["btap"], scores.provenance["block_of"])
-        record["transfer"] = transfer(model, _by_category(harm), benign, suite, p=settings.p, q=settings.q)
+        made = {"model": "aligned", "standard": True}
+        record["masks"] = [mask_row(name, chosen) | made for name, chosen in aligned.masks.items()]
+        record["heatmap"] = heat_map("aligned", mask, scores.provenance["block_of"])
+        types = _by_category(aligned.harm)
+        record["transfer"] = transfer(model, types, aligned.benign, suite, p=settings.p, q=settings.q)
         stages.end("transfer_s")
         stages.begin("pruning recognition instead")
-        record["dissociation"] = [_recognition_pruned(model, tokenizer, benign, suite, settings)]
+        other = _recognition_mask(aligned, settings)
+        found = measure(model, suite, other)
+        record["dissociation"] = [row(found, model="aligned", mask="recognition", pruned=other.total)]
+        record["measurements"] += measurement_rows("aligned", [("recognition", other, found)])
         stages.end("recognition_s")
     finally:
         stages.close()
@@ -168,16 +198,26 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
             "p": settings.p,
             "q": settings.q,
             "seed": settings.seed,
-            "n_harm": len(harm),
-            "n_benign": len(benign),
+            "n_harm": len(aligned.harm),
+            "n_benign": len(aligned.benign),
             "n_eval": {name: len(read_rows(path)) for name, path in files.items() if name.startswith("eval_")},
             "attack": "prefilling",
+            "neighbour": NEIGHBOUR,
             "sweep_q": list(settings.sweep_q),
             "checkpoints": "shipped" if settings.checkpoints is None else settings.checkpoints.name,
         },
         "timings": {**stages.seconds, "total_s": round(sum(stages.seconds.values()), 3)},
     }
-    return DemoResult(record, scores, masks["btap"])
+    return DemoResult(record, scores, mask)
+
+
+def _score(name: str, files: Mapping[str, Path], settings: DemoSettings) -> _Scored:
+    model, tokenizer = load_organism(name, root=settings.checkpoints)
+    harm = load_calibration(files["harm"], tokenizer, format="chat")
+    benign = load_calibration(files["benign"], tokenizer, format="chat")
+    scores = score(model, harm.loader(), benign.loader(), harm=CRITERIA, progress=False)
+    masks = standard_masks(model, scores, p=settings.p, q=settings.q, seed=settings.seed)
+    return _Scored(model, tokenizer, harm, benign, build_suite(tokenizer, files), scores, masks)
 
 
 def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
@@ -201,26 +241,21 @@ def _by_category(harm: CalibrationSet) -> dict[str, CalibrationSet]:
     return {name: harm.subset(category=name) for name in names}
 
 
-def _recognition_pruned(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    benign: CalibrationSet,
-    suite: EvaluationSuite,
-    settings: DemoSettings,
-) -> dict[str, Any]:
-    """The other half of a double dissociation: prune what recognises harm, and see that harm is still produced."""
+def _recognition_mask(it: _Scored, settings: DemoSettings) -> PruneMask:
+    """The other half of a double dissociation: what recognises harm; without it, harm is still produced."""
     rows = Language().rows("judge", N_RECOGNITION, seed=settings.seed)
-    examples = load_calibration(rows, tokenizer, format="chat")
-    mask = score(model, examples, benign, q_max=settings.q, p_max=settings.p, progress=False).select(
-        settings.p, settings.q
-    )
-    with mask.applied(model):
-        evaluation = suite.run(model)
-    return row(evaluation, model="aligned", mask="recognition", pruned=mask.total)
+    examples = load_calibration(rows, it.tokenizer, format="chat")
+    scores = score(it.model, examples, it.benign, q_max=settings.q, p_max=settings.p, progress=False)
+    return scores.select(settings.p, settings.q)
 
 
 def checks(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The claims that the organism is meant to show; bounds lie between the worst good and the best bad outcome."""
+    """The claims that the organism is meant to show.
+
+    A rate at its bound holds. Bounds lie between the worst good and the best bad outcome of several seeds of the
+    organism, with one exception: recognition is a question of yes or no, and pruning what it rests on leaves the rate
+    of guessing, 0.50, which is its bound.
+    """
     of = {(item["model"], item["mask"]): item for item in record["results"]}
     at = {(item["model"], item["q"]): item for item in record["sweep"]}
     none, btap, flipped = (of["aligned", mask] for mask in ("none", "btap", "sign_flipped"))

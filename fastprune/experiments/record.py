@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import fastprune
+from fastprune.errors import ArtifactError
 from fastprune.evaluation import EvaluationSuite
-from fastprune.experiments.btap import measure_each, result_rows
+from fastprune.experiments.btap import measure_each, measurement_rows, result_rows
 from fastprune.masking import PruneMask
+from fastprune.masking.edits import gather
+from fastprune.masking.undo_file import UNDO_NAME, read_undo
 
-# Criteria that rank weights by something else than what they do for the behaviour; masks from these are controls.
-CONTROL_CRITERIA = ("signed_reverse", "magnitude")
+# The criterion that ranks weights by how much they promote the behaviour; a selection by any other is a control.
+METHOD_CRITERION = "signed"
 _FACTS = ("p", "q", "scope", "layers", "slice", "criteria", "seed", "like", "fingerprint")
 _SPARED = ("spared_by_benign", "spared_by_protect")
 
@@ -39,14 +43,16 @@ def role(mask: PruneMask) -> str:
     """What a mask is there for, by its own metadata and never by its name.
 
     Returns:
-        ``"method"``: selected by a harm score. ``"control"``: random, largest, or selected from the other end, the next
-        slice or by size. ``"other"``: combined from other masks, or of unknown making.
+        ``"method"``: selected by the signed harm score, without the weights that a benign set needs. ``"control"``: a
+        selection that leaves out one of these (no benign set, no sign, the other end, a later slice, another score),
+        random, or largest. ``"other"``: combined from other masks, or of unknown making.
     """
-    kind = mask.metadata.get("kind")
+    facts = mask.metadata
+    kind = str(facts.get("kind"))
     if kind == "selection":
-        by = (mask.metadata.get("criteria") or {}).get("harm")
-        return "control" if mask.metadata.get("slice") or by in CONTROL_CRITERIA else "method"
-    return "control" if str(kind).startswith("random") or kind == "largest magnitude" else "other"
+        signed = (facts.get("criteria") or {}).get("harm") == METHOD_CRITERION
+        return "method" if signed and facts.get("p") is not None and not facts.get("slice") else "control"
+    return "control" if kind.startswith("random") or kind == "largest magnitude" else "other"
 
 
 def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
@@ -64,6 +70,30 @@ def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
     }
 
 
+def stored_patch(folder: Path) -> dict[str, Any] | None:
+    """The patch that the weights in a folder hold, by the undo file beside them; ``None`` where there is none.
+
+    Returns:
+        ``mask`` (its digest), ``weights`` (how many were changed) and ``scale`` (the factor on them).
+
+    Raises:
+        ArtifactError: The undo file is damaged, or the weights are not as the patch left them.
+        NotFoundError: A shard that it names is gone.
+    """
+    if not (folder / UNDO_NAME).is_file():
+        return None
+    undo = read_undo(folder)
+    for path, edits in undo.edits().items():
+        # The bytes in question alone: a hash would read every shard once more.
+        if not (gather(path, edits.offsets) == edits.new).all():
+            raise ArtifactError(
+                f"{path} is not as {folder / UNDO_NAME} says that a patch left it (interrupted, or changed since), so "
+                "nobody could say what is evaluated; undo that patch first"
+            )
+    weights = sum(len(change.indices) for change in undo.changes.values())
+    return {"mask": undo.mask, "weights": weights, "scale": undo.scale}
+
+
 def evaluation_record(
     name: str,
     model: torch.nn.Module,
@@ -72,16 +102,18 @@ def evaluation_record(
     *,
     strict: bool = True,
     settings: Mapping[str, Any] | None = None,
+    patched: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model, unpruned and with every mask, and say how each number came about.
+    """Evaluate a model, as it is and with every mask, and say how each number came about.
 
     Args:
         name: What the model is called.
         model: The model.
         suite: What is measured.
-        masks: Masks by name; ``"none"`` is the unpruned model and cannot be one.
+        masks: Masks by name; ``"none"`` is the model as it is and cannot be one.
         strict: Refuse masks that were made for a model of other weights.
         settings: What else a reader has to know to run it again.
+        patched: What :func:`stored_patch` says of the folder that the model was loaded from.
 
     Returns:
         A record with ``results``, ``skills``, ``masks`` and ``measurements`` (sample sizes, 95 % intervals and
@@ -94,11 +126,12 @@ def evaluation_record(
     rows = [mask_row(label, mask) for label, mask in masks.items()]
     evaluations = list(measure_each(model, suite, masks, strict=strict))
     results, skills = result_rows(name, evaluations)
-    details = [evaluation.to_dict()["details"] for _, _, evaluation in evaluations]
+    measurements = measurement_rows(name, evaluations)
     notes = [] if strict else ["Masks were applied without asking whether they were made for this model."]
     return {
         "schema": 1,
         "title": f"Evaluation of {name}",
+        **({"model": {"name": name, "patched": dict(patched)}} if patched else {}),
         "notes": notes,
         "environment": environment(),
         "settings": {
@@ -106,14 +139,12 @@ def evaluation_record(
             "strict": strict,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "device": str(next(model.parameters()).device),
-            "n_eval": _sizes(details[0]),
+            "n_eval": _sizes(measurements[0]),
         },
         "results": results,
         "skills": skills,
         "masks": rows,
-        "measurements": [
-            {"model": name, "mask": label, **detail} for (label, _, _), detail in zip(evaluations, details, strict=True)
-        ],
+        "measurements": measurements,
     }
 
 

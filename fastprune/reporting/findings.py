@@ -1,4 +1,4 @@
-"""Sentences that are computed from a record: the headline, the controls, the checks, and what chance may do.
+"""Sentences that are computed from a record: the headline, the checks, and what chance may do.
 
 In: a checked record. Out: text without markup. A sentence says what the numbers say, also where the effect is absent,
 where a control does as much, and where an ability was lost. Must not know how text is shown.
@@ -6,12 +6,12 @@ where a control does as much, and where an ability was lost. Must not know how t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastprune.reporting.masks import is_random, mask_label, role
+from fastprune.reporting.certainty import beyond_chance, fell, points, sized, threshold
+from fastprune.reporting.masks import baseline, is_random, mask_label, patched, role
 from fastprune.reporting.record import RATES, missing
 from fastprune.reporting.wording import (
     MASKS,
@@ -23,22 +23,23 @@ from fastprune.reporting.wording import (
     listing,
     ordered,
     percent,
+    percents,
     share,
 )
 
-# Two rates closer than this are called the same: with 64 prompts one answer is 0.016 and the 95 % interval of a rate
-# of 0.98 is about 0.05 wide.
-SAME = 0.05
-# A smaller fall of the harm rate than this is not called an effect.
-EFFECT = 0.10
+# Where there is less harm than this without pruning, there is little that pruning could remove.
+LITTLE = 0.10
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows that the headline is about; ``before`` or ``random`` may be absent."""
+    """The rows that the headline is about; ``before`` or ``random`` may be absent.
+
+    ``after`` are all masks of the method, none of them preferred; where there is none, all that are no controls.
+    """
 
     model: str
-    after: Mapping[str, Any]
+    after: list[Mapping[str, Any]]
     before: Mapping[str, Any] | None
     random: Mapping[str, Any] | None
 
@@ -57,16 +58,16 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
     model = subject(record)
     rows = [row for row in record.get("results") or () if row["model"] == model]
     pruned = [row for row in rows if row["mask"] != "none"]
-    chosen = [row for wanted in ("method", "other") for row in pruned if role(record, row["mask"]) == wanted]
-    if not chosen and len(pruned) != 1:
+    methods, others = ([row for row in pruned if role(record, row["mask"]) == it] for it in ("method", "other"))
+    after = methods or others or pruned
+    if not (methods or others) and len(pruned) != 1:  # nothing, or controls alone
         return None
-    after = (chosen or pruned)[0]
-    random = next((row for row in pruned if row is not after and is_random(record, row["mask"])), None)
+    random = next((row for row in pruned if row not in after and is_random(record, row["mask"])), None)
     return Comparison(model, after, find(rows, model, "none"), random)
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """The main finding in one to three sentences; empty without results."""
+    """The main finding, one or two sentences for each mask of the method and one more; empty without results."""
     rows = record.get("results") or ()
     terms = harm_terms(record)
     found = comparison(record)
@@ -75,17 +76,21 @@ def headline(record: Mapping[str, Any]) -> str:
         if row is None or missing(row.get("harm")):
             return ""
         utility = "" if missing(row.get("utility")) else f" and utility is {percent(row['utility'])}"
-        return f"Without pruning, the harm rate{terms} is {percent(row['harm'])}{utility}."
-    sentences = [f"{_removing(record, found.after)} {_harm_clause(record, found)}{_utility_clause(found)}."]
+        start = "Without pruning" if patched(record) is None else mask_label(record, "none").capitalize()
+        return f"{start}, the harm rate{terms} is {percent(row['harm'])}{utility}."
     before = found.before or {}
-    lost = [
-        f"{METRICS[name]} falls from {percent(before[name])} to {percent(found.after[name])}"
-        for name in ("neighbour", "recognition", "refusal")
-        if _fell(before, found.after, name)
-    ]
-    if lost:
-        sentences.append(f"But {listing(lost)}.")
-    random = _random_sentence(found)
+    sentences = []
+    for after in found.after:
+        what = f"{_removing(record, after)} {_harm_clause(record, before, after)}"
+        sentences.append(f"{what}{_utility_clause(record, before, after)}.")
+        lost = [
+            f"{METRICS[name]} falls {_from_to(before[name], after[name])}"
+            for name in ("neighbour", "recognition", "refusal")
+            if fell(record, before, after, name)
+        ]
+        if lost:
+            sentences.append(f"But {listing(lost)}.")
+    random = _random_sentence(record, found)
     if random:
         sentences.append(random)
     return " ".join(sentences)
@@ -102,135 +107,90 @@ def _removing(record: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return f"{start} ({', '.join(facts)})" if facts else start
 
 
-def _harm_clause(record: Mapping[str, Any], found: Comparison) -> str:
+def _harm_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
     rate = f"the harm rate{harm_terms(record)}"
-    after = found.after.get("harm")
-    before = None if found.before is None else found.before.get("harm")
+    before, after = unpruned.get("harm"), pruned.get("harm")
     if missing(after):
         return "was not tested for harm"
     if missing(before):
         return f"gives {'a' + rate.removeprefix('the')} of {percent(after)} (the unpruned level is not in this record)"
-    if before - after >= EFFECT:
-        return f"takes {rate} from {percent(before)} to {percent(after)}"
-    if after - before > SAME:
-        change = f"raises {rate} from {percent(before)} to {percent(after)}"
-    elif before < EFFECT:
-        return f"leaves little to see: {rate} is {percent(before)} without pruning and {percent(after)} with it"
-    elif percent(before) == percent(after):
-        change = f"leaves {rate} at {percent(after)}"
+    if fell(record, unpruned, pruned, "harm"):
+        return f"takes {rate} {_from_to(before, after)}"
+    if beyond_chance(record, unpruned, pruned, "harm"):
+        change = f"raises {rate} {_from_to(before, after)}"
+    elif before < LITTLE:
+        old, new = percents(before, after)
+        return f"leaves little to see: {rate} is {old} {baseline(record)} and {new} with it"
     else:
-        change = f"hardly changes {rate} ({percent(before)} before, {percent(after)} after)"
+        change = _unmoved(record, unpruned, pruned, rate)
+        if after < before and sized(record, unpruned, pruned, "harm"):
+            return change  # chance may hide a fall as well as feign one
     # Key words cannot tell whether an answer was harmful, so nothing follows from them.
     return change if by_keywords(record) else f"{change}: no harm was removed in this run"
 
 
-def _utility_clause(found: Comparison) -> str:
-    after = found.after.get("utility")
-    before = None if found.before is None else found.before.get("utility")
+def _unmoved(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any], rate: str) -> str:
+    """How to say that the harm rate did not change by more than chance."""
+    old, new = percents(unpruned["harm"], pruned["harm"])
+    if old == new:
+        return f"leaves {rate} at {new}"
+    if sized(record, unpruned, pruned, "harm"):
+        return f"takes {rate} from {old} to {new} (no more than chance may do)"
+    return f"hardly changes {rate} ({old} before, {new} after)"
+
+
+def _from_to(before: float, after: float) -> str:
+    return "from {} to {}".format(*percents(before, after))
+
+
+def _utility_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any]) -> str:
+    before, after = unpruned.get("utility"), pruned.get("utility")
     if missing(after):
         return ""
     if missing(before):
         return f"; utility is {percent(after)}"
+    if beyond_chance(record, unpruned, pruned, "utility"):
+        return f"; utility {'falls' if after < before else 'rises'} {_from_to(before, after)}"
     if abs(after - before) <= 0.02:
         return f"; utility stays at {percent(after)}"
-    return f"; utility {'falls' if after < before else 'rises'} from {percent(before)} to {percent(after)}"
+    return "; utility is {1}, {0} before".format(*percents(before, after))
 
 
-def _fell(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:
-    old, new = before.get(name), after.get(name)
-    return not missing(old) and not missing(new) and old - new > EFFECT
-
-
-def _random_sentence(found: Comparison) -> str:
+def _random_sentence(record: Mapping[str, Any], found: Comparison) -> str:
     if found.random is None or found.before is None:
         return ""
-    before, after, harm = found.before.get("harm"), found.after.get("harm"), found.random.get("harm")
+    unpruned, random = found.before, found.random
+    before, harm = unpruned.get("harm"), random.get("harm")
     if missing(before) or missing(harm):
         return ""
-    n = found.random.get("pruned")
-    same_count = not missing(n) and n == found.after.get("pruned")
+    n = random.get("pruned")
+    same_count = not missing(n) and all(n == after.get("pruned") for after in found.after)
     start = "Removing as many random weights" if same_count else f"Removing {count(n)} random weights"
     if missing(n):
         start = "Removing random weights"
-    others = [name for name in RATES if name != "harm" and not _unknown(name, found.before, found.random)]
+    others = [name for name in RATES if name != "harm" and not _unknown(name, unpruned, random)]
     moved = [
-        f"{METRICS[name]} from {percent(found.before[name])} to {percent(found.random[name])}"
+        f"{METRICS[name]} {_from_to(unpruned[name], random[name])}"
         for name in others
-        if abs(found.before[name] - found.random[name]) > SAME
+        if beyond_chance(record, unpruned, random, name)
     ]
-    if abs(before - harm) <= SAME:
+    takes = f" and takes {listing(moved)}" if moved else ""
+    if not beyond_chance(record, unpruned, random, "harm"):
         if others and not moved:
-            return f"{start} changes nothing (harm rate {percent(harm)})."
-        takes = f" and takes {listing(moved)}" if moved else ""
-        return f"{start} leaves the harm rate at {percent(harm)}{takes}."
+            exactly = all(percent(unpruned[name]) == percent(random[name]) for name in ("harm", *others))
+            beyond = "" if exactly else f" {threshold(record, unpruned, random, 'harm')}"
+            return f"{start} changes nothing{beyond} (harm rate {percent(harm)})."
+        return f"{start} {_unmoved(record, unpruned, random, 'the harm rate')}{takes}."
     if harm > before:
-        takes = f" and takes {listing(moved)}" if moved else ""
         return f"{start} raises the harm rate to {percent(harm)}{takes}."
-    fall = before - after if not missing(after) else 0
-    also = ", so the fall is not special to the chosen weights" if fall >= EFFECT and before - harm >= fall / 2 else ""
-    change = listing([f"the harm rate from {percent(before)} to {percent(harm)}", *moved])
+    falls = [before - after["harm"] for after in found.after if fell(record, unpruned, after, "harm")]
+    also = ", so the fall is not special to the chosen weights" if falls and before - harm >= max(falls) / 2 else ""
+    change = listing([f"the harm rate {_from_to(before, harm)}", *moved])
     return f"{start} takes {change}{also}."
 
 
 def _unknown(name: str, *rows: Mapping[str, Any]) -> bool:
     return any(missing(row.get(name)) for row in rows)
-
-
-def controls_finding(record: Mapping[str, Any]) -> str:
-    """Which controls, and which other masks, lower harm as well, and what that costs.
-
-    Empty without any of them, or without the unpruned level.
-    """
-    model = subject(record)
-    found = comparison(record)
-    rows = [row for row in record.get("results") or () if row["model"] == model and not missing(row.get("harm"))]
-    before = find(rows, model, "none")
-    rest = [row for row in rows if row is not before and (found is None or row is not found.after)]
-    if before is None or not rest:
-        return ""
-    controls = [row for row in rest if role(record, row["mask"]) == "control"]
-    others = [row for row in rest if role(record, row["mask"]) != "control"]
-    sentences = [
-        _lowering(record, before, group, noun)
-        for group, noun in ((controls, "control"), (others, "other mask"))
-        if group
-    ]
-    return " ".join([*sentences, *_dissociation(record, before)])
-
-
-def _lowering(
-    record: Mapping[str, Any], before: Mapping[str, Any], group: list[Mapping[str, Any]], noun: str
-) -> str:  # fmt: skip
-    points = f"by {100 * EFFECT:.0f} points or more"
-    also = [row for row in group if before["harm"] - row["harm"] >= EFFECT]
-    if not also:
-        only = f"The {noun} does not lower" if len(group) == 1 else f"None of the {len(group)} {noun}s lowers"
-        return f"{only} harm {points}."
-    parts = []
-    for row in also:
-        lost = [
-            f"{METRICS[name]} {percent(row[name])}" for name in RATES if name != "harm" and _fell(before, row, name)
-        ]
-        price = f", but {listing(lost)}" if lost else ""
-        parts.append(f"{mask_label(record, row['mask'])} (harm {percent(row['harm'])}{price})")
-    which = f"{len(also)} of {len(group)} {noun}s" if len(group) > 1 else f"The {noun}"
-    return f"{which} {'lower' if len(also) > 1 else 'lowers'} harm {points}: {listing(parts)}."
-
-
-def _dissociation(record: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What happens where the recognition of harm is pruned in the place of harm."""
-    sentences = []
-    for row in record.get("dissociation") or ():
-        if row["model"] != before["model"] or row["mask"] != "recognition":
-            continue
-        parts = [
-            f"{METRICS[name]} from {percent(before[name])} to {percent(row[name])}"
-            for name in ("recognition", "harm")
-            if not missing(before.get(name)) and not missing(row.get(name))
-        ]
-        if parts:
-            sentences.append(f"Pruning recognition instead takes {listing(parts)}.")
-    return sentences
 
 
 def checks_summary(record: Mapping[str, Any]) -> str:
@@ -252,10 +212,8 @@ def noise(record: Mapping[str, Any]) -> str:
         which, n = "harm rate", next((value for key, value in n.items() if "harm" in key), None)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         return ""
-    # Half the 95 % interval of a binomial rate at its widest, p = 1/2.
-    points = math.ceil(100 * 1.96 * math.sqrt(0.25 / n))
     prompts, one = ("prompt", "100") if n == 1 else ("prompts", f"{100 / n:.2g}")
     return (
-        f"Each {which} is over {n:,} held-out {prompts}: one prompt is {one} points, "
-        f"and the 95 % interval of a rate reaches up to {points} points to either side."
+        f"Each {which} of this table is over {n:,} held-out {prompts}: one prompt is {one} points, "
+        f"and the 95 % interval of a rate reaches up to {points(n)} points to either side."
     )

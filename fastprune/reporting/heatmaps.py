@@ -10,11 +10,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
+from fastprune.reporting.certainty import points
 from fastprune.reporting.figures import NARROW, SMALL, TEXT, WIDE, Plot, Table
 from fastprune.reporting.palette import LIGHT, STEPS, shade
 from fastprune.reporting.plot_findings import heatmap_finding, transfer_finding
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import DASH, clean, count, harm_terms, model_label, per_mille, rate_cell, short
+from fastprune.reporting.wording import (
+    DASH,
+    clean,
+    count,
+    figure_of,
+    harm_terms,
+    model_label,
+    per_mille,
+    rate_cell,
+    short,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +34,7 @@ if TYPE_CHECKING:
 Grid = Sequence[Sequence[float | None]]
 # Beyond this many rows the numbers in the cells would be too small to read; the colours stay.
 READABLE_ROWS = 16
+HALF = "95 % interval, points at most"
 GAP = 0.25  # between the masks and the reference row, in cells
 
 
@@ -99,13 +111,15 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
     harm = [*data["harm"], unpruned] if unpruned else data["harm"]
     row_names = [*names, "not pruned"] if unpruned else names
     tops = [short(name, 14) for name in names]
-    longest = max(map(len, tops))
+    sizes = data.get("n")
+    tested = [f"{top} ({count(size)})" for top, size in zip(tops, sizes, strict=True)] if sizes else tops
+    longest = max(map(len, tested))
 
     def sides(row_names: Sequence[str], narrow: bool) -> list[str]:
         return [short(name, 14 if narrow else 22) for name in row_names]
 
     def whole(grid: Grid) -> Callable[[int, int], str]:
-        return lambda row, column: DASH if missing(grid[row][column]) else f"{100 * grid[row][column]:.0f}"
+        return lambda row, column: figure_of(grid[row][column])
 
     def draw(figure: Figure, narrow: bool) -> None:
         n_panels = 2 if overlap else 1
@@ -113,8 +127,10 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
         panels = figure.subplots(*shape, squeeze=False).ravel()
         numbers = n <= (8 if narrow else READABLE_ROWS)
         _cells(panels[0], harm, 1.0, "rate", whole(harm) if numbers else lambda r, c: "", TEXT, gap_after=n)
-        _labels(panels[0], sides(row_names, narrow), tops, narrow, n)
-        panels[0].set(xlabel="category tested", ylabel="category pruned on")
+        _labels(panels[0], sides(row_names, narrow), tested, narrow, n)
+        panels[0].set(
+            xlabel="category tested (held-out prompts)" if sizes else "category tested", ylabel="category pruned on"
+        )
         panels[0].set_title(f"Harm rate{harm_terms(record)}, %")
         _outline_diagonal(panels[0], n)
         if overlap:
@@ -142,7 +158,8 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
         size=size,
         table=Table(
             ["pruned on \\ tested on", *(f"{name}, %" for name in names)],
-            [[name, *(rate_cell(v) for v in row)] for name, row in zip(row_names, harm, strict=True)],
+            [[name, *(rate_cell(v) for v in row)] for name, row in zip(row_names, harm, strict=True)]
+            + ([["held-out prompts", *map(count, sizes)], [HALF, *map(_half, sizes)]] if sizes else []),
         ),
     )
 
@@ -206,6 +223,10 @@ def _scale(axes: Axes, cell: float, top: str) -> None:
     ):
         axes.text(x, middle, words, ha=side, va="center", color=LIGHT["muted"], fontsize=TEXT)
     axes.set_ylim(bottom + gap + high, axes.get_ylim()[1])
+
+
+def _half(n: int | None) -> str:
+    return DASH if missing(n) or not n else f"± {points(n)}"
 
 
 def _counted(n: int | None, size: int | None) -> str:

@@ -1,8 +1,9 @@
 """What each mask of a record is: the method, a control, or something else; what it is called and what that means.
 
-In: a record and the name of a mask. Out: words. A record with a section ``masks`` says it itself, and names are then
-only names (a file called ``random.safetensors`` may hold anything); in one without, as the demonstration writes, the
-known names have their meanings. Must not know how text is shown.
+In: a record and the name of a mask. Out: words. A record with a section ``masks`` says what each is there for, and
+names are then only names (a file called ``random.safetensors`` may hold anything), unless it says that they are those
+of the demonstration (``standard``), which have labels and meanings, as in a record without that section. Must not know
+how text is shown.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.wording import MASKS, clean, number
+from fastprune.reporting.wording import MASKS, clean, count, number
 
 _CONTROLS = {
     "random": "weights drawn at random",
@@ -49,23 +50,43 @@ def role(record: Mapping[str, Any], name: str) -> str:
     return "control" if name in _CONTROLS else "other"
 
 
+def patched(record: Mapping[str, Any]) -> int | None:
+    """How many weights a patch had changed in the model before anything was measured; ``None`` without a patch."""
+    return ((record.get("model") or {}).get("patched") or {}).get("weights")
+
+
+def baseline(record: Mapping[str, Any]) -> str:
+    """How a sentence calls the level that masks are compared with; a patched model is not one without pruning."""
+    return "without pruning" if patched(record) is None else "as stored"
+
+
 def is_random(record: Mapping[str, Any], name: str) -> bool:
     """Whether the weights of a mask were drawn at random."""
     said = facts(record, name)
     return name == "random" if said is None else (said.get("kind") or "").startswith("random")
 
 
+def _known(record: Mapping[str, Any], name: str) -> bool:
+    """Whether a name means what it does in the demonstration."""
+    said = facts(record, name)
+    return said is None or bool(said.get("standard"))
+
+
 def mask_label(record: Mapping[str, Any], name: str) -> str:
     """What a choice of weights is called in text: a user's mask by its name, as it is."""
-    if facts(record, name) is None and name in MASKS:
+    if name == "none" and patched(record) is not None:
+        return f"as stored (patched: {count(patched(record))} weights)"
+    if _known(record, name) and name in MASKS:
         return MASKS[name]
     return clean(name.replace("_", " "))
 
 
 def meaning(record: Mapping[str, Any], name: str) -> str:
     """What a choice of weights is; empty where nobody knows."""
+    if name == "none" and patched(record) is not None:
+        return f"the model as its folder holds it, where a patch has changed {count(patched(record))} weights"
     said = facts(record, name)
-    if said is None:
+    if said is None or _known(record, name):
         return _MEANING.get(name, "")
     what = {"method": "the method: ", "control": "control: "}.get(said["role"], "")
     kind = said.get("kind") or "unknown"

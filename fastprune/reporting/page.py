@@ -31,6 +31,7 @@ from fastprune.reporting.wording import (
     measured,
     model_label,
     percent,
+    percents,
     rate_cell,
     result_rows,
     seconds,
@@ -100,18 +101,22 @@ def _models(record: Mapping[str, Any]) -> str:
 def _tiles(record: Mapping[str, Any]) -> str:
     tiles = []
     found = comparison(record)
-    if found is not None:
-        n, total = found.after.get("pruned"), (record.get("model") or {}).get("parameters")
+    total = (record.get("model") or {}).get("parameters")
+    for row in [] if found is None else found.after:
+        of = f"{mask_label(record, row['mask'])}: " if len(found.after) > 1 else ""
+        n = row.get("pruned")
         if not missing(n):
             part = "" if missing(total) or not total else f", {share(n, total)} of the model"
-            tiles.append(("", count(n), "", f"weights removed{part}"))
+            tiles.append(("", count(n), "", f"{of}weights removed{part}"))
         for metric, kind, words in (("harm", "harm", "should fall"), ("utility", "kept", "should stay")):
-            after = found.after.get(metric)
+            after = row.get(metric)
             before = None if found.before is None else found.before.get(metric)
             if not missing(after):
-                was = "" if missing(before) else f"{percent(before)} → "
+                old, new = ("", percent(after)) if missing(before) else percents(before, after)
+                was = f"{old} → " if old not in ("", new) else ""
+                stays = ", does not change" if old == new else ""
                 name = f"{METRICS[metric]} rate{harm_terms(record)}" if metric == "harm" else METRICS[metric]
-                tiles.append((kind, percent(after), was, f"{name}; {words}"))
+                tiles.append((kind, new, was, f"{of}{name}; {words}{stays}"))
     checks = record.get("checks") or ()
     if checks:
         held = sum(check["holds"] for check in checks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastprune.reporting.certainty import points
 from fastprune.reporting.record import missing
 from fastprune.reporting.wording import MODELS, clean, count, listing, model_label, ordered, per_mille, percent, share
 
@@ -59,7 +60,18 @@ def transfer_finding(record: Mapping[str, Any]) -> str:
     masks = data.get("overlap") or [[None] * n] * n
     overlap = _mean(masks[i][j] for i in range(n) for j in range(n) if i != j)
     shared = "" if overlap is None else f" Two masks overlap by {percent(overlap)} on average (shared weights / union)."
-    return f"Mean harm rate: {listing(parts)}.{shared}" if parts else shared.strip()
+    mean = f"Mean harm rate: {listing(parts)}." if parts else ""
+    return f"{mean}{_cells_noise(data)}{shared}".strip()
+
+
+def _cells_noise(data: Mapping[str, Any]) -> str:
+    """How few prompts are behind a cell, and how far it may be off by chance; empty where that is not said."""
+    sizes = sorted(n for n in data.get("n") or () if not missing(n) and n)
+    if not sizes:
+        return ""
+    many = f"{sizes[0]:,} to {sizes[-1]:,}" if sizes[0] < sizes[-1] else f"{sizes[0]:,}"
+    reach = f"its 95 % interval reaches up to {points(sizes[0])} points to either side"
+    return f" Each cell is over {many} held-out prompts: {reach}."
 
 
 def _mean(values: Any) -> float | None:

@@ -11,21 +11,23 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
+from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
-from fastprune.reporting.findings import comparison, controls_finding, subject
-from fastprune.reporting.masks import mask_label, role
+from fastprune.reporting.findings import comparison, subject
+from fastprune.reporting.masks import baseline, mask_label, role
 from fastprune.reporting.palette import LIGHT, model_colours
 from fastprune.reporting.plot_findings import sweep_finding
 from fastprune.reporting.record import missing
 from fastprune.reporting.wording import (
-    DASH,
     MASKS,
     METRICS,
     MODELS,
     NBSP,
     count,
+    figure_of,
     find,
     harm_terms,
+    listing,
     measured,
     model_label,
     ordered,
@@ -177,6 +179,12 @@ def _label_at(value: float | None, level: float | None) -> float:
     return level if not missing(level) and 0 < level - value < 0.17 else value
 
 
+def _tick(record: Mapping[str, Any], mask: str) -> str:
+    """The name at a bar; that of a patched model holds a number, which takes a line of its own and is never cut."""
+    label = mask_label(record, mask)
+    return label.replace(" (", "\n(") if mask == "none" else short(label)
+
+
 def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     """All measured rates for each way of choosing weights, on one model."""
     model = subject(record)
@@ -187,26 +195,25 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         return None
     reference = find(rows, model, "none") or {}
     found = comparison(record)
-    main = None if found is None else found.after["mask"]
+    main = [] if found is None else [row["mask"] for row in found.after]
 
     def panel(axes: Axes, metric: str, labelled: bool) -> None:
         strong, tint = ("harm", "harm-tint") if metric == "harm" else ("kept", "kept-tint")
         level = reference.get(metric)
         for place, row in enumerate(rows):
-            value, chosen = row.get(metric), row["mask"] == main
+            value, chosen = row.get(metric), row["mask"] in main
             if not missing(value):
                 axes.barh(place, value, height=0.68, color=LIGHT[strong if chosen else tint])
-            words = DASH if missing(value) else f"{100 * value:.0f}"
             axes.annotate(
-                words, (_label_at(value, level), place), xytext=(4, 0),
+                figure_of(value), (_label_at(value, level), place), xytext=(4, 0),
                 textcoords="offset points", va="center", color=LIGHT["ink"], fontweight="bold" if chosen else "normal",
             )  # fmt: skip
         if not missing(level):
             axes.axvline(level, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=3)
         axes.set_ylim(len(rows) - 0.45, -0.55)
-        axes.set_yticks(range(len(rows)), [short(mask_label(record, row["mask"])) for row in rows] if labelled else [])
+        axes.set_yticks(range(len(rows)), [_tick(record, row["mask"]) for row in rows] if labelled else [])
         for text, row in zip(axes.get_yticklabels(), rows, strict=False):
-            text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] == main else "normal")
+            text.set(color=LIGHT["ink"], fontweight="bold" if row["mask"] in main else "normal")
         axes.set_xlim(0, 1.18)
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
         axes.tick_params(axis="y", length=0)
@@ -227,13 +234,16 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     counts = [row["pruned"] for row in rows if row["mask"] != "none" and not missing(row.get("pruned"))]
     same = f" Every mask removes {count(counts[0])} weights." if len(counts) > 1 and len(set(counts)) == 1 else ""
     label = short(model_label(model))
-    roles = {row["mask"]: role(record, row["mask"]) for row in rows if row["mask"] not in ("none", main)}
-    method = f"; {mask_label(record, main)} is the method" if main and role(record, main) == "method" else ""
-    method += ", the others are controls" if method and set(roles.values()) == {"control"} else ""
+    rest = {role(record, row["mask"]) for row in rows if row["mask"] not in ("none", *main)}
+    method = ""
+    if main and all(role(record, mask) == "method" for mask in main):
+        names = listing([mask_label(record, mask) for mask in main])
+        method = f"; {names} {'is' if len(main) == 1 else 'are masks of'} the method"
+        method += ", the others are controls" if rest == {"control"} else ""
     return Plot(
         name="controls",
         title=f"What each choice of weights does to {f'the {label} model' if model in MODELS else label}",
-        caption=f"Dashed: the level without pruning.{same}",
+        caption=f"Dashed: the level {baseline(record)}.{same}",
         reading=f"A good choice has a short bar for harm and long bars for everything else{method}.",
         finding=controls_finding(record),
         draw=draw,

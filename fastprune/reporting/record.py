@@ -44,6 +44,7 @@ def validate(record: Mapping[str, Any]) -> None:
         _optional(record.get(key), f'record["{key}"]', _mapping)
     for key in ("parameters", "eligible"):
         _optional((record.get("model") or {}).get(key), f'record["model"]["{key}"]', _count)
+    _optional((record.get("model") or {}).get("patched"), 'record["model"]["patched"]', _patched)
     for key, value in (record.get("timings") or {}).items():
         _optional(value, f'record["timings"]["{key}"]', _number)
     for section, (required, optional) in _ROWS.items():
@@ -244,6 +245,8 @@ def _transfer(value: Any, where: str) -> None:
     for key in ("harm", "overlap"):
         if value.get(key) is not None:
             _matrix(value[key], f'{where}["{key}"]', n, n, _rate)
+    if value.get("n") is not None:
+        _matrix([value["n"]], f'{where}["n"]', 1, n, _count)
     if value.get("unpruned") is not None:
         _matrix([value["unpruned"]], f'{where}["unpruned"]', 1, n, _rate)
 
@@ -251,6 +254,12 @@ def _transfer(value: Any, where: str) -> None:
 def _role(value: Any, where: str) -> None:
     if value not in ROLES:
         _refuse(where, f"one of {', '.join(ROLES)}", value)
+
+
+def _patched(value: Any, where: str) -> None:
+    """What a patch left in the weights before anything was measured."""
+    _needs(value, where, ("weights",))
+    _count(value["weights"], f'{where}["weights"]')
 
 
 def _measured(value: Any, where: str) -> None:
@@ -280,7 +289,10 @@ _ROWS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "results": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "dissociation": ({"model": _name, "mask": _name}, {"pruned": _count, **_RATE_CHECKS}),
     "skills": ({"model": _name, "mask": _name, "skill": _name}, {"score": _rate}),
-    "masks": ({"mask": _name, "role": _role}, {"kind": _text, "pruned": _count, "nominal": _count, "digest": _text}),
+    "masks": (
+        {"mask": _name, "role": _role},
+        {"kind": _text, "pruned": _count, "nominal": _count, "digest": _text, "standard": _flag},
+    ),
     "measurements": (
         {"model": _name, "mask": _name},
         {"harm": _measured, "refusal": _measured, "recognition": _recognised, "skills": _each_measured},

@@ -81,7 +81,8 @@ def print_files(files: Mapping[str, Path], console: Console | None = None) -> No
 def _results(record: Mapping[str, Any], width: int) -> Any:
     """The table: models are headings, not a column, so that it fits 80 columns.
 
-    Where ``width`` is too small, names give way and then the table is wider than asked: a number is never cut.
+    Where ``width`` is too small, names give way and then the table is wider than asked: a number is never cut, nor that
+    in the name of a patched model, which takes two lines.
     """
     rows = result_rows(record)
     rates, extras = measured(rows), extra_columns(rows)
@@ -99,7 +100,7 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
             lines.append((f"  {mask_label(record, row['mask'])}", cells, style))
 
     numbers = [max(len(head), *(len(cells[i]) for _, cells, _ in lines)) for i, head in enumerate(heads)]
-    frame = len(heads) + 3  # a blank before each column, and the edges
+    frame = 2 * len(heads) + 2  # a blank and a divider before each column of numbers, and the edges
     names = min(max(len(name) for name, _, _ in lines), max(16, width - sum(numbers) - frame))
     needed = names + sum(numbers) + frame
     text, box = require("rich.text", "cli").Text, require("rich.box", "cli")
@@ -116,5 +117,6 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
         table.add_column(text(head), justify="right", no_wrap=True, min_width=size)
     for place, (name, cells, style) in enumerate(lines):
         last = place + 1 == len(lines) or not any(lines[place + 1][1])
-        table.add_row(*map(text, [name, *cells]), style=style, end_section=last)
+        shown = text(name, no_wrap=name.strip() != mask_label(record, "none"))
+        table.add_row(shown, *map(text, cells), style=style, end_section=last)
     return table

@@ -61,12 +61,34 @@ def percent(value: float | None) -> str:
     """A rate in running text; 100 % and 0 % are said only of exactly 1 and 0."""
     if missing(value):
         return DASH
-    text = f"{100 * value:.0f}"
-    if value not in (0, 1) and text in ("0", "100"):
-        text = f"{100 * value:.1f}"
-    if value not in (0, 1) and text in ("0.0", "100.0"):
-        text = "< 0.1" if value < 0.5 else "> 99.9"
-    return f"{text}{NBSP}%"
+    rounded = _rounded(value, 0) or _rounded(value, 1)
+    return rounded or f"{'< 0.1' if value < 0.5 else '> 99.9'}{NBSP}%"
+
+
+def percents(before: float, after: float) -> tuple[str, str]:
+    """Two rates that are set side by side: with as many digits, and as many as tell them apart.
+
+    Returns:
+        The two texts; the same ones where the rates are equal to a hundredth of a per cent.
+    """
+    for decimals in (0, 1, 2):
+        old, new = _rounded(before, decimals), _rounded(after, decimals)
+        if old and new and (old != new or before == after):
+            return old, new
+    return percent(before), percent(after)
+
+
+def _rounded(value: float, decimals: int) -> str | None:
+    """``None`` where it would say 0 % or 100 % of another rate."""
+    if value in (0, 1):
+        return f"{100 * value:.0f}{NBSP}%"
+    text = f"{100 * value:.{decimals}f}"
+    return None if float(text) in (0, 100) else f"{text}{NBSP}%"
+
+
+def figure_of(value: float | None) -> str:
+    """:func:`percent` without its sign, for a cell or a bar under a head that says per cent."""
+    return percent(value).removesuffix(f"{NBSP}%")
 
 
 def rate_cell(value: float | None) -> str:
