@@ -73,7 +73,7 @@ def write_artifact(
         text = json.dumps({**facts, "sha256": _hash(tensors, json.dumps(facts))})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: its metadata is not JSON-able ({error})") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
         save_tensors(temporary, tensors, {_ENTRY: text})
         if durable:

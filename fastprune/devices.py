@@ -10,19 +10,19 @@ import torch
 from fastprune.errors import ArgumentError
 
 
-def usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device, kinds: tuple[str, ...] = ("cpu", "cuda")) -> torch.device:
     """The device of this name, if it is there and serves.
 
-    CPU and CUDA only: importance scores need float64, which Apple's GPUs lack, and ``meta`` holds no values.
+    By default CPU and CUDA only: scoring needs float64, which Apple's GPUs lack, and ``meta`` holds no values.
 
     Raises:
         ArgumentError: It is none of these, or is not there.
     """
     try:
         found = torch.device(device)
-        if found.type in ("cpu", "cuda"):
+        if found.type in kinds:
             torch.empty(0, device=found)
             return found
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
-    raise ArgumentError(f"device: expected cpu, cuda or one such as cuda:1, got {str(device)!r}")
+    raise ArgumentError(f"device: expected one of {', '.join(kinds)}, or one such as cuda:1, got {str(device)!r}")

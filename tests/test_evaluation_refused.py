@@ -78,7 +78,7 @@ def test_a_model_that_reads_padding_is_refused_in_batches_only() -> None:
 
 def test_padding_is_looked_at_again_where_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
     model, looked = tiny_model(), []
-    monkeypatch.setattr(Forward, "_compare_alone", lambda self, ids, found: looked.append(len(found)))
+    monkeypatch.setattr(Forward, "_compare", lambda self, found, alone: looked.append(len(found)))
     for longest in (3, 4, 5, 6, 9, 9):
         continue_greedily(model, [[5, 6, 7], list(range(5, 5 + longest))], [1, 1], [])
     assert looked == [1] * 5  # each call is an evaluation of its own

@@ -184,6 +184,8 @@ def test_linears_inside_a_router_are_no_matrices() -> None:
 
 
 class _TwoLayerRouter(torch.nn.Module):
+    __module__ = "transformers.models.some.modeling_some"  # a user's own container may have any name
+
     def __init__(self) -> None:
         super().__init__()
         self.down_proj, self.out_proj = torch.nn.Linear(32, 16), torch.nn.Linear(16, 4)
@@ -195,6 +197,8 @@ def test_linears_inside_a_router_of_another_name_are_no_matrices() -> None:
     before = [matrix.name for matrix in eligible_matrices(model)]
     model.model.layers[1].mlp.gate = _TwoLayerRouter()
     assert [matrix.name for matrix in eligible_matrices(model)] == before
+    _TwoLayerRouter.__module__ = __name__
+    assert len(eligible_matrices(model)) == len(before) + 2
 
 
 def test_padding_beyond_a_sliding_window_does_not_reach_the_text() -> None:

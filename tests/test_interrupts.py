@@ -115,3 +115,15 @@ def test_a_config_that_refuses_the_value_it_was_loaded_with_gets_it_back() -> No
     assert state_of(model) == before
     with state.quiet(model):
         assert not model.config.output_attentions
+
+
+def test_passes_that_overlap_on_one_config_and_changes_of_the_callers_own() -> None:
+    first = build("Llama")
+    second = type(first)(first.config)
+    before = dict(vars(first.config))
+    one, other = state.quiet(first), state.quiet(second)
+    with one:
+        other.__enter__()
+        first.config.of_the_caller = 1
+    other.__exit__(None, None, None)
+    assert dict(vars(first.config)) == {**before, "of_the_caller": 1} and first.config.use_cache

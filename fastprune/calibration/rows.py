@@ -70,10 +70,12 @@ def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Ro
     Warns:
         FastpruneWarning: A column that is not used has nearly the name of one that would be and is absent.
     """
-    rows, misspelt = [], {}
+    rows, misspelt, seen = [], {}, set()
     for record, where in _records(path_or_rows):
         rows.append(_row(record, where))
-        misspelt.update(_misspelt(record))
+        if (columns := frozenset(record)) not in seen:  # most rows have the same
+            seen.add(columns)
+            misspelt.update(_misspelt(record))
     if not rows:
         raise CalibrationError(f"{describe(path_or_rows)} holds no rows; at least one is needed")
     for column, meant in misspelt.items():

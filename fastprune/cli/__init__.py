@@ -64,7 +64,9 @@ def _terminable() -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    if started() > 1 or threading.current_thread() is not threading.main_thread():  # others may not set handlers
+    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # who ignores it, or has a handler, has a reason
+    # Only the main thread may set handlers.
+    if not plain or started() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, leave)

@@ -133,7 +133,7 @@ def _load(folder: Path, device: str | None, dtype: str):
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise ArgumentError(f"dtype: expected one of {', '.join(names)}, got {dtype!r}")
-    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cpu", "cuda", "mps"))
     model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
     try:
         return model.to(place)

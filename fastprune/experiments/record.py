@@ -51,7 +51,8 @@ def role(mask: PruneMask) -> str:
     kind = str(facts.get("kind"))
     if kind == "selection":
         signed = (facts.get("criteria") or {}).get("harm") == METHOD_CRITERION
-        return "method" if signed and facts.get("p") is not None and not facts.get("slice") else "control"
+        spared = facts.get("p") is not None or facts.get("protect")
+        return "method" if signed and spared and not facts.get("slice") else "control"
     return "control" if kind.startswith("random") or kind == "largest magnitude" else "other"
 
 
@@ -88,7 +89,8 @@ def stored_patch(folder: Path) -> dict[str, Any] | None:
         if not (gather(path, edits.offsets) == edits.new).all():
             raise ArtifactError(
                 f"{path} is not as {folder / UNDO_NAME} says that a patch left it (interrupted, or changed since), so "
-                "nobody could say what is evaluated; undo that patch first"
+                f"nobody could say what is evaluated; undo that patch first, or remove {UNDO_NAME} if the weights were "
+                "meant to change"
             )
     weights = sum(len(change.indices) for change in undo.changes.values())
     return {"mask": undo.mask, "weights": weights, "scale": undo.scale}

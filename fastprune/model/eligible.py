@@ -107,7 +107,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
     matrices: list[Matrix] = []
     for index, block in enumerate(blocks):
         parts = adapter_parts(f"{prefix}.{index}", block)
-        parts += [module for module in block.modules() if type(module).__name__.endswith(("Router", "Indexer"))]
+        parts += [module for module in block.modules() if _is_chooser(module)]
         not_scored = {id(parameter) for part in parts for parameter in part.parameters()}
         owned = set(not_scored)
         for path, module in block.named_modules():
@@ -175,6 +175,12 @@ def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta:
             f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
             "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
         )
+
+
+def _is_chooser(module: nn.Module) -> bool:
+    """Whether a module of transformers, or a checkpoint's own code, routes tokens to experts or to one another."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers") and kind.__name__.endswith(("Router", "Indexer"))
 
 
 def _has_no_matrix(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from fastprune.interrupts import uninterrupted
 # and router outputs would add an auxiliary loss.
 _OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 
+_ABSENT = object()
 _guard = threading.RLock()
 _threads: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _eager, _eager_users = contextlib.ExitStack(), 0
@@ -66,15 +67,19 @@ def quiet(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
-    values = [(vars(config), dict(vars(config))) for config in configs.values()]
+    switched: list[tuple[dict, dict]] = []  # what each config holds, and what of it the switches changed
     try:
         model.eval()
         for parameter in requires_grad:
             parameter.requires_grad_(False)
-        for config in configs.values():
-            for name in _OUTPUT_SWITCHES:
-                if getattr(config, name, False):
-                    setattr(config, name, False)
+        with uninterrupted():
+            for config in configs.values():
+                now, former = vars(config), dict(vars(config))
+                for name in _OUTPUT_SWITCHES:
+                    if getattr(config, name, False):
+                        setattr(config, name, False)
+                was = {name: former.get(name, _ABSENT) for name in now}
+                switched.append((now, {name: value for name, value in was.items() if value is not now[name]}))
         with _uncompiled():
             yield
     finally:
@@ -84,10 +89,12 @@ def quiet(model: nn.Module) -> Iterator[None]:
             for module, flag in training.items():
                 module.training = flag
             # Past the setters: some refuse what the config was loaded with (output_attentions beside sdpa).
-            for now, former in values:
-                for name in now.keys() - former.keys():
-                    del now[name]
-                now.update(former)
+            for now, former in switched:
+                for name, value in former.items():
+                    if value is _ABSENT:
+                        now.pop(name, None)
+                    else:
+                        now[name] = value
 
 
 @contextlib.contextmanager
@@ -101,7 +108,7 @@ def _uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with _guard:
+    with uninterrupted(), _guard:
         if not _eager_users:
             _eager.enter_context(torch.compiler.set_stance("force_eager"))
         _eager_users += 1
