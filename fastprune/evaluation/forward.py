@@ -149,7 +149,7 @@ class Forward:
             )
 
     def _tolerance(self, logits: torch.Tensor) -> float:
-        """What rounding may do; of what computes in another dtype than it is stored in, as under autocast, the wider."""
+        """What rounding may do, in the widest of the dtypes that weights are stored and computed in (autocast)."""
         dtypes = {logits.dtype, *(parameter.dtype for parameter in self._inner.parameters())}
         if torch.is_autocast_enabled(logits.device.type):
             dtypes.add(torch.get_autocast_dtype(logits.device.type))
