@@ -25,4 +25,4 @@ def usable_device(device: str | torch.device, kinds: tuple[str, ...] = ("cpu", "
             return found
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
-    raise ArgumentError(f"device: expected one of {', '.join(kinds)}, or one such as cuda:1, got {str(device)!r}")
+    raise ArgumentError(f"device: expected {', '.join(kinds)} or one such as cuda:1, got {str(device)!r}")

@@ -214,9 +214,12 @@ def test_devices_that_cannot_serve_are_refused_by_name(
 ) -> None:
     """Regression: a traceback for meta, and mps was taken although it has no float64."""
     model = checkpoint_path("aligned")
-    for words in (("score", model, "--harm", data["harm"]), ("eval", model, "--harm", data["eval_harm"])):
-        assert run(*words, "--device", device, "--out", tmp_path / "out") == 1
-        assert f"device: expected cpu, cuda or one such as cuda:1, got {device!r}" in capsys.readouterr().err
+    assert run("score", model, "--harm", data["harm"], "--device", device, "--out", tmp_path / "out") == 1
+    assert f"device: expected cpu, cuda or one such as cuda:1, got {device!r}" in capsys.readouterr().err
+    if device != "mps":  # on which a model can be evaluated
+        assert run("eval", model, "--harm", data["eval_harm"], "--device", device, "--out", tmp_path / "out") == 1
+        expected = f"device: expected cpu, cuda, mps or one such as cuda:1, got {device!r}"
+        assert expected in capsys.readouterr().err
     with pytest.raises(ArgumentError, match=f"device: expected cpu, cuda or one such as cuda:1, got '{device}'"):
         fastprune.score(model, [], device=torch.device(device))
 
