@@ -12,19 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 
 import fastprune
 import fastprune.experiments
-from fastprune.cli import main
 from fastprune.errors import ArgumentError
 from fastprune.organism import checkpoint_path, export_data, load_organism
-
-
-def run(*words: object) -> int:
-    """The exit status of one command."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")

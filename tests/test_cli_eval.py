@@ -8,21 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 
 import fastprune
-from fastprune.cli import main
 from fastprune.evaluation import EvaluationSuite
 from fastprune.organism import checkpoint_path, export_data
 from fastprune.reporting import load_record
 
 NAME, SHAPE = "model.layers.0.mlp.up_proj.weight", (256, 128)
-
-
-def run(*words: object) -> int:
-    """The exit status of one command."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return stop.value.code or 0
 
 
 def make_mask(path: Path, metadata: dict | None = None, shape: tuple[int, int] = SHAPE) -> Path:

@@ -8,20 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 import fastprune
-from fastprune.cli import main
 from fastprune.cli.words import as_options
 from fastprune.organism import checkpoint_path, export_data
 
 MODEL = checkpoint_path("aligned")
-
-
-def run(*words: object) -> int:
-    """The exit status of one command."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    return stop.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
 from fastprune.model.admission import check_causal
 from fastprune.model.modulecheck import TOLERANCE, relative_error
-from fastprune.model.positions import rotary_conflict, trained_length
+from fastprune.model.positions import other_tables, rotary_conflict, trained_length
 from fastprune.model.state import exclusive, quiet
 
 _COMPARED = 64  # tokens of a row
@@ -96,9 +96,7 @@ class Forward:
 
     def check_positions(self) -> None:
         """Raise ModelError if the model's own positions are others than those from 0 on, which rows are given here."""
-        # Of rotary positions only differences count; a table of them is another embedding than that of the tokens.
-        tables = [part for part in self._inner.modules() if isinstance(part, torch.nn.Embedding)]
-        if "position_ids" not in self._takes or len(tables) < 2:
+        if "position_ids" not in self._takes or not other_tables(self._inner):  # of rotary ones only differences count
             return
         positions = torch.arange(min(2, self.max_tokens or 2), device=self.device).unsqueeze(0)
         ids = positions % self.vocab_size

@@ -14,10 +14,14 @@ from torch import nn
 def table_size(model: nn.Module) -> int | None:
     """Tokens that a learned table of positions has room for, ``None`` without one: rotary positions have no end."""
     limit = trained_length(model)
-    tokens = model.get_input_embeddings()
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
-    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in tables)
+    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in other_tables(model))
     return limit if learned else None  # OPT's table has two rows more
+
+
+def other_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Embeddings beside that of the tokens: learned positions are one of them, rotary ones have none."""
+    tokens = model.get_input_embeddings()
+    return [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
 
 
 def trained_length(model: nn.Module) -> int | None:
