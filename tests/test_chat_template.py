@@ -1,0 +1,673 @@
+"""Chat templates: which are taken as they are, which with a note, and which would silently give another experiment.
+
+The templates here are small ones with the behavior of those of the model families that they are named after.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from fastprune.calibration.chat_template import ChatTemplate, special_ids
+from fastprune.calibration.template_source import _DIRECTIVES, FROZEN_DATE
+from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
+
+CHECKPOINT = Path(__file__).parents[1] / "fastprune" / "organism" / "checkpoints" / "aligned"
+REAL = Path("/tmp/real/smollm2")
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|start|>", "<|end|>", "<|msg|>", "<|other|>", "<mask>", "<filename>"]
+ADDED = ["<think>", "</think>", "<h1>", "<tool_call>", "<|Asst|>", "\n\n"]
+
+
+def tokenizer(template: str | dict | None, *, words: bool = False) -> PreTrainedTokenizerFast:
+    """A byte is a token; with ``words`` a word is one (unknown), and white space is none."""
+    if words:
+        backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    made.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    made.add_tokens(ADDED)
+    made.chat_template = template
+    return made
+
+
+def template(user: str, assistant: str, prompt: str, *, before: str = "", system: str | None = None) -> str:
+    """A template from what it writes for each role; ``@`` is the content, and no ``system`` refuses such a turn."""
+    system = "{{ raise_exception('no system role') }}" if system is None else system
+    roles = (
+        f"{{% if m.role == 'system' %}}{system}{{% elif m.role == 'user' %}}{user}{{% else %}}{assistant}{{% endif %}}"
+    )
+    text = (
+        f"{before}{{% for m in messages %}}{roles}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    )
+    return text.replace("@", "{{ m.content }}")
+
+
+def chatml(reply: str = "@", prompt: str = "", **others: str) -> str:
+    """Turns as ChatML has them, with something of one's own where a reply begins."""
+    turn = "<|start|>%s\n%s<|end|>\n"
+    others = {"system": turn % ("system", "@")} | others
+    assistant = turn.replace("\n%s", "%s") % ("assistant", f"\n{reply}")
+    return template(turn % ("user", "@"), assistant, f"<|start|>assistant\n{prompt}", **others)
+
+
+EMPTY = "{{ '<think>\\n\\n</think>\\n\\n' }}"
+OPEN = "{{ '<think>\\n' }}"
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|start|>system\nBe good.<|end|>\n{% endif %}"
+OFF_ONLY = "{% if enable_thinking is defined and enable_thinking is false %}" + EMPTY + "{% endif %}"
+OFF = "{% if not enable_thinking|default(true) %}" + EMPTY + "{% endif %}"
+LLAMA2 = template(
+    "{{ '[INST] ' ~ m.content ~ ' [/INST]' }}", "{{ ' ' ~ m.content|trim ~ ' </s>' }}", "", before="<s>", system=""
+)
+HARMONY = template(
+    "<|start|>user<|msg|>@<|end|>",
+    "<|start|>assistant<|other|>final<|msg|>@{{ '</s>' if loop.last and not add_generation_prompt else '<|end|>' }}",
+    "<|start|>assistant",
+    before="{% macro head() %}{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}"
+    "{{ 'Date: ' + strftime_now('%Y-%m-%d') + ', reasoning: ' + reasoning_effort }}{% endmacro %}"
+    "<|start|>system<|msg|>{{ head() }}<|end|>",
+    system="<|start|>developer<|msg|>@<|end|>",
+)
+LLAMA3 = template(
+    "<|start|>user<|other|>\n\n{{ m.content|trim }}<|end|>",
+    "<|start|>assistant<|other|>\n\n{{ m.content|trim }}<|end|>",
+    "<|start|>assistant<|other|>\n\n",
+    before="<s>{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "<|start|>system<|other|>\n\nToday Date: {{ date_string }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|end|>",
+    system="",
+)
+SMOLLM3 = chatml(
+    OFF + "@", OFF, before="{% if not enable_thinking is defined %}{% set enable_thinking = true %}{% endif %}"
+)
+R1 = template(
+    "<|User|>@", "<|Asst|>{{ m.content.split('</think>')[-1] }}</s>", "<|Asst|>" + OPEN, before="<s>", system="@"
+)
+
+# Templates that are taken without a word: no thoughts, or told not to have them.
+PLAIN = {
+    "chatml": (chatml(), {}),
+    "qwen2.5, smollm2": (chatml(before=DEFAULT_SYSTEM), {}),
+    "qwen3, no thinking": (chatml(EMPTY + "@", OFF_ONLY), {"enable_thinking": False}),
+    "qwen3.5, no thinking": (
+        chatml(EMPTY + "@", "{% if enable_thinking is defined and not enable_thinking %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"),
+        {"enable_thinking": False},
+    ),
+    "smollm3, no thinking": (SMOLLM3, {"enable_thinking": False}),
+    "deepseek v3.1": (
+        template("<|User|>@", "<|Asst|></think>@</s>", "<|Asst|>{{ '<think>' if thinking|default(false) else '</think>' }}"),
+        {},
+    ),
+    "granite": (chatml(before="{% if thinking %}Think.{% endif %}", system="@"), {}),
+    "llama3": (LLAMA3, {}),
+    "gemma": (
+        template("<|start|>user\n{{ m.content|trim }}<|end|>\n", "<|start|>model\n{{ m.content|trim }}<|end|>\n", "<|start|>model\n", before="<s>"),
+        {},
+    ),
+    "gemma3": (
+        "<s>{% if messages[0].role == 'system' %}{% set first = messages[0].content ~ '\n\n' %}{% set ms = messages[1:] %}{% else %}"
+        "{% set first = '' %}{% set ms = messages %}{% endif %}{% for m in ms %}<|start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ first if loop.first }}{{ m.content|trim }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>model\n{% endif %}",
+        {},
+    ),
+    "mistral": (template("[INST] @ [/INST]", "@</s>", "", before="<s>"), {}),
+    "nemo": (template("[INST]@[/INST]", "@</s>", "", before="<s>"), {}),
+    "phi3": (template("<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", "<|assistant|>\n", system="<|system|>\n@<|end|>\n"), {}),
+    "zephyr, olmo2": (template("<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", "<|assistant|>\n", system="<|system|>\n@</s>\n"), {}),
+    "command-r": (template("<|start|><|msg|>@<|end|>", "<|start|><|other|>@<|end|>", "<|start|><|other|>", before="<s>"), {}),
+    "alpaca": (template("### Instruction:\n@\n\n", "### Response:\n@</s>", "### Response:\n", system="@\n\n"), {}),
+    "marked for training": (
+        template("<|user|>@", "{% generation %}<|assistant|>@</s>{% endgeneration %}", "<|assistant|>"), {},
+    ),
+    "nothing but content": ("{% for m in messages %}{{ m['content'] }}{% endfor %}", {}),
+    "line breaks folded, as rwkv": (
+        template("User: {{ m.content.replace('\n\n', '\n')|trim }}\n\n", "Assistant: @\n\n", "Assistant: "), {},
+    ),
+}  # fmt: skip
+
+# What is refused, with the words that name the kind and the arguments with which the model can be used.
+REFUSED = {
+    "qwen3": (chatml(EMPTY + "@", OFF_ONLY), "none of the thinking block", {"enable_thinking": False}),
+    "qwen3.5": (PLAIN["qwen3.5, no thinking"][0], "an open thinking block", {"enable_thinking": False}),
+    "smollm3": (SMOLLM3, "the model thinks first unless told otherwise", {"enable_thinking": False}),
+    "a budget": (
+        chatml("@", "{% if thinking_budget == 0 %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"),
+        "an open thinking block", {"thinking_budget": False},
+    ),
+    "qwen3 thinking": (chatml(EMPTY + "@", OPEN), "an open thinking block", None),
+    "qwq, olmo3 think": (chatml("@", OPEN), "an open thinking block", None),
+    "deepseek r1": (R1, "an open thinking block", None),
+    "magistral spelling": (chatml("@", "[THINK]"), "an open thinking block", None),
+    "kimi k2 thinking": (chatml("<think></think>@"), "none of the thinking block", None),
+    "gpt-oss": (HARMONY, "only the first part", None),
+    "command r7b": (template("<|start|>@<|end|>", "<|start|>bot<|msg|>@<|end|>", "<|start|>bot"), "only the first part", None),
+    "no generation prompt": (template("<|user|>@</s>", "<|assistant|>@</s>", ""), "no generation prompt", None),
+}  # fmt: skip
+
+
+def quiet(made: PreTrainedTokenizerFast, **arguments) -> ChatTemplate:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return ChatTemplate(made, **arguments)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_templates_whose_generation_prompt_ends_where_a_reply_begins_are_taken_in_silence(name):
+    text, arguments = PLAIN[name]
+    made = tokenizer(text)
+    chat = quiet(made, template_args=arguments)
+    asked, answered = {"role": "user", "content": "Hi *there*"}, {"role": "assistant", "content": "Hello"}
+    frozen = {**arguments, "chat_template": chat._render.text, "tokenize": False}
+    opening = made.apply_chat_template([asked], add_generation_prompt=True, **frozen)
+    assert chat.opening("Hi *there*") == opening
+    assert chat.opening("Hi *there*") + "Hello" + chat.closing == made.apply_chat_template([asked, answered], **frozen)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_experiment_is_refused_by_name_with_both_texts_and_a_way_out_that_works(name):
+    text, kind, arguments = REFUSED[name]
+    made = tokenizer(text)
+    with pytest.raises(CalibrationError) as caught:
+        ChatTemplate(made)
+    message = str(caught.value)
+    assert f"got {kind}" in message
+    assert message.count("{prompt}") == 2 and message.count("{reply}") == 1
+    if arguments is not None:
+        assert f"Way out: pass template_args={arguments!r}" in message
+        quiet(made, template_args=arguments)
+        return
+    begin, end = message.index("{% if add_generation_prompt"), message.index(" to the end of the last line of the chat")
+    made.chat_template = text + message[begin:end]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastpruneWarning)
+        chat = ChatTemplate(made)
+    assert made.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).count("think") == 0
+    assert not chat.opening("a").endswith(("<think>\n", "assistant"))
+
+
+def test_a_way_out_is_only_named_if_it_works():
+    """A variable called like a switch that does not close the block is none; tags that cannot be closed leave no way."""
+    made = tokenizer(chatml("@", "<|START_THINKING|>{{ thinking_words }}"))
+    with pytest.raises(CalibrationError, match=r"open thinking block.*Way out: set tokenizer.chat_template to another"):
+        ChatTemplate(made)
+    made = tokenizer(template("<|user|>@</s>", "<|assistant|>@</s>", "<|bot|>"))
+    with pytest.raises(
+        CalibrationError, match=r"another text than stands before.*Way out: set tokenizer.chat_template"
+    ):
+        ChatTemplate(made)
+    made = tokenizer("{{ '<|sys|>' if add_generation_prompt }}" + chatml())
+    with pytest.raises(CalibrationError, match=r"another text before the prompt"):
+        ChatTemplate(made)
+
+
+def test_the_last_line_of_a_template_file_may_end_in_a_line_break():
+    text = template("<|user|>@</s>", "<|assistant|>@</s>", "").replace(
+        "{% if add_generation_prompt %}{% endif %}", "{{ '' }}\n"
+    )
+    with pytest.raises(
+        CalibrationError, match=r'Way out: add \{% if add_generation_prompt %\}\{\{ "<|assistant|>" \}\}'
+    ):
+        ChatTemplate(tokenizer(text))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_thoughts_that_the_rows_hold_can_be_asked_for(name):
+    text, _, _ = REFUSED[name]
+    with pytest.raises(CalibrationError, match=r"or template_args=\{'enable_thinking': True\} for responses that hold"):
+        ChatTemplate(tokenizer(text))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chat = ChatTemplate(tokenizer(text), template_args={"enable_thinking": True})
+    assert ["have to hold their thoughts" in str(warning.message) for warning in caught] == [True] * (name == "qwen3")
+    assert chat.opening("a").endswith("<|start|>assistant\n")
+    chat.check_text("<think>\nhm\n</think>\n\nb", "response", "row 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "note"),
+    [
+        # a finished conversation leaves the block out that the generation prompt ends: the documented use of many
+        (chatml("@", EMPTY), {}, "an ended thinking block that a finished conversation does not show"),
+        (chatml("@", "<|channel>thought\n<channel|>"), {}, "an ended thinking block"),
+        (chatml(EMPTY + "@", "<think></think>" + OFF), {"enable_thinking": True}, "an ended thinking block"),
+        (LLAMA2, {}, "other white space at its end.*first token has it"),
+        (template("USER: @ ", "ASSISTANT: @</s>", "ASSISTANT:"), {}, "other white space"),
+        (chatml("{{ '\n' }}@"), {}, "other white space"),
+        (chatml("@", "{{ '\n' }}"), {}, "other white space"),
+    ],
+)
+def test_what_changes_no_more_than_the_border_is_noted(text, arguments, note):
+    with pytest.warns(FastpruneWarning, match=note) as caught:
+        ChatTemplate(tokenizer(text), template_args=arguments)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__  # the note points at who made the template
+
+
+def test_white_space_that_changes_no_token_is_not_noted():
+    """SentencePiece tokenizers begin a text with the space that the template of Llama 2 writes before a reply."""
+    quiet(tokenizer(LLAMA2, words=True))
+
+
+def test_an_option_that_only_sounds_like_thinking_is_no_choice_of_thoughts():
+    made = tokenizer(chatml("<think></think>@", "{{ '' if reasoning_style is defined }}"))
+    with pytest.raises(CalibrationError, match="none of the thinking block"):
+        ChatTemplate(made, template_args={"reasoning_style": False})
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("", "drops it"),
+        ("{{ 'hello' }}", "drops it"),
+        ("{{ m.content[:30] }}", "cuts it"),
+        ("{{ m.content|truncate(255) }}", "cuts it"),
+        ("{{ m.content[-100:] }}", "cuts it"),
+        ("{{ m.content.split('\n')[0] }}", "cuts it"),
+        ("{{ m.content|lower }}", "changes its case"),
+        ("{{ m.content|upper }}", "changes its case"),
+        ("{{ m.content|title }}", "changes its case"),
+        ("{{ m.content|e }}", "changes its text"),
+        ("{{ m.content|replace('{', '') }}", "changes its text"),
+        ("{{ m.content|striptags }}", "changes its text"),
+        ("@ Again: @", "repeats it"),
+    ],
+)
+def test_a_template_that_does_not_show_the_prompt_as_it_is_is_refused(content, kind):
+    with pytest.raises(CalibrationError, match=f"shows the prompt once and as it is, got one that {kind}; it gives '"):
+        ChatTemplate(tokenizer(template(f"<|user|>{content}</s>", "<|assistant|>@</s>", "<|assistant|>")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (chatml("@@"), "shows the reply once, got one that repeats it"),
+        (
+            "{% for m in messages|reverse %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+            "the prompt before the reply, got one that moves it behind",
+        ),
+        (chatml("{{ m.content|upper }}"), "does not show the assistant's content"),
+        (template("@", "", ""), "does not show the assistant's content"),
+        (template("{% for p in m.content %}{{ p.text }}{% endfor %}", "@", ""), "takes a list of parts"),
+        (template("{{ m.content[0]['text'] }}", "@", ""), "takes a list of parts"),
+        (template("{{ m.content[0].text + '' }}", "@", ""), "takes a list of parts"),
+        (None, "format='chat' needs a chat template and this .* has none"),
+        ({"rag": chatml(), "tools": chatml()}, r"one named 'default', got \['rag', 'tools'\]; set tokenizer"),
+        ("{{ raise_exception('never') }}", "chat template failed .*never"),
+        ("{% for %}", "chat template failed .*TemplateSyntaxError"),
+        ("{{ messages|nothing }}", "chat template failed"),
+        ("{{ 1 // 0 }}", "chat template failed .*ZeroDivisionError"),
+    ],
+)
+def test_other_templates_that_cannot_be_used_are_refused_by_name(text, message):
+    with pytest.raises(CalibrationError, match=message):
+        ChatTemplate(tokenizer(text))
+
+
+def test_of_several_templates_the_default_is_used():
+    assert quiet(tokenizer({"rag": chatml(), "default": LLAMA3})).facts == quiet(tokenizer(LLAMA3)).facts
+
+
+def test_a_tokenizer_is_needed():
+    with pytest.raises(ArgumentError, match="tokenizer must be a Hugging Face tokenizer, got str"):
+        ChatTemplate("smollm2")
+
+
+# --- one prompt at a time
+
+
+def test_a_prompt_that_the_template_takes_for_an_instruction_is_refused_without_a_quote():
+    """Some templates look for `/no_think` in the prompt, or fail on what it says."""
+    switch = "{{ m.content.replace('/no_think', '') }}"
+    ended = "{% if '/quiet' in messages[-1].content %}" + EMPTY + "{% endif %}"
+    fails = "{{ raise_exception(m.content) if 'poem' in m.content }}"
+    chat = quiet(tokenizer(chatml("@", ended).replace("user\n{{ m.content }}", f"user\n{switch}{fails}")))
+    assert chat.opening(" a\n\nb ").endswith("assistant\n")
+    for prompt in ("secret /no_think", "secret /quiet", "secret poem"):
+        with pytest.raises(CalibrationError) as caught:
+            chat.opening(prompt)
+        assert "secret" not in str(caught.value)
+
+
+def test_white_space_around_a_prompt_and_empty_prompts_are_the_templates_affair():
+    chat = quiet(tokenizer(PLAIN["gemma"][0]))
+    assert chat.opening(" a\n") == chat.opening("a") == "<s><|start|>user\na<|end|>\n<|start|>model\n"
+    assert chat.opening("") == "<s><|start|>user\n<|end|>\n<|start|>model\n"
+
+
+# --- system texts
+
+
+def test_a_system_text_stands_where_the_template_puts_it():
+    assert quiet(tokenizer(chatml(before=DEFAULT_SYSTEM)), system="Be brief.").opening("a") == (
+        "<|start|>system\nBe brief.<|end|>\n<|start|>user\na<|end|>\n<|start|>assistant\n"
+    )
+    folded = quiet(tokenizer(PLAIN["gemma3"][0]), system="Be brief.")
+    assert folded.opening("a").startswith("<s><|start|>user\nBe brief.\n\na<|end|>")
+    empty = quiet(tokenizer(chatml(before=DEFAULT_SYSTEM)), system="")
+    assert empty.opening("a").startswith("<|start|>system\n<|end|>\n<|start|>user")
+    assert empty.facts["system_sha256"] != folded.facts["system_sha256"] is not None
+    assert len(folded.facts["system_sha256"]) == 64 and folded.facts["default_system"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PLAIN["gemma"][0], "TemplateError: no system role"),
+        (LLAMA2, "leaves the text out"),
+        (chatml(system=""), "leaves the text out"),
+        (chatml(system="{{ m.content|upper }}"), "leaves the text out"),
+    ],
+)
+def test_a_system_text_that_the_template_does_not_show_is_refused_with_the_way_out(text, reason):
+    for system in ("Be brief.", ""):
+        with pytest.raises(ArgumentError, match=f"system: expected None .*{reason}.*beginning of each prompt"):
+            ChatTemplate(tokenizer(text), system=system)
+
+
+def test_system_is_plain_text():
+    with pytest.raises(ArgumentError, match="system: expected text or None, got list"):
+        ChatTemplate(tokenizer(chatml()), system=["a"])
+    with pytest.raises(CalibrationError, match=r"system: expected text without control tokens, got '<\|end\|>'"):
+        ChatTemplate(tokenizer(chatml()), system="a<|end|>")
+
+
+def test_a_system_text_may_be_needed_and_may_switch_the_template():
+    needed = "{{ raise_exception('no system') if messages[0].role != 'system' }}"
+    quiet(tokenizer(chatml(before=needed)), system="a")
+    with pytest.raises(CalibrationError, match="failed .*no system"):
+        ChatTemplate(tokenizer(chatml(before=needed)))
+    off = "{% if '/no_think' in messages[0].content %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"
+    assert quiet(tokenizer(chatml(EMPTY + "@", off)), system="/no_think").opening("a").endswith("</think>\n\n")
+
+
+def test_the_system_text_that_a_template_writes_by_itself_is_recorded():
+    assert quiet(tokenizer(chatml(before=DEFAULT_SYSTEM))).facts["default_system"] == "Be good."
+    for name in ("chatml", "llama3", "gemma", "gemma3", "mistral", "alpaca", "nothing but content"):
+        assert quiet(tokenizer(PLAIN[name][0])).facts["default_system"] is None, name
+
+
+# --- the clock, chance and arguments
+
+
+@pytest.fixture
+def another_day(monkeypatch):
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 12, 1, 23, 59, 58, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    made = tokenizer(LLAMA3)
+    turn = [{"role": "user", "content": "a"}]
+    assert "01 Dec 2031" in made.apply_chat_template(turn, tokenize=False)  # the fake reaches the template
+
+
+CLOCKS = {
+    "{{ strftime_now('%d %b %Y') }}": "26 Jul 2024",
+    '{{- strftime_now("%A, %-d %B %y, %H:%M:%S %% %j %p") -}}': "Friday, 26 July 24, 00:00:00 % 208 AM",
+    "{% set today = strftime_now('%Y-%m-%d') %}{{ today }}": "2024-07-26",
+    "{% macro day(form) %}{% set text = strftime_now(form) %}{{ text }}{% endmacro %}{{ day('%F') }}": "2024-07-26",
+    "{% set clock = strftime_now %}{{ clock('%Y')|int + 1 }}": "2025",
+    "{% if strftime_now is defined %}{{ strftime_now('%b') }}{% else %}never{% endif %}": "Jul",
+    "{% for part in ['%d', '%m'] %}{{ strftime_now(part) }}/{% endfor %}": "26/07/",
+    "{{ strftime_now('no directive') }}": "no directive",
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_the_clock_stands_still_and_its_day_is_recorded(another_day, clock):
+    chat = quiet(tokenizer(chatml(before=f"[{clock}]")))
+    assert chat.opening("a").startswith(f"[{CLOCKS[clock]}]<|start|>user")
+    assert chat.facts["date"] == FROZEN_DATE.isoformat() == "2024-07-26"
+
+
+def test_freezing_the_clock_leaves_every_other_character_of_a_template(another_day):
+    for begin in (
+        "",
+        "\n",
+        "\n\n  ",
+        "  {%- if true %}x{% endif %}",
+        "{# note #}\n",
+        "   {% if true %}\n y{% endif %}\n",
+    ):
+        plain = begin + chatml(before="Day: DAY\n") + "{{ '' }}\n"
+        asks = tokenizer(plain.replace("DAY", "{{ strftime_now('%d') }}"))
+        assert quiet(asks).opening("a") == quiet(tokenizer(plain.replace("DAY", "26"))).opening("a")
+
+
+def test_every_directive_is_that_of_the_frozen_date():
+    day = datetime(FROZEN_DATE.year, FROZEN_DATE.month, FROZEN_DATE.day)
+    wrong = {key for key, value in _DIRECTIVES.items() if key != "s" and day.strftime(f"%{key}") != value}
+    assert not wrong
+
+
+def test_a_date_of_ones_own_is_used(another_day):
+    chat = quiet(tokenizer(LLAMA3), template_args={"date_string": "1 May 2020"})
+    assert "Today Date: 1 May 2020\n" in chat.opening("a")
+    assert "Today Date: 26 Jul 2024\n" in quiet(tokenizer(LLAMA3)).opening("a")
+    assert quiet(tokenizer(chatml())).facts["date"] is None
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        "{{ ['a', 'b']|random }}",
+        "{% macro greet() %}{{ ['a']|random }}{% endmacro %}",
+        "{% filter random %}a{% endfilter %}",
+        "{{ [['a', 'b']]|map('random')|join }}",
+        "{% set how = 'random' %}{{ [['a', 'b']]|map(how)|join }}",
+        "{% if false %}{{ lipsum() }}{% endif %}",
+        "{% set words = lipsum %}{{ words(n=1) }}",
+        "{% set x = namespace(word=(messages|random).role) %}",
+        "{% for m in messages if m.role == ['user', 'user']|random %}{% endfor %}",
+    ],
+)
+def test_templates_that_draw_at_random_are_refused(draw):
+    with pytest.raises(CalibrationError, match=r"draws at random \('(random|lipsum)'\)"):
+        ChatTemplate(tokenizer(chatml(before=draw)))
+
+
+def test_the_word_random_is_no_draw():
+    quiet(
+        tokenizer(chatml(before="{# |random #}{{ 'random' }}{% set lipsum = 'a' %}{{ lipsum }}{{ messages.random }}"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"enable_thinkin": False}, r"expected one of \['date', 'enable_thinking'\], got 'enable_thinkin', .*did you mean 'enable_thinking'"),
+        ({"zzz": 1}, "got 'zzz', which the chat template does not read; leave it out"),
+        ({1: 1}, "got 1, which the chat template does not read"),
+        ({"messages": []}, "got 'messages', which is set by"),
+        ({"add_generation_prompt": True}, "which is set by"),
+        ({"bos_token": "<b>"}, "which is set by"),
+        ({"tools": []}, "which is set by"),
+        ({"strftime_now": "2020"}, "which is set by"),
+        ({"raise_exception": 1}, "which is set by"),
+        ({"chat_template": "x"}, "which is set by"),
+        ({"tokenize": True}, "which is set by"),
+        ({"message": 1}, "which the chat template does not read"),  # its own loop variable
+        ({"mine": 1}, "which the chat template does not read"),  # set by the template before it is read
+        ({"date": {1, 2}}, r"template_args\['date'\]: expected a JSON value, got \{1, 2\}"),
+        ({"date": float("nan")}, "expected a JSON value, got nan"),
+        ({"enable_thinking": "False"}, "expected a JSON value, got the text 'False'; pass True, False or None"),
+        (["enable_thinking"], "template_args: expected a mapping of names to values, got list"),
+    ],
+)  # fmt: skip
+def test_arguments_that_the_template_does_not_read_are_refused(arguments, message):
+    before = (
+        "{{ bos_token }}{% set mine = 1 %}{{ mine }}{{ date }}{{ strftime_now('%d') }}{{ raise_exception('') if tools }}"
+        "{% for message in messages %}{{ message.none }}{% endfor %}{{ '' if enable_thinking }}"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        ChatTemplate(tokenizer(chatml(before=before)), template_args=arguments)
+
+
+def test_a_template_without_variables_says_so():
+    with pytest.raises(ArgumentError, match="expected no name, since the chat template reads no variable, got 'a'"):
+        ChatTemplate(tokenizer(chatml()), template_args={"a": 1})
+
+
+def test_facts_are_json_and_tell_experiments_apart():
+    text = chatml(before="{{ a }}{{ strftime_now('%d') }}")
+    several = [
+        quiet(tokenizer(text), template_args={"a": ("b", {"c": None})}),
+        quiet(tokenizer(text), template_args={"a": 2}),
+        quiet(tokenizer(text), template_args={"a": 2}, system="x"),
+        quiet(tokenizer(text)),
+        quiet(tokenizer(text + " ")),
+    ]
+    facts = [json.dumps(chat.facts, sort_keys=True, allow_nan=False) for chat in several]
+    assert len(set(facts)) == len(facts)
+    assert several[0].facts["template_args"] == {"a": ["b", {"c": None}]}
+
+
+# --- the end of the turn
+
+
+@pytest.mark.parametrize(
+    ("closing", "tokens"),
+    [
+        ("<|end|>\n", ["<|end|>"]),
+        (" <|end|></s>", ["Ġ", "<|end|>"]),
+        ("\n\n<|Asst|>", ["\n\n", "<|Asst|>"]),
+        (".", ["."]),
+        ("", []),
+    ],
+)
+def test_the_end_of_turn_goes_up_to_the_first_special_token(closing, tokens):
+    made = tokenizer(template("<|user|>@", f"{{{{ '<|assistant|>' ~ m.content ~ {closing!r} }}}}", "<|assistant|>"))
+    chat = quiet(made)
+    assert (chat.closing, made.convert_ids_to_tokens(chat.end_of_turn)) == (closing, tokens)
+    assert chat.control_ids == special_ids(made)
+
+
+# --- texts of rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chatml", "a <|end|> b"),
+        ("chatml", "<|start|>user\nb<|end|>"),
+        ("chatml", "a</s>"),
+        ("chatml", "<s>a"),
+        ("chatml", "a<|other|>"),  # not the template's, but nothing that people write
+        ("chatml", "<pad>a"),
+        ("r1", "<|User|>b"),  # no token: the template's own words
+        ("r1", "a <|Asst|>"),  # a token that was not called special
+        ("zephyr, olmo2", "a <|assistant|>\n b"),
+        ("mistral", "ignore [/INST] that"),
+        ("mistral", "[INST] a"),
+        ("alpaca", " ### Instruction:\na"),
+        ("alpaca", "\n### Response:\na"),
+        ("vicuna", "USER: a ASSISTANT: b"),
+        ("vicuna", "A chat. USER: a"),
+        ("vicuna", "ASSISTANT: b"),
+        ("line breaks folded, as rwkv", "User: a"),
+    ],
+)
+def test_rows_that_are_rendered_or_hold_control_tokens_are_refused_without_a_quote(name, text):
+    own = {
+        "r1": R1.replace(OPEN, ""),
+        "vicuna": template("USER: @ ", "ASSISTANT: @</s>", "ASSISTANT: ", before="A chat. "),
+    }
+    chat = quiet(tokenizer(own.get(name) or PLAIN[name][0]))
+    for what in ("prompt", "prefill", "response"):
+        with pytest.raises(CalibrationError, match=rf"^f.csv, row 3: {what}: expected text .*format='raw'") as caught:
+            chat.check_text(text + " secret", what, "f.csv, row 3")
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_ordinary_texts_pass(name):
+    text, arguments = PLAIN[name]
+    chat = quiet(tokenizer(text), template_args=arguments)
+    for ordinary in (
+        "",
+        "a < b, [x] | <y> <a href='b'> <p>USER</p> [INFO] [1]: \n\n",
+        "cp <filename> <h1>head</h1> <tool_call> <unk> <mask>",
+        "the user said: assistant, system, Users model an Instruction",
+    ):
+        for what in ("prompt", "prefill", "response"):
+            chat.check_text(ordinary, what, "row 0")
+    chat.check_text("what does <think> do?", "prompt", "row 0")
+    chat.check_text("<think> is a tag", "prompt", "row 0")
+
+
+def test_a_reply_may_hold_a_thought_unless_the_template_has_just_ended_one():
+    thought = " <think>\nhm\n</think>\n\nb"
+    quiet(tokenizer(chatml())).check_text(thought, "response", "row 0")
+    chat = quiet(tokenizer(PLAIN["qwen3, no thinking"][0]), template_args={"enable_thinking": False})
+    chat.check_text("b <think>", "response", "row 0")
+    for what in ("response", "prefill"):
+        with pytest.raises(CalibrationError, match=f"row 0: {what}: expected a reply without a thought"):
+            chat.check_text(thought, what, "row 0")
+
+
+def test_checking_many_rows_takes_no_time():
+    """10,000 rows of 2,000 characters are searched as strings; tokenising them would take a hundred times as long."""
+    made = tokenizer(chatml())
+    made.add_tokens([AddedToken(f"<|reserved_{place}|>", special=True) for place in range(250)])
+    chat = quiet(made)
+    text = "It is said that a < b, and so on and so forth. " * 42
+    calls = []
+    made.__class__ = type("Counting", (type(made),), {"__call__": lambda self, *a, **k: calls.append(a)})
+    began = time.perf_counter()
+    for _ in range(100):
+        chat.check_text(text, "response", "row 0")
+    assert not calls
+    assert time.perf_counter() - began < 5  # two orders above what it takes: only a tokeniser would be slower
+
+
+# --- real tokenizers
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [CHECKPOINT, pytest.param(REAL, marks=pytest.mark.skipif(not REAL.is_dir(), reason="not on this machine"))],
+)
+def test_real_tokenizers_pass_without_a_note(folder):
+    made = AutoTokenizer.from_pretrained(folder)
+    chat = quiet(made)
+    turn = [{"role": "user", "content": "w1 w2"}]
+    assert chat.opening("w1 w2") == made.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert chat.end_of_turn[-1] == made.eos_token_id
+
+
+def test_the_tags_in_other_alphabets_are_known():
+    for opening, end in (("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<thought>", "</thought>"),
+                         ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<reasoning>", "</reasoning>")):  # fmt: skip
+        with pytest.raises(CalibrationError, match="an open thinking block"):
+            ChatTemplate(tokenizer(chatml("@", opening)))
+        with pytest.warns(FastpruneWarning, match="an ended thinking block"):
+            ChatTemplate(tokenizer(chatml("@", opening + end)))
+
+
+def test_hashes_do_not_depend_on_the_process():
+    code = (
+        "from transformers import AutoTokenizer; from fastprune.calibration.chat_template import ChatTemplate; "
+        f"print(ChatTemplate(AutoTokenizer.from_pretrained({str(CHECKPOINT)!r})).facts['template_sha256'])"
+    )
+    seen = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "a"
+    }
+    assert seen == {ChatTemplate(AutoTokenizer.from_pretrained(CHECKPOINT)).facts["template_sha256"] + "\n"}
