@@ -6,14 +6,13 @@ The templates here are small ones with the behavior of those of the model famili
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import warnings
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from jinja2 import Environment
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
@@ -23,7 +22,6 @@ from fastprune.calibration.template_source import _DIRECTIVES, FROZEN_DATE
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
 CHECKPOINT = Path(__file__).parents[1] / "fastprune" / "organism" / "checkpoints" / "aligned"
-REAL = Path("/tmp/real/smollm2")
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|start|>", "<|end|>", "<|msg|>", "<|other|>", "<mask>", "<filename>"]
 ADDED = ["<think>", "</think>", "<h1>", "<tool_call>", "<|Asst|>", "\n\n"]
 
@@ -87,8 +85,9 @@ LLAMA3 = template(
     "<|start|>user<|other|>\n\n{{ m.content|trim }}<|end|>",
     "<|start|>assistant<|other|>\n\n{{ m.content|trim }}<|end|>",
     "<|start|>assistant<|other|>\n\n",
-    before="<s>{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    before="<s>{% if not date_string is defined %}"
+    "{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
     "<|start|>system<|other|>\n\nToday Date: {{ date_string }}\n\n"
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}<|end|>",
     system="",
@@ -100,55 +99,60 @@ R1 = template(
     "<|User|>@", "<|Asst|>{{ m.content.split('</think>')[-1] }}</s>", "<|Asst|>" + OPEN, before="<s>", system="@"
 )
 
+QWEN35 = chatml(
+    EMPTY + "@",
+    "{% if enable_thinking is defined and not enable_thinking %}" + EMPTY + "{% else %}<think>\n{% endif %}",
+)
+GEMMA3 = (
+    "<s>{% set first, ms = '', messages %}{% if messages[0].role == 'system' %}"
+    "{% set first, ms = messages[0].content ~ '\n\n', messages[1:] %}{% endif %}"
+    "{% for m in ms %}<|start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ first if loop.first }}{{ m.content|trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>model\n{% endif %}"
+)
+TRIMMED = "<|start|>%s\n{{ m.content|trim }}<|end|>\n"
+
 # Templates that are taken without a word: no thoughts, or told not to have them.
 PLAIN = {
     "chatml": (chatml(), {}),
     "qwen2.5, smollm2": (chatml(before=DEFAULT_SYSTEM), {}),
     "qwen3, no thinking": (chatml(EMPTY + "@", OFF_ONLY), {"enable_thinking": False}),
-    "qwen3.5, no thinking": (
-        chatml(EMPTY + "@", "{% if enable_thinking is defined and not enable_thinking %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"),
-        {"enable_thinking": False},
-    ),
+    "qwen3.5, no thinking": (QWEN35, {"enable_thinking": False}),
     "smollm3, no thinking": (SMOLLM3, {"enable_thinking": False}),
     "deepseek v3.1": (
-        template("<|User|>@", "<|Asst|></think>@</s>", "<|Asst|>{{ '<think>' if thinking|default(false) else '</think>' }}"),
+        template("<|User|>@", "<|Asst|></think>@</s>", "<|Asst|>{{ '<think>' if thinking else '</think>' }}"),
         {},
     ),
     "granite": (chatml(before="{% if thinking %}Think.{% endif %}", system="@"), {}),
     "llama3": (LLAMA3, {}),
-    "gemma": (
-        template("<|start|>user\n{{ m.content|trim }}<|end|>\n", "<|start|>model\n{{ m.content|trim }}<|end|>\n", "<|start|>model\n", before="<s>"),
-        {},
-    ),
-    "gemma3": (
-        "<s>{% if messages[0].role == 'system' %}{% set first = messages[0].content ~ '\n\n' %}{% set ms = messages[1:] %}{% else %}"
-        "{% set first = '' %}{% set ms = messages %}{% endif %}{% for m in ms %}<|start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-        "{{ first if loop.first }}{{ m.content|trim }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>model\n{% endif %}",
-        {},
-    ),
+    "gemma": (template(TRIMMED % "user", TRIMMED % "model", "<|start|>model\n", before="<s>"), {}),
+    "gemma3": (GEMMA3, {}),
     "mistral": (template("[INST] @ [/INST]", "@</s>", "", before="<s>"), {}),
     "nemo": (template("[INST]@[/INST]", "@</s>", "", before="<s>"), {}),
-    "phi3": (template("<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", "<|assistant|>\n", system="<|system|>\n@<|end|>\n"), {}),
-    "zephyr, olmo2": (template("<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", "<|assistant|>\n", system="<|system|>\n@</s>\n"), {}),
-    "command-r": (template("<|start|><|msg|>@<|end|>", "<|start|><|other|>@<|end|>", "<|start|><|other|>", before="<s>"), {}),
+    "phi3": (template("<|user|>\n@<|end|>\n", "<|assistant|>\n@<|end|>\n", "<|assistant|>\n", system="@"), {}),
+    "zephyr, olmo2": (template("<|user|>\n@</s>\n", "<|assistant|>\n@</s>\n", "<|assistant|>\n", system="@"), {}),
+    "command-r": (template("<|start|><|msg|>@<|end|>", "<|start|><|other|>@<|end|>", "<|start|><|other|>"), {}),
     "alpaca": (template("### Instruction:\n@\n\n", "### Response:\n@</s>", "### Response:\n", system="@\n\n"), {}),
     "marked for training": (
-        template("<|user|>@", "{% generation %}<|assistant|>@</s>{% endgeneration %}", "<|assistant|>"), {},
+        template("<|user|>@", "{% generation %}<|assistant|>@</s>{% endgeneration %}", "<|assistant|>"),
+        {},
     ),
     "nothing but content": ("{% for m in messages %}{{ m['content'] }}{% endfor %}", {}),
     "line breaks folded, as rwkv": (
-        template("User: {{ m.content.replace('\n\n', '\n')|trim }}\n\n", "Assistant: @\n\n", "Assistant: "), {},
+        template("User: {{ m.content.replace('\n\n', '\n')|trim }}\n\n", "Assistant: @\n\n", "Assistant: "),
+        {},
     ),
-}  # fmt: skip
+}
 
 # What is refused, with the words that name the kind and the arguments with which the model can be used.
 REFUSED = {
     "qwen3": (chatml(EMPTY + "@", OFF_ONLY), "none of the thinking block", {"enable_thinking": False}),
-    "qwen3.5": (PLAIN["qwen3.5, no thinking"][0], "an open thinking block", {"enable_thinking": False}),
-    "smollm3": (SMOLLM3, "the model thinks first unless told otherwise", {"enable_thinking": False}),
+    "qwen3.5": (QWEN35, "an open thinking block", {"enable_thinking": False}),
+    "smollm3": (SMOLLM3, "one after which the model thinks first unless told otherwise", {"enable_thinking": False}),
     "a budget": (
-        chatml("@", "{% if thinking_budget == 0 %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"),
-        "an open thinking block", {"thinking_budget": False},
+        chatml(EMPTY + "@", "{% if thinking_budget == 0 %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"),
+        "an open thinking block",
+        {"thinking_budget": False},
     ),
     "qwen3 thinking": (chatml(EMPTY + "@", OPEN), "an open thinking block", None),
     "qwq, olmo3 think": (chatml("@", OPEN), "an open thinking block", None),
@@ -156,9 +160,9 @@ REFUSED = {
     "magistral spelling": (chatml("@", "[THINK]"), "an open thinking block", None),
     "kimi k2 thinking": (chatml("<think></think>@"), "none of the thinking block", None),
     "gpt-oss": (HARMONY, "only the first part", None),
-    "command r7b": (template("<|start|>@<|end|>", "<|start|>bot<|msg|>@<|end|>", "<|start|>bot"), "only the first part", None),
+    "command r7b": (template("@<|end|>", "<|start|>bot<|msg|>@<|end|>", "<|start|>bot"), "only the first part", None),
     "no generation prompt": (template("<|user|>@</s>", "<|assistant|>@</s>", ""), "no generation prompt", None),
-}  # fmt: skip
+}
 
 
 def quiet(made: PreTrainedTokenizerFast, **arguments) -> ChatTemplate:
@@ -202,7 +206,7 @@ def test_another_experiment_is_refused_by_name_with_both_texts_and_a_way_out_tha
 
 
 def test_a_way_out_is_only_named_if_it_works():
-    """A variable called like a switch that does not close the block is none; tags that cannot be closed leave no way."""
+    """A variable that is only called like a switch is none; a tag that cannot be closed leaves no way."""
     made = tokenizer(chatml("@", "<|START_THINKING|>{{ thinking_words }}"))
     with pytest.raises(CalibrationError, match=r"open thinking block.*Way out: set tokenizer.chat_template to another"):
         ChatTemplate(made)
@@ -210,9 +214,6 @@ def test_a_way_out_is_only_named_if_it_works():
     with pytest.raises(
         CalibrationError, match=r"another text than stands before.*Way out: set tokenizer.chat_template"
     ):
-        ChatTemplate(made)
-    made = tokenizer("{{ '<|sys|>' if add_generation_prompt }}" + chatml())
-    with pytest.raises(CalibrationError, match=r"another text before the prompt"):
         ChatTemplate(made)
 
 
@@ -244,7 +245,7 @@ def test_thoughts_that_the_rows_hold_can_be_asked_for(name):
     [
         # a finished conversation leaves the block out that the generation prompt ends: the documented use of many
         (chatml("@", EMPTY), {}, "an ended thinking block that a finished conversation does not show"),
-        (chatml("@", "<|channel>thought\n<channel|>"), {}, "an ended thinking block"),
+        (chatml("@", "<|channel>thought\n<channel|>"), {}, "an ended thinking block"),  # gemma 4
         (chatml(EMPTY + "@", "<think></think>" + OFF), {"enable_thinking": True}, "an ended thinking block"),
         (LLAMA2, {}, "other white space at its end.*first token has it"),
         (template("USER: @ ", "ASSISTANT: @</s>", "ASSISTANT:"), {}, "other white space"),
@@ -257,6 +258,17 @@ def test_what_changes_no_more_than_the_border_is_noted(text, arguments, note):
         ChatTemplate(tokenizer(text), template_args=arguments)
     assert len(caught) == 1
     assert caught[0].filename == __file__  # the note points at who made the template
+
+
+def test_a_system_text_that_only_generation_sees_is_noted():
+    """Mistral's templates put it before the last prompt, and only while that is the last turn."""
+    system = "(messages[0].content ~ '\n\n' if loop.last and messages[0].role == 'system')"
+    turn = f"{{{{ '[INST] ' ~ {system} ~ m.content ~ '[/INST]' }}}}"
+    made = tokenizer(template(turn, "@</s>", "", before="<s>", system=""))
+    quiet(made)
+    with pytest.warns(FastpruneWarning, match="another text before the prompt than a finished.*Be brief.* and '<s>"):
+        chat = ChatTemplate(made, system="Be brief.")
+    assert chat.opening("a") == "<s>[INST] Be brief.\n\na[/INST]"
 
 
 def test_white_space_that_changes_no_token_is_not_noted():
@@ -289,7 +301,7 @@ def test_an_option_that_only_sounds_like_thinking_is_no_choice_of_thoughts():
     ],
 )
 def test_a_template_that_does_not_show_the_prompt_as_it_is_is_refused(content, kind):
-    with pytest.raises(CalibrationError, match=f"shows the prompt once and as it is, got one that {kind}; it gives '"):
+    with pytest.raises(CalibrationError, match=f"shows the prompt once and as it is, got one that {kind}; it gives "):
         ChatTemplate(tokenizer(template(f"<|user|>{content}</s>", "<|assistant|>@</s>", "<|assistant|>")))
 
 
@@ -391,7 +403,7 @@ def test_system_is_plain_text():
 def test_a_system_text_may_be_needed_and_may_switch_the_template():
     needed = "{{ raise_exception('no system') if messages[0].role != 'system' }}"
     quiet(tokenizer(chatml(before=needed)), system="a")
-    with pytest.raises(CalibrationError, match="failed .*no system"):
+    with pytest.raises(CalibrationError, match=r"failed .*no system"):
         ChatTemplate(tokenizer(chatml(before=needed)))
     off = "{% if '/no_think' in messages[0].content %}" + EMPTY + "{% else %}" + OPEN + "{% endif %}"
     assert quiet(tokenizer(chatml(EMPTY + "@", off)), system="/no_think").opening("a").endswith("</think>\n\n")
@@ -465,6 +477,14 @@ def test_a_date_of_ones_own_is_used(another_day):
     assert quiet(tokenizer(chatml())).facts["date"] is None
 
 
+def test_no_other_clock_and_no_other_chance_reach_a_template():
+    """What transformers adds to Jinja's own: a newer version with another clock is found out here."""
+    given, own = chat_template_utils._compile_jinja_template("").environment, Environment()
+    assert set(given.globals) - set(own.globals) == {"raise_exception", "strftime_now"}
+    assert set(given.filters) == set(own.filters)
+    assert set(own.globals) == {"range", "dict", "lipsum", "cycler", "joiner", "namespace"}
+
+
 @pytest.mark.parametrize(
     "draw",
     [
@@ -493,7 +513,7 @@ def test_the_word_random_is_no_draw():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"enable_thinkin": False}, r"expected one of \['date', 'enable_thinking'\], got 'enable_thinkin', .*did you mean 'enable_thinking'"),
+        ({"enable_thinkin": False}, r"one of \['date', 'enable_thinking'\], got .*you mean 'enable_thinking'"),
         ({"zzz": 1}, "got 'zzz', which the chat template does not read; leave it out"),
         ({1: 1}, "got 1, which the chat template does not read"),
         ({"messages": []}, "got 'messages', which is set by"),
@@ -514,7 +534,8 @@ def test_the_word_random_is_no_draw():
 )  # fmt: skip
 def test_arguments_that_the_template_does_not_read_are_refused(arguments, message):
     before = (
-        "{{ bos_token }}{% set mine = 1 %}{{ mine }}{{ date }}{{ strftime_now('%d') }}{{ raise_exception('') if tools }}"
+        "{{ bos_token }}{% set mine = 1 %}{{ mine }}{{ date }}{{ strftime_now('%d') }}"
+        "{{ raise_exception('') if tools }}"
         "{% for message in messages %}{{ message.none }}{% endfor %}{{ '' if enable_thinking }}"
     )
     with pytest.raises(ArgumentError, match=message):
@@ -533,7 +554,7 @@ def test_facts_are_json_and_tell_experiments_apart():
         quiet(tokenizer(text), template_args={"a": 2}),
         quiet(tokenizer(text), template_args={"a": 2}, system="x"),
         quiet(tokenizer(text)),
-        quiet(tokenizer(text + " ")),
+        quiet(tokenizer(text + "{# #}")),
     ]
     facts = [json.dumps(chat.facts, sort_keys=True, allow_nan=False) for chat in several]
     assert len(set(facts)) == len(facts)
@@ -638,36 +659,19 @@ def test_checking_many_rows_takes_no_time():
     assert time.perf_counter() - began < 5  # two orders above what it takes: only a tokeniser would be slower
 
 
-# --- real tokenizers
-
-
-@pytest.mark.parametrize(
-    "folder",
-    [CHECKPOINT, pytest.param(REAL, marks=pytest.mark.skipif(not REAL.is_dir(), reason="not on this machine"))],
-)
-def test_real_tokenizers_pass_without_a_note(folder):
-    made = AutoTokenizer.from_pretrained(folder)
+def test_the_shipped_tokenizer_passes_without_a_note():
+    made = AutoTokenizer.from_pretrained(CHECKPOINT)
     chat = quiet(made)
     turn = [{"role": "user", "content": "w1 w2"}]
     assert chat.opening("w1 w2") == made.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    assert chat.end_of_turn[-1] == made.eos_token_id
+    assert chat.end_of_turn == [made.eos_token_id]
 
 
 def test_the_tags_in_other_alphabets_are_known():
-    for opening, end in (("◁think▷", "◁/think▷"), ("<seed:think>", "</seed:think>"), ("<thought>", "</thought>"),
-                         ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<reasoning>", "</reasoning>")):  # fmt: skip
+    tags = "◁think▷ ◁/think▷ <seed:think> </seed:think> <thought> </thought> <|begin_of_thought|> <|end_of_thought|>"
+    names = tags.split()
+    for opening, end in zip(names[::2], names[1::2], strict=True):
         with pytest.raises(CalibrationError, match="an open thinking block"):
             ChatTemplate(tokenizer(chatml("@", opening)))
         with pytest.warns(FastpruneWarning, match="an ended thinking block"):
             ChatTemplate(tokenizer(chatml("@", opening + end)))
-
-
-def test_hashes_do_not_depend_on_the_process():
-    code = (
-        "from transformers import AutoTokenizer; from fastprune.calibration.chat_template import ChatTemplate; "
-        f"print(ChatTemplate(AutoTokenizer.from_pretrained({str(CHECKPOINT)!r})).facts['template_sha256'])"
-    )
-    seen = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "a"
-    }
-    assert seen == {ChatTemplate(AutoTokenizer.from_pretrained(CHECKPOINT)).facts["template_sha256"] + "\n"}

@@ -22,7 +22,7 @@ class Marks:
     """Texts that end or open a turn.
 
     These are the tokens that begin and end texts, the tokens and markers that the template writes around turns, and
-    every special token that looks like nothing else (``<|endoftext|>``). Other tokens are content: tags around thoughts,
+    every special token that looks like nothing else (``<|endoftext|>``). The rest is content: tags around thoughts,
     special tokens that are a word in brackets (``<filename>``, ``<unk>``), and added tokens that are not special
     (Gemma's ``<h1>``, Qwen's ``<tool_call>``).
 

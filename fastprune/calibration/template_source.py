@@ -42,9 +42,11 @@ _DIRECTIVES = {
 # A macro of the template's own hides the global of that name, inside other macros too. The line break after it is the
 # one that `trim_blocks` takes away, so the template's own first characters stay as they are.
 _FROZEN_CLOCK = (
-    "{% macro strftime_now(format) %}{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}{{ text"
-    + "".join(f"|replace({json.dumps('%' + key)}, {json.dumps(value)})" for key, value in _DIRECTIVES.items())
-    + " }}{% endfor %}{% endmacro %}\n"
+    f"{{% macro strftime_now(format) %}}{{% set written = {json.dumps(_DIRECTIVES)} %}}"
+    "{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}"
+    "{% for piece in text.split('%') %}{% set n = 2 if piece[:1] == '-' else 1 %}"
+    "{{ piece if loop.first else written.get(piece[:n], '%' ~ piece[:n]) ~ piece[n:] }}"
+    "{% endfor %}{% endfor %}{% endmacro %}\n"
 )
 
 # Set by the caller of a template, by transformers or by Jinja, so never by `template_args`.

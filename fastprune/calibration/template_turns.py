@@ -30,7 +30,7 @@ SYSTEM_MARKER = "FastpruneSystemText"
 _TAG = re.compile(
     r"[<\[◁][|｜]?(?P<close>/|end_(?:of_)?)?(?:start_|begin_(?:of_)?)?(?:\w+:)?"
     r"(?:think|thinking|thoughts?|reasoning)[|｜]?[>\]▷]"
-    r"|<\|channel>thought|(?P<channel><channel\|>)",
+    r"|<\|channel>(?:thought)?|(?P<channel><channel\|>)",
     re.IGNORECASE,
 )
 
@@ -143,12 +143,13 @@ def find_system(render: Render, head: str) -> tuple[bool, str | None]:
 def compare(turns: Turns) -> Difference | None:
     """How what generation continues differs from what stands before a reply, ``None`` if it does not."""
     before, generation = turns.before_reply, turns.generation
-    if turns.head != turns.finished_head:
-        return Difference("another text before the prompt than a finished conversation has")
     if open_thought(generation) is not None:
         return Difference("an open thinking block, in which a reply would be scored as a thought")
     if before == generation:
-        return None
+        if turns.head == turns.finished_head:
+            return None
+        # Mistral's templates show a system text only while the prompt is the last turn, which is what generation sees
+        return Difference("another text before the prompt than a finished conversation has", refused=False)
     if without_thoughts(before) == without_thoughts(generation):
         if before.rstrip() == generation.rstrip():
             return Difference("other white space at its end", refused=False, white_space=True)
