@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastprune.calibration import CalibrationSet, Example, encode_context, encode_row, load_calibration, read_rows
+from fastprune.calibration import CalibrationSet, Encoder, Example, load_calibration, read_rows
 from fastprune.calibration.rows import Row
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning, NotFoundError
 
@@ -208,24 +208,28 @@ def test_a_data_frame_is_refused_with_the_way_out():
     assert read_rows(DataFrame().to_dict("records")) == [Row("records", "records")]
 
 
-def test_raw_is_prompt_line_break_prefill_response_without_special_tokens(tokenizer):
-    example = encode_row(tokenizer, Row("ab", "cd", "e", "x", "r0"))
+def test_raw_is_bos_prompt_line_break_prefill_response(tokenizer):
+    example = Encoder(tokenizer).example(Row("ab", "cd", "e", "x", "r0"))
+    assert example == Example(ids("<bos> a b / e c d"), unscored(5) + ids("c d"), id="r0", category="x")
+    example = Encoder(tokenizer, bos=False).example(Row("ab", "cd", "e", "x", "r0"))
     assert example == Example(ids("a b / e c d"), unscored(4) + ids("c d"), id="r0", category="x")
-    assert encode_context(tokenizer, "ab", "e") == list(ids("a b / e"))
-    assert encode_context(tokenizer, "") == list(ids("/"))
+    assert Encoder(tokenizer, bos=False).context("ab", "e") == list(ids("a b / e"))
+    assert Encoder(tokenizer, bos=False).context("") == list(ids("/"))
 
 
 def test_chat_is_the_template_with_the_prefill_opening_the_turn_and_its_end_scored(tokenizer):
     tokenizer.chat_template = TEMPLATE
-    example = encode_row(tokenizer, Row("ab", "cd", "e"), "chat")
+    example = Encoder(tokenizer, format="chat").example(Row("ab", "cd", "e"))
     context = ids("<bos> <user> a b <turn> / <asst> e")
     assert example == Example(context + ids("c d <turn>"), unscored(len(context)) + ids("c d <turn>"))
-    assert encode_context(tokenizer, "ab", "e", format="chat") == list(context)
+    assert Encoder(tokenizer, format="chat").context("ab", "e") == list(context)
 
 
 def test_chat_without_anything_after_the_content_scores_nothing_extra(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert encode_row(tokenizer, Row("ab", "cd"), "chat") == Example(ids("a b c d"), unscored(2) + ids("c d"))
+    assert Encoder(tokenizer, format="chat").example(Row("ab", "cd")) == Example(
+        ids("a b c d"), unscored(2) + ids("c d")
+    )
 
 
 @pytest.mark.parametrize(
@@ -242,8 +246,8 @@ def test_chat_ends_at_the_first_special_token_after_the_content(tokenizer, after
     """Regression: where a space or a line break came first, it was scored and the end of the turn was left out."""
     ends = f"{{{{ '<turn>' if m['role'] == 'user' else {after!r} }}}}"
     tokenizer.chat_template = TEMPLATE.replace("<turn>\n", ends)
-    example = encode_row(tokenizer, Row("a", "b"), "chat")
-    context = encode_context(tokenizer, "a", format="chat")
+    example = Encoder(tokenizer, format="chat").example(Row("a", "b"))
+    context = Encoder(tokenizer, format="chat").context("a")
     between = len(ids(closing)) - 1
     assert example.input_ids == (*context, *ids("b " + closing))
     assert example.labels == (*unscored(len(context)), *ids("b"), *unscored(between), *ids(scored))
@@ -254,7 +258,7 @@ def test_added_white_space_does_not_end_a_turn_but_an_added_marker_does(tokenize
     tokenizer.add_tokens(["\n\n", "<|end|>"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n\n<|end|>\n{% endfor %}"
     end = tokenizer.convert_tokens_to_ids(["\n\n", "<|end|>"])
-    example = encode_row(tokenizer, Row("a", "b"), "chat")
+    example = Encoder(tokenizer, format="chat").example(Row("a", "b"))
     assert (example.input_ids[-3:], example.labels[-3:]) == ((*ids("b"), *end), (*ids("b"), -100, end[1]))
 
 
@@ -281,16 +285,16 @@ def test_pieces_are_tokenised_apart():
     backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("\n", "a")], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer("b\nab", add_special_tokens=False)["input_ids"] == [2, 3, 4]
-    assert encode_row(tokenizer, Row("b", "b", "a")) == Example((2, 3, 1, 2), (-100, -100, -100, 2))
-    assert encode_row(tokenizer, Row("b", "ab")) == Example((2, 3, 4), (-100, -100, 4))
-    assert encode_row(tokenizer, Row("", "b", "a")).input_ids == (3, 1, 2)
+    assert Encoder(tokenizer).example(Row("b", "b", "a")) == Example((2, 3, 1, 2), (-100, -100, -100, 2))
+    assert Encoder(tokenizer).example(Row("b", "ab")) == Example((2, 3, 4), (-100, -100, 4))
+    assert Encoder(tokenizer).example(Row("", "b", "a")).input_ids == (3, 1, 2)
 
 
 def test_without_any_context_the_first_response_token_is_not_scored(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert encode_row(tokenizer, Row("", "cd"), "chat") == Example(ids("c d"), (-100, *ids("d")))
+    assert Encoder(tokenizer, format="chat").example(Row("", "cd")) == Example(ids("c d"), (-100, *ids("d")))
     with pytest.raises(CalibrationError, match="which nothing precedes"):
-        encode_row(tokenizer, Row("", "c"), "chat")
+        Encoder(tokenizer, format="chat").example(Row("", "c"))
 
 
 def test_a_row_without_response_tokens_is_refused_by_name(tokenizer, tmp_path):
@@ -321,7 +325,7 @@ LETTERS = [{"prompt": "a" * n, "response": "b", "category": "xy"[n % 2], "id": s
 
 def test_long_rows_are_dropped_whole_and_counted(tokenizer):
     with pytest.warns(FastpruneWarning, match="left out 2 of 6 rows, longer than max_length=6 tokens"):
-        kept = load_calibration(LETTERS, tokenizer, max_length=6)
+        kept = load_calibration(LETTERS, tokenizer, max_length=6, bos=False)
     assert kept.counts == {"kept": 4, "too_long": 2}
     assert [len(example) for example in kept] == [3, 4, 5, 6]
     with warnings.catch_warnings():
@@ -385,7 +389,7 @@ def test_examples_that_cannot_be_scored_cannot_be_made(input_ids, labels, messag
 
 
 def test_the_loader_yields_hf_batches_as_often_as_it_is_read(tokenizer):
-    loader = load_calibration(LETTERS, tokenizer).loader(batch_tokens=12)
+    loader = load_calibration(LETTERS, tokenizer, bos=False).loader(batch_tokens=12)
     first, second = list(loader), list(loader)
     assert len(loader) == len(first) == 4 and loader.batch_tokens == 12
     for batch, again in zip(first, second, strict=True):

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastprune.calibration import Row
+from fastprune.calibration import Encoder, Row
 from fastprune.errors import ArgumentError, CalibrationError, ModelError, NotFoundError, ScoringError
 from fastprune.evaluation import generate
 from fastprune.evaluation.generate import continue_greedily, stop_ids
@@ -246,12 +246,12 @@ def test_stop_ids_are_those_of_the_model_the_tokenizer_and_the_template() -> Non
     tokenizer, model = word_tokenizer(), tiny_model()
     model.generation_config.eos_token_id = [7, 8]
     model.config.eos_token_id = 9
-    assert stop_ids(model, tokenizer, format="raw") == {EOS, 7, 8, 9}
-    assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9, END}
+    assert stop_ids(model, Encoder(tokenizer, format="raw")) == {EOS, 7, 8, 9}
+    assert stop_ids(model, Encoder(tokenizer, format="chat")) == {EOS, 7, 8, 9, END}
     tokenizer.chat_template = TEMPLATE.replace(" <end> ", " w3 <end> ")  # with something before it
-    assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9, END}
+    assert stop_ids(model, Encoder(tokenizer, format="chat")) == {EOS, 7, 8, 9, END}
     tokenizer.chat_template = TEMPLATE.replace(" <end> ", " w3 ")  # ordinary text does not end a reply
-    assert stop_ids(model, tokenizer, format="chat") == {EOS, 7, 8, 9}
+    assert stop_ids(model, Encoder(tokenizer, format="chat")) == {EOS, 7, 8, 9}
 
 
 @pytest.mark.parametrize("breaks", [False, True])

@@ -10,7 +10,7 @@ import torch
 from test_evaluation_generate import Scripted, tiny_model, word_tokenizer
 from test_evaluation_metrics import HARM, SHALLOW, SKILLED, SKILLS, Obey
 
-from fastprune.calibration import encode_context
+from fastprune.calibration import Encoder
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation import (
     EvaluationSuite,
@@ -81,7 +81,7 @@ class TestRecognition:
         ]
         right = []
         for row in rows:
-            context = encode_context(tokenizer, row["prompt"], format=format)
+            context = Encoder(tokenizer, format=format).context(row["prompt"])
             sums = []
             for answer in answers:
                 ids = tokenizer(answer, add_special_tokens=False)["input_ids"]

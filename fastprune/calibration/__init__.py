@@ -1,6 +1,6 @@
 """From rows to micro-batches: the room that reads and tokenises calibration data. It must not know models."""
 
-from fastprune.calibration.encoding import encode_context, encode_row
+from fastprune.calibration.encoding import Encoder
 from fastprune.calibration.examples import Example, MicroBatch, micro_batches
 from fastprune.calibration.foreign import collect
 from fastprune.calibration.rows import Row, read_rows, read_texts_or_rows
@@ -9,12 +9,11 @@ from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_c
 __all__ = [
     "CalibrationLoader",
     "CalibrationSet",
+    "Encoder",
     "Example",
     "MicroBatch",
     "Row",
     "collect",
-    "encode_context",
-    "encode_row",
     "load_calibration",
     "micro_batches",
     "read_rows",

@@ -1,148 +1,189 @@
 """Text to token ids: how prompt, prefill and response become one example.
 
-In: a tokenizer and a row. Out: ids and labels. The pieces are tokenised separately and verbatim and then joined, so
-that the border between context and scored response is exact and the same ids serve scoring and generation. Special
-tokens are never added here; in the chat format they are part of the template's text.
+In: a tokenizer, a format and rows. Out: ids and labels. An :class:`Encoder` is made once, so that scoring, generation,
+recognition and perplexity give a model the same tokens for the same text. The pieces are tokenised separately and
+verbatim and then joined: the border between context and scored response is exact.
 It must not know files, batches or models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastprune.calibration.chat_template import ChatTemplate, special_ids
 from fastprune.calibration.examples import UNSCORED, Example
-from fastprune.calibration.rows import Row
+from fastprune.calibration.rows import FINISHES, Row
 from fastprune.errors import ArgumentError, CalibrationError
 
 FORMATS = ("raw", "chat")
 
-# Stands in for the assistant's content, to see what the template writes after it. Templates may trim content and split
-# it at their own markers, so it is one plain word.
-_SENTINEL = "FastpruneSentinelContent"
 
+class Encoder:
+    r"""One tokenizer's way from text to ids.
 
-def encode_context(tokenizer: Any, prompt: str, prefill: str = "", *, format: str = "raw") -> list[int]:
-    r"""Token ids of everything before the scored response.
-
-    ``raw`` is ``tok(prompt + "\n") + tok(prefill)``; ``chat`` is the tokenizer's template around a single user turn
-    with the assistant's turn opened, then ``tok(prefill)``.
+    ``raw`` is ``[BOS] | tok(prompt + "\n") | tok(prefill) | tok(response)``; ``chat`` is the tokenizer's template
+    around a single user turn with the assistant's turn opened, then prefill, response and the end of the turn.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        prompt: The request.
-        prefill: Start of the reply that counts as context.
         format: ``"raw"`` or ``"chat"``.
+        bos: Whether ``raw`` text begins with the tokenizer's BOS. ``"auto"``: where the tokenizer puts it in front of a
+            text by itself, as the model was trained; ``False``: never, the published recipe; ``True``: always. In
+            ``chat`` the template decides, and only ``"auto"`` is accepted.
+        template_args: Variables for the chat template, e.g. ``{"enable_thinking": False}``.
+        system: The system turn of a chat; ``None`` leaves that to the template.
 
-    Returns:
-        The ids, ready to be continued by generation.
+    Attributes:
+        tokenizer: The tokenizer.
+        format: The format.
+        turn_ends: Special tokens with which the chat template ends the assistant's turn; none in ``raw``.
+        facts: JSON-able: what the ids depend on beside the text, for provenance.
 
     Raises:
-        ArgumentError: ``format`` is neither, or ``tokenizer`` is not one.
+        ArgumentError: An argument is unknown or does not go with the format.
         CalibrationError: ``chat`` without a usable template.
+
+    Warns:
+        FastpruneWarning: What the chat template does that a user may not expect.
     """
-    check_format(tokenizer, format)
-    if format == "raw":
-        opening = prompt + "\n"
-    else:
-        opening = _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return _tokens(tokenizer, opening) + _tokens(tokenizer, prefill)
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        format: str = "raw",
+        bos: str | bool = "auto",
+        template_args: Mapping[str, Any] | None = None,
+        system: str | None = None,
+    ) -> None:
+        if format not in FORMATS:
+            raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
+        if not callable(tokenizer):
+            raise ArgumentError(f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+        if not (isinstance(bos, bool) or bos == "auto"):
+            raise ArgumentError(f'bos: expected "auto", True or False, got {bos!r}')
+        self.tokenizer, self.format = tokenizer, format
+        self._template: ChatTemplate | None = None
+        self._prefix: list[int] = []
+        self.turn_ends: frozenset[int] = frozenset()
+        if format == "chat":
+            if bos != "auto":
+                raise ArgumentError(
+                    f'bos: expected "auto" with format="chat", whose template writes the BOS or not, got {bos!r}'
+                )
+            self._template = ChatTemplate(tokenizer, system=system, template_args=template_args)
+            # a template may close a turn with ordinary text, say a line break, which does not end a reply
+            self.turn_ends = frozenset(self._template.control_ids.intersection(self._template.end_of_turn))
+            self.facts = {"format": format, "bos": {"rule": bos, "ids": None}, "template": self._template.facts}
+            return
+        for name, value in (("template_args", template_args), ("system", system)):
+            if value is not None:
+                raise ArgumentError(f'{name}: expected format="chat", got format="raw", which uses no template')
+        self._prefix = _bos(tokenizer, bos)
+        self.facts = {"format": format, "bos": {"rule": bos, "ids": self._prefix}, "template": None}
+
+    def context(self, prompt: str, prefill: str = "", *, where: str = "row") -> list[int]:
+        """Token ids of everything before the scored response, ready to be continued by generation.
+
+        Args:
+            prompt: The request.
+            prefill: Start of the reply that counts as context.
+            where: How messages call the row.
+
+        Raises:
+            CalibrationError: The template fails, or the text is a rendered conversation itself.
+        """
+        if self._template is None:
+            opening = self.begun(self.tokens(prompt + "\n"))
+        else:
+            self._template.check_text(prompt, "prompt", where)
+            self._template.check_text(prefill, "prefill", where)
+            opening = self.tokens(self._template.opening(prompt))
+        return opening + self.tokens(prefill)
+
+    def example(self, row: Row, *, where: str = "row", finish: str | None = None) -> Example:
+        """Tokenise one row; the response is scored and, in ``chat``, the end-of-turn token of a reply that ended.
+
+        Args:
+            row: The row.
+            where: How messages call the row.
+            finish: How the reply ended where the row does not say: ``"stop"``, or ``"length"`` for one that was cut,
+                whose end of turn is no part of the example; ``None`` is ``"stop"``.
+
+        Returns:
+            The example, of whatever length: nothing is truncated.
+
+        Raises:
+            CalibrationError: The response is empty or gives no token that can be scored, or as :meth:`context`.
+        """
+        if row.id is not None:
+            where = f"{where} (id {row.id!r})"
+        context = self.context(row.prompt, row.prefill, where=where)
+        if self._template is not None:
+            self._template.check_text(row.response, "response", where)
+        response = self.tokens(row.response)
+        if not response:
+            what = "is empty" if not row.response else "gives no token"
+            raise CalibrationError(f"{where}: response {what}; a row needs at least one token to score")
+        labels = [UNSCORED] * len(context) + response
+        closing: list[int] = []
+        if self._template is not None and (row.finish or finish) != "length":
+            closing = self._template.end_of_turn
+            # what a template puts between reply and end of turn (a space, a line break) is its own, not the reply's
+            labels += [UNSCORED] * len(closing[:-1]) + closing[-1:]
+        labels[0] = UNSCORED
+        if all(label == UNSCORED for label in labels):
+            raise CalibrationError(
+                f"{where}: the context gives no token and the response only one, which nothing precedes"
+            )
+        ids = (*context, *response, *closing)
+        return Example(ids, tuple(labels), id=row.id, category=row.category, ends_turn=bool(closing))
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a piece of text alone, without special tokens."""
+        # verbose=False: the length of a row is this package's concern (max_length), not a warning of the tokenizer's
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """The ids behind the BOS where this encoder writes one; once, as some prompts bring it as text."""
+        prefix = self._prefix
+        return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
 
-def encode_row(tokenizer: Any, row: Row, format: str = "raw", *, where: str = "row") -> Example:
-    """Tokenise one row; response tokens (and in ``chat`` the end-of-turn token) are scored, context is not.
+def check_finish(finish: object) -> None:
+    """Raise ArgumentError unless ``finish`` says how replies ended, or nothing."""
+    if finish is not None and finish not in FINISHES:
+        raise ArgumentError(f"finish: expected one of {FINISHES} or None, got {finish!r}")
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        row: The row.
-        format: ``"raw"`` or ``"chat"``.
-        where: How messages call the row.
 
-    Returns:
-        The example, of whatever length: nothing is truncated.
+def control_texts(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer as they would stand in a text."""
+    tokens = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    return [token for token in tokens if isinstance(token, str) and token.strip()]
 
-    Raises:
-        ArgumentError: As :func:`encode_context`.
-        CalibrationError: The response is empty or gives no token that can be scored, or the template is unusable.
+
+def holding(texts: Iterable[str], controls: Iterable[str]) -> int:
+    """How many of the texts hold one of the control tokens."""
+    controls = list(controls)
+    return sum(any(control in text for control in controls) for text in texts)
+
+
+def _bos(tokenizer: Any, rule: str | bool) -> list[int]:
+    """Ids that go in front of a text under a rule.
+
+    Whether a tokenizer adds a BOS is seen by encoding a word: Gemma's ``add_bos_token`` reads ``False`` and it adds
+    one, GPT-2 has a ``bos_token`` and adds none, and GLM adds two tokens.
     """
-    if row.id is not None:
-        where = f"{where} (id {row.id!r})"
-    context = encode_context(tokenizer, row.prompt, row.prefill, format=format)
-    response = _tokens(tokenizer, row.response)
-    if not response:
-        what = "is empty" if not row.response else "gives no token"
-        raise CalibrationError(f"{where}: response {what}; a row needs at least one token to score")
-    labels = [UNSCORED] * len(context) + response
-    if format == "chat":
-        closing = end_of_turn(tokenizer)
-        response += closing
-        # what a template puts between reply and end of turn (a space, a line break) is its own, not the reply's
-        labels += [UNSCORED] * len(closing[:-1]) + closing[-1:]
-    labels[0] = UNSCORED
-    if all(label == UNSCORED for label in labels):
-        raise CalibrationError(f"{where}: the context gives no token and the response only one, which nothing precedes")
-    return Example(tuple(context + response), tuple(labels), id=row.id, category=row.category)
-
-
-def end_of_turn(tokenizer: Any) -> list[int]:
-    """Tokens that the chat template writes after the assistant's content, up to and including the end of the turn.
-
-    Found by rendering a conversation with a marker as the assistant's content: of what follows the marker, the first
-    special token ends the turn, and what stands before it (often nothing, else a space or a line break) belongs to the
-    template. A template without a special token there ends the turn with the first token that it writes. Not simply
-    the tokenizer's ``eos_token``, which many instruction-tuned models do not end a turn with.
-
-    Returns:
-        The ids, of which the last one is the end-of-turn token; empty if the template writes nothing.
-
-    Raises:
-        CalibrationError: There is no template, or it does not show the assistant's content.
-    """
-    turns = [{"role": "user", "content": "user"}, {"role": "assistant", "content": _SENTINEL}]
-    text = _render(tokenizer, turns, add_generation_prompt=False)
-    _, found, suffix = text.rpartition(_SENTINEL)
-    if not found:
-        raise CalibrationError(
-            "the chat template does not show the assistant's content, so its end of turn cannot be found"
+    if rule is False:
+        return []
+    plain, default = (list(tokenizer("word", add_special_tokens=add)["input_ids"]) for add in (False, True))
+    begin = next((n for n in range(len(default) - len(plain) + 1) if default[n : n + len(plain)] == plain), 0)
+    if rule == "auto" or begin:
+        return default[:begin]
+    if tokenizer.bos_token_id is None:
+        raise ArgumentError(
+            f"bos: expected a tokenizer with a BOS token, got a {type(tokenizer).__name__} without one; "
+            'use bos="auto", which adds what the tokenizer adds by itself'
         )
-    ids, special = _tokens(tokenizer, suffix), special_ids(tokenizer)
-    end = next((place for place, token in enumerate(ids) if token in special), 0)
-    return ids[: end + 1]
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of special and other added tokens that can end a turn: not white space, and not the unknown word.
-
-    Some tokenizers hold their end of turn as a token that was added without being called special; others (Gemma's,
-    GPT-NeoX's) have added runs of spaces and line breaks in the same way.
-    """
-    special = set(tokenizer.all_special_ids)
-    special |= {token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
-    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 has one token for both
-        special.discard(tokenizer.unk_token_id)
-    return special
-
-
-def check_format(tokenizer: Any, format: str) -> None:
-    """Raise ArgumentError unless the format is known and the tokenizer can be called."""
-    if format not in FORMATS:
-        raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
-    if not callable(tokenizer):
-        raise ArgumentError(f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer).__name__}")
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the length of a row is this package's concern (max_length), not a warning of the tokenizer's
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-
-
-def _render(tokenizer: Any, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise CalibrationError(
-            f"format='chat' needs a chat template and this {type(tokenizer).__name__} has none; "
-            "use format='raw' or set tokenizer.chat_template"
-        )
-    try:
-        # as text: with tokenize=True the pieces could not be joined token by token
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a foreign program: whatever it raises is a fact about the data
-        raise CalibrationError(f"the tokenizer's chat template failed ({type(error).__name__}: {error})") from error
+    return [tokenizer.bos_token_id]

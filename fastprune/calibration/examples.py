@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class Example:
             before it.
         id: Name of the row it was made from.
         category: Category of that row.
+        ends_turn: Whether the last label is the end-of-turn token of a chat template.
 
     Raises:
         CalibrationError: The two differ in length, the first token is scored, or no token is.
@@ -44,6 +45,7 @@ class Example:
     labels: tuple[int, ...]
     id: str | None = None
     category: str | None = None
+    ends_turn: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):

@@ -14,16 +14,18 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import CalibrationError, FastpruneWarning, NotFoundError
 
 REQUIRED = ("prompt", "response")
-OPTIONAL = ("prefill", "category", "id")
+OPTIONAL = ("prefill", "category", "id", "finish")
+FINISHES = ("stop", "length")  # the words of generation servers
 # Optional columns without which another experiment is run. How alike a name has to be to be taken for one of them:
 # "prefix" and "categories" are, "preference" and "prompt_id" are not.
-_MISSPELT = ("prefill", "category")
+_MISSPELT = ("prefill", "category", "finish")
 _ALIKE = 0.75
 
 
@@ -37,6 +39,7 @@ class Row:
         prefill: The start of the reply that counts as context.
         category: Label by which :meth:`CalibrationSet.subset` picks rows.
         id: Name of the row in messages and reports.
+        finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a limit of tokens, ``None`` not known.
         extra: Every other column, as it came.
     """
 
@@ -45,6 +48,7 @@ class Row:
     prefill: str = ""
     category: str | None = None
     id: str | None = None
+    finish: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,12 +56,13 @@ def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Ro
     """Read rows from a file or from memory.
 
     Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed
-    over. ``prefill``, ``category`` and ``id`` may be absent, ``None`` or NaN (as ``datasets`` and pandas write missing
-    values); whole numbers are taken as names in ``category`` and ``id``.
+    over. ``prefill``, ``category``, ``id`` and ``finish`` may be absent, ``None``, NaN or NA, as ``datasets`` and
+    pandas write missing values. Whole numbers are taken as names in ``category`` and ``id``, also where pandas has made
+    them floats (1.0 is "1").
 
     Args:
         path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt,
-            response[, prefill, category, id]``. It is iterated once.
+            response[, prefill, category, id, finish]``. It is iterated once.
 
     Returns:
         The rows in their order; never empty.
@@ -213,6 +218,7 @@ def _row(record: Mapping[str, Any], where: str) -> Row:
         prefill="" if _absent(record.get("prefill")) else _text(record["prefill"], "prefill", where),
         category=_name(record.get("category"), "category", where),
         id=_name(record.get("id"), "id", where),
+        finish=_finish(record.get("finish"), where),
         extra={key: value for key, value in record.items() if key not in REQUIRED + OPTIONAL},
     )
 
@@ -227,7 +233,9 @@ def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    if isinstance(value, Real):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas', which is not imported here
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -243,6 +251,17 @@ def _text(value: Any, column: str, where: str) -> str:
 def _name(value: Any, column: str, where: str) -> str | None:
     if _absent(value):
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
+        return str(int(value))  # pandas makes floats of whole numbers where one is missing
     return _text(value, column, where)
+
+
+def _finish(value: Any, where: str) -> str | None:
+    if _absent(value):
+        return None
+    if not isinstance(value, str) or value not in FINISHES:
+        raise CalibrationError(
+            f"{where}: finish: expected one of {FINISHES}, got another {type(value).__name__}; leave it empty where it "
+            "is not known, and drop rows that ended otherwise"
+        )
+    return value

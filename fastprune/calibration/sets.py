@@ -7,17 +7,21 @@ never cut. It must not know models.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from fastprune.calibration.encoding import check_format, encode_row
+from fastprune.calibration.encoding import Encoder, check_finish, control_texts, holding
 from fastprune.calibration.examples import Example, check_batch_tokens, hash_examples, micro_batches
-from fastprune.calibration.rows import describe, read_rows
+from fastprune.calibration.rows import Row, describe, read_rows
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
+
+# Replies of fewer tokens are often all of one length: a word, a number, a line of a table.
+_SHORT = 8
 
 
 class CalibrationSet:
@@ -26,8 +30,9 @@ class CalibrationSet:
     Args:
         examples: The examples.
         counts: What became of the rows they were made from; by default all were kept.
-        format: How rows became tokens, if it is known.
+        encoding: How rows became tokens, if it is known: the facts of an :class:`Encoder`.
         prefilled: How many of the rows had a prefill, if it is known.
+        cut: How many of the replies were cut at a limit of tokens, if it is known.
 
     Raises:
         CalibrationError: There is no example.
@@ -37,15 +42,21 @@ class CalibrationSet:
         self,
         examples: Iterable[Example],
         counts: Mapping[str, int] | None = None,
-        format: str | None = None,
+        encoding: Mapping[str, Any] | None = None,
         prefilled: int | None = None,
+        cut: int | None = None,
     ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
             raise CalibrationError("a calibration set needs at least one example, got none")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
-        self.format = format
-        self.prefilled = prefilled
+        self.encoding: dict[str, Any] | None = None if encoding is None else dict(encoding)
+        self.prefilled, self.cut = prefilled, cut
+
+    @property
+    def format(self) -> str | None:
+        """``"raw"`` or ``"chat"``; ``None`` if it is not known."""
+        return None if self.encoding is None else self.encoding["format"]
 
     @cached_property
     def hash(self) -> str:
@@ -67,7 +78,7 @@ class CalibrationSet:
         if not chosen:
             there = sorted({str(example.category) for example in self.examples})
             raise CalibrationError(f"no example of category {sorted(map(str, wanted))}; the set has {there}")
-        return CalibrationSet(chosen, format=self.format)
+        return CalibrationSet(chosen, encoding=self.encoding)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -81,7 +92,7 @@ class CalibrationSet:
     def __getitem__(self, index: slice) -> CalibrationSet: ...
     def __getitem__(self, index: int | slice) -> Example | CalibrationSet:
         chosen = self.examples[index]
-        return CalibrationSet(chosen, format=self.format) if isinstance(index, slice) else chosen
+        return CalibrationSet(chosen, encoding=self.encoding) if isinstance(index, slice) else chosen
 
     def __repr__(self) -> str:
         tokens = sum(map(len, self.examples))
@@ -122,42 +133,58 @@ def load_calibration(
     *,
     format: str = "raw",
     max_length: int | None = None,
+    bos: str | bool = "auto",
+    finish: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> CalibrationSet:
     """Read rows and tokenise them.
 
     An example is ``prompt | prefill | response``, each piece tokenised separately and verbatim; only the response is
-    scored. ``raw`` writes a line break after the prompt and adds no special token; ``chat`` uses the tokenizer's
-    template and scores the end-of-turn token as well.
+    scored. ``raw`` writes a line break after the prompt, and the tokenizer's BOS in front; ``chat`` uses the
+    tokenizer's template and scores the end-of-turn token as well.
 
     Args:
         path_or_rows: As for :func:`fastprune.calibration.read_rows`.
         tokenizer: A Hugging Face tokenizer.
         format: ``"raw"`` or ``"chat"``.
         max_length: Rows of more tokens than this are left out whole; ``None`` keeps all.
+        bos: For ``raw``: ``"auto"`` begins with BOS where the tokenizer does so by itself, ``False`` never (the
+            published recipe), ``True`` always.
+        finish: How the replies ended whose row does not say: ``"length"`` for replies that were cut at a limit of
+            tokens, whose end-of-turn token is then no part of the example; ``"stop"`` for whole ones.
+        template_args: For ``chat``: variables of the template, e.g. ``{"enable_thinking": False}``.
+        system: For ``chat``: a system turn.
 
     Returns:
         The set; its ``counts`` are ``{"kept": …, "too_long": …}``.
 
     Raises:
         NotFoundError: There is no such file.
-        ArgumentError: ``format``, ``tokenizer`` or ``max_length`` is not usable.
-        CalibrationError: The data cannot be read, a row has nothing to score, or no row is left.
+        ArgumentError: ``format``, ``tokenizer``, ``max_length``, ``bos``, ``finish``, ``template_args`` or ``system``
+            is not usable.
+        CalibrationError: The data cannot be read, a row has nothing to score or is a rendered conversation already, the
+            chat template would give another experiment, or no row is left.
 
     Warns:
-        FastpruneWarning: Rows were left out, or a column has nearly the name of one that would be used.
+        FastpruneWarning: Rows were left out, a column has nearly the name of one that would be used, many replies have
+            one length, or raw text holds special tokens.
     """
-    check_format(tokenizer, format)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+    check_finish(finish)
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise ArgumentError(f"max_length must be a positive integer or None, got {max_length!r}")
     source = describe(path_or_rows)
-    kept, too_long, prefilled = [], 0, 0
+    kept: list[Example] = []
+    rows: list[Row] = []
+    too_long = 0
     for number, row in enumerate(read_rows(path_or_rows)):
-        example = encode_row(tokenizer, row, format, where=f"{source}, row {number}")
+        example = encoder.example(row, where=f"{source}, row {number}", finish=finish)
         if max_length is not None and len(example) > max_length:
             too_long += 1
         else:
             kept.append(example)
-            prefilled += bool(row.prefill)
+            rows.append(row)
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
@@ -165,4 +192,46 @@ def load_calibration(
             f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
         )
         warnings.warn(message, FastpruneWarning, stacklevel=2)
-    return CalibrationSet(kept, {"kept": len(kept), "too_long": too_long}, format, prefilled)
+    for message in (_one_length(kept, rows, finish), _control_tokens(encoder, rows)):
+        if message is not None:
+            warnings.warn(f"{source}: {message}", FastpruneWarning, stacklevel=2)
+    return CalibrationSet(
+        kept,
+        {"kept": len(kept), "too_long": too_long},
+        encoder.facts,
+        prefilled=sum(bool(row.prefill) for row in rows),
+        cut=sum((row.finish or finish) == "length" for row in rows),
+    )
+
+
+def _one_length(examples: Sequence[Example], rows: Sequence[Row], finish: str | None) -> str | None:
+    """Half of the replies that are scored to their end have one length: a limit of tokens shows like this."""
+    unknown = [
+        example.scored - 1
+        for example, row in zip(examples, rows, strict=True)
+        if example.ends_turn and (row.finish or finish) is None
+    ]
+    if not unknown:
+        return None
+    length, count = Counter(unknown).most_common(1)[0]
+    # answers of a few words are of one length by their nature, and two replies by chance
+    if length < _SHORT or count < 3 or 2 * count < len(unknown):
+        return None
+    return (
+        f"{count} of {len(unknown)} replies have exactly {length} tokens, as if they had been cut there, and the end "
+        'of turn behind each is scored; give finish="length" (or a column finish) if they were cut, else finish="stop"'
+    )
+
+
+def _control_tokens(encoder: Encoder, rows: Sequence[Row]) -> str | None:
+    """Raw text with special tokens in it: perhaps a rendered conversation, which is somebody's intention or not."""
+    if encoder.format != "raw":
+        return None  # refused row by row
+    texts = (row.prompt + row.prefill + row.response for row in rows)
+    found = holding(texts, control_texts(encoder.tokenizer))
+    if not found:
+        return None
+    return (
+        f"{found} of {len(rows)} rows hold special tokens as text, which are read as such tokens; in the raw format "
+        'nothing else marks the turns of a conversation (format="chat" renders them from plain text)'
+    )

@@ -11,7 +11,20 @@ import typer
 import fastprune
 from fastprune.cli.app import app, command, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
-from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
+from fastprune.cli.options import (
+    AttackName,
+    Bos,
+    BosOption,
+    Control,
+    FormatOption,
+    HarmJudge,
+    ModelFolder,
+    StrictOption,
+    SystemOption,
+    TemplateArgsOption,
+    format_of,
+    template_args_of,
+)
 from fastprune.errors import ArgumentError, require
 
 
@@ -59,6 +72,9 @@ def evaluate(
     ] = HarmJudge.exact,
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
     format: FormatOption = None,
+    bos: BosOption = Bos.auto,
+    template_args: TemplateArgsOption = None,
+    system: SystemOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length of answers; the reference's and one more by default.")
     ] = None,
@@ -87,6 +103,9 @@ def evaluate(
         skill_rows=skills,
         recognition_rows=recognition,
         format=chosen,
+        bos=bos.rule,
+        template_args=template_args_of(template_args),
+        system=system,
         attack=attack.value,
         judges=judges if harm is not None else None,
         neighbour_skill=neighbour,
@@ -96,7 +115,7 @@ def evaluate(
     settings = {
         "attack": attack.value,
         "judge": judge.value,
-        "format": chosen,
+        **suite.encoder.facts,
         "neighbour": neighbour,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,

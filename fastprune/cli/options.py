@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fastprune.cli.processes import note
+from fastprune.errors import ArgumentError
 
 
 class Format(StrEnum):
@@ -16,6 +19,19 @@ class Format(StrEnum):
 
     raw = "raw"
     chat = "chat"
+
+
+class Bos(StrEnum):
+    """Whether raw text begins with the tokenizer's BOS."""
+
+    auto = "auto"
+    true = "true"
+    false = "false"
+
+    @property
+    def rule(self) -> str | bool:
+        """As Python's functions take it."""
+        return {"auto": "auto", "true": True, "false": False}[self]
 
 
 class Scope(StrEnum):
@@ -82,9 +98,81 @@ FormatOption = Annotated[
     typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.", show_default="raw"),
 ]
 
+BosOption = Annotated[
+    Bos,
+    typer.Option(
+        help="Begin raw text with the tokenizer's BOS. auto: where the tokenizer does so by itself. "
+        "false: never, as in the published recipe."
+    ),
+]
+TemplateArgsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Variables of the chat template: a JSON object, or NAME=VALUE such as enable_thinking=false; repeatable."
+    ),
+]
+SystemOption = Annotated[str | None, typer.Option(help="System turn of the chat format.")]
+FinishOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How the replies ended whose row has no column `finish`: length (cut at a limit of tokens; their end of "
+        "turn is then not scored) or stop. For one set: harm=length or benign=length; repeatable."
+    ),
+]
+
 
 def format_of(given: Format | None, model: Path, tokenizer: Any) -> str:
     """The format by name, raw by default; says so if the model was probably made for chat."""
     if given is None and getattr(tokenizer, "chat_template", None) is not None:
         note(f"{model} has a chat template, and --format is raw by default; for a chat model give --format chat")
     return (given or Format.raw).value
+
+
+def template_args_of(given: Sequence[str] | None) -> dict[str, Any] | None:
+    """JSON objects and ``NAME=VALUE`` as one mapping; a value that is no JSON is text.
+
+    Raises:
+        ArgumentError: One is neither a JSON object nor NAME=VALUE.
+    """
+    if not given:
+        return None
+    chosen: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if text.lstrip().startswith("{"):
+            try:
+                chosen |= json.loads(text)
+            except ValueError as error:
+                raise ArgumentError(f"template_args: expected a JSON object, got {text!r} ({error})") from error
+        elif equals and name.isidentifier():
+            chosen[name] = _value(value)
+        else:
+            raise ArgumentError(f"template_args: expected a JSON object or NAME=VALUE, got {text!r}")
+    return chosen
+
+
+def finish_of(given: Sequence[str] | None, roles: Sequence[str] = ("harm", "benign")) -> dict[str, str | None]:
+    """``["length"]`` or ``["harm=length"]`` as the set-wide finish of each set.
+
+    Raises:
+        ArgumentError: A set is unknown; the value is checked where it is used.
+    """
+    chosen: dict[str, str | None] = dict.fromkeys(roles)
+    for text in given or ():
+        role, equals, value = text.partition("=")
+        if not equals:
+            chosen = dict.fromkeys(roles, text)
+        elif role in chosen:
+            chosen[role] = value
+        else:
+            raise ArgumentError(
+                f"finish: expected length, stop, or one of these for {' or '.join(roles)}, got {text!r}"
+            )
+    return chosen
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

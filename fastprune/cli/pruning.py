@@ -15,7 +15,10 @@ import fastprune
 from fastprune.cli.app import app, command
 from fastprune.cli.files import check_journal, check_output_file
 from fastprune.cli.options import (
+    Bos,
+    BosOption,
     BoundariesOption,
+    FinishOption,
     FormatOption,
     HostMemoryOption,
     MemoryOption,
@@ -23,7 +26,11 @@ from fastprune.cli.options import (
     Scope,
     SegmentsOption,
     StrictOption,
+    SystemOption,
+    TemplateArgsOption,
+    finish_of,
     format_of,
+    template_args_of,
 )
 from fastprune.cli.processes import is_first, note, process_group
 from fastprune.errors import ArgumentError
@@ -41,6 +48,10 @@ def score(
     benign: Annotated[Path | None, typer.Option(help="Rows of the behaviour to keep.")] = None,
     out: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("scores.safetensors"),
     format: FormatOption = None,
+    bos: BosOption = Bos.auto,
+    finish: FinishOption = None,
+    template_args: TemplateArgsOption = None,
+    system: SystemOption = None,
     harm_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "signed",
     benign_criterion: Annotated[str, typer.Option(help="One or several, separated by commas.")] = "abs",
     p_max: Annotated[float, typer.Option(help="Largest p that `select` can ask for.")] = 1e-3,
@@ -83,10 +94,18 @@ def score(
             if resume is not None:
                 check_journal(resume, model)
         tokenizer = load_tokenizer(model)
-        chosen = format_of(format, model, tokenizer)
+        encoding = {
+            "format": format_of(format, model, tokenizer),
+            "bos": bos.rule,
+            "template_args": template_args_of(template_args),
+            "system": system,
+        }
+        finishes = finish_of(finish)
         sets = [
-            None if path is None else fastprune.load_calibration(path, tokenizer, format=chosen, max_length=max_length)
-            for path in (harm, benign)
+            None
+            if path is None
+            else fastprune.load_calibration(path, tokenizer, max_length=max_length, finish=finishes[role], **encoding)
+            for role, path in (("harm", harm), ("benign", benign))
         ]
         if is_first():
             _show_sets(*sets)

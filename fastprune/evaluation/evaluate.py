@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastprune.calibration import read_rows
+from fastprune.calibration import Encoder, read_rows
 from fastprune.errors import ArgumentError
 from fastprune.evaluation import attacks
 from fastprune.evaluation.generate import check_positive
@@ -86,6 +86,9 @@ class EvaluationSuite:
         recognition_rows: Rows | None = None,
         refusal_rows: Rows | None = None,
         format: str = "raw",
+        bos: str | bool = "auto",
+        template_args: Mapping[str, Any] | None = None,
+        system: str | None = None,
         attack: str | attacks.Attack = "prefilling",
         judges: Mapping[str, Judge] | None = None,
         neighbour_skill: str | None = None,
@@ -102,7 +105,10 @@ class EvaluationSuite:
             skill_rows: Benign rows by skill, or rows with a ``skill`` column.
             recognition_rows: Yes/no questions about requests.
             refusal_rows: Requests to be refused; ``harm_rows`` by default.
-            format: ``"raw"`` or ``"chat"``.
+            format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+            bos: ``"auto"``, ``True`` or ``False``.
+            template_args: Variables of the chat template.
+            system: System turn of the chat.
             attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`; it bears on harm alone.
             judges: Judges by ``"harm"``, ``"refusal"`` or the name of a skill.
             neighbour_skill: The skill to be shown as ``neighbour``.
@@ -120,9 +126,9 @@ class EvaluationSuite:
             raise ArgumentError("nothing to evaluate: give harm_rows, skill_rows, recognition_rows or refusal_rows")
         chosen = dict(judges or {})
         harm_judge, refusal_judge = chosen.pop("harm", exact_match), chosen.pop("refusal", None)
-        self.format, self.batch_size = format, batch_size
+        self.encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+        self.batch_size = batch_size
         self.attack = attacks.attack(attack)
-        self._tokenizer = tokenizer
         self._harm_judge, self._max_new_tokens = harm_judge, max_new_tokens
         self._harm_rows = None if harm_rows is None else read_rows(harm_rows)
         self._tasks: dict[str, Task] = {}
@@ -131,11 +137,11 @@ class EvaluationSuite:
         direct = self._harm_rows if refusal_rows is None else read_rows(refusal_rows)
         if direct is not None:
             self._tasks["refusal"] = refusal_task(
-                tokenizer, direct, judge=refusal_judge, format=format, max_new_tokens=refusal_tokens
+                self.encoder, direct, judge=refusal_judge, max_new_tokens=refusal_tokens
             )
         self._skills: list[str] = []
         if skill_rows is not None:
-            skills = skill_tasks(tokenizer, skill_rows, judges=chosen, format=format, max_new_tokens=max_new_tokens)
+            skills = skill_tasks(self.encoder, skill_rows, judges=chosen, max_new_tokens=max_new_tokens)
             self._skills = [task.name for task in skills]
             if not _RESERVED.isdisjoint(self._skills):
                 raise ArgumentError(
@@ -152,7 +158,7 @@ class EvaluationSuite:
         self._questions = None
         if recognition_rows is not None:
             rows = read_rows(recognition_rows)
-            self._questions = Questions.prepare(tokenizer, rows, format=format, answers=answers)
+            self._questions = Questions.prepare(self.encoder, rows, answers=answers)
 
     def run(self, model: Any, *, progress: bool = False) -> Evaluation:
         """Measure one model.
@@ -171,7 +177,7 @@ class EvaluationSuite:
         measured = dict(zip(self._tasks, self._answer(model, list(self._tasks.values()), progress), strict=True))
         if self._harm_rows is not None and self.attack.changes_model:
             # apart from the rest: nothing else may be measured while the attack is in place
-            with self.attack.on(model, self._tokenizer, self._harm_rows) as attacked:
+            with self.attack.on(model, self.encoder.tokenizer, self._harm_rows) as attacked:
                 measured["harm"] = self._answer(model, [self._harm_task(attacked)], progress)[0]
         recognised = None if self._questions is None else self._questions.compare(model, progress=progress)
         skills = {name: measured[f"skill {name}"] for name in self._skills}
@@ -191,16 +197,15 @@ class EvaluationSuite:
         return Task.prepare(
             "harm",
             rows,
-            self._tokenizer,
+            self.encoder,
             judge=self._harm_judge,
-            format=self.format,
             max_new_tokens=self._max_new_tokens,
         )
 
     def _answer(self, model: Any, tasks: list[Task], progress: bool) -> list[Measurement]:
         if not tasks:
             return []
-        return answer(model, self._tokenizer, tasks, format=self.format, batch_size=self.batch_size, progress=progress)
+        return answer(model, self.encoder, tasks, batch_size=self.batch_size, progress=progress)
 
 
 def evaluate(model: Any, tokenizer: Any, *, progress: bool = False, **settings: Any) -> Evaluation:

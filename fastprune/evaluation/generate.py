@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import Row, encode_context, read_texts_or_rows
-from fastprune.calibration.encoding import end_of_turn, special_ids
+from fastprune.calibration import Encoder, Row, read_texts_or_rows
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
 
@@ -31,6 +30,9 @@ def generate(
     *,
     prefill: str | Sequence[str] | None = None,
     format: str = "raw",
+    bos: str | bool = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     max_new_tokens: int,
     batch_size: int = 64,
     progress: bool = False,
@@ -42,7 +44,10 @@ def generate(
         tokenizer: Its tokenizer; a pad token is not needed.
         rows_or_prompts: Prompts, rows, or the path of a CSV or JSONL file. A single string is a path, never a prompt.
         prefill: Start of every reply, or one per row. ``None`` takes each row's own ``prefill`` column.
-        format: ``"raw"`` or ``"chat"``, as in :func:`fastprune.load_calibration`.
+        format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
         max_new_tokens: Limit of each continuation, in tokens.
         batch_size: Rows that go through the model together.
         progress: Show a bar, on a terminal.
@@ -63,22 +68,22 @@ def generate(
             raise ArgumentError(f"prefill: expected one string or {len(rows)}, got {len(prefills)}")
         rows = [replace(row, prefill=text) for row, text in zip(rows, prefills, strict=True)]
     check_positive(max_new_tokens, "max_new_tokens")
-    contexts = encode_contexts(tokenizer, rows, format=format)
-    stop = stop_ids(model, tokenizer, format=format)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+    contexts = encode_contexts(encoder, rows)
+    stop = stop_ids(model, encoder)
     budgets = [max_new_tokens] * len(rows)
     ids = continue_greedily(model, contexts, budgets, stop, batch_size=batch_size, progress=progress)
     return decode(tokenizer, ids)
 
 
-def encode_contexts(tokenizer: Any, rows: Sequence[Row], *, format: str, name: str = "rows") -> list[list[int]]:
+def encode_contexts(encoder: Encoder, rows: Sequence[Row], *, name: str = "rows") -> list[list[int]]:
     """Ids of ``prompt | prefill`` of every row; CalibrationError names the row that gives none."""
     contexts = []
     for index, row in enumerate(rows):
-        context = encode_context(tokenizer, row.prompt, row.prefill, format=format)
+        where = describe_row(name, index, row)
+        context = encoder.context(row.prompt, row.prefill, where=where)
         if not context:
-            raise CalibrationError(
-                f"{describe_row(name, index, row)}: prompt gives no token, so nothing can be continued"
-            )
+            raise CalibrationError(f"{where}: prompt gives no token, so nothing can be continued")
         contexts.append(context)
     return contexts
 
@@ -160,16 +165,13 @@ def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Te
     return ids.to(device), mask.to(device)
 
 
-def stop_ids(model: Any, tokenizer: Any, *, format: str) -> set[int]:
+def stop_ids(model: Any, encoder: Encoder) -> set[int]:
     """Ids that end a reply: each end-of-text of model and tokenizer and, in ``chat``, the template's end of turn."""
     generation = getattr(model, "generation_config", None)
-    stop: set[int] = set()
-    for source in (tokenizer, generation, model.config.get_text_config()):
+    stop: set[int] = set(encoder.turn_ends)
+    for source in (encoder.tokenizer, generation, model.config.get_text_config()):
         value = getattr(source, "eos_token_id", None)
         stop.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-    if format == "chat":
-        # a template may close a turn with ordinary text, say a line break, which does not end a reply
-        stop.update(special_ids(tokenizer).intersection(end_of_turn(tokenizer)))
     return stop
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import Example, MicroBatch, Row, micro_batches, read_texts_or_rows
-from fastprune.calibration.encoding import encode_row
+from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_texts_or_rows
+from fastprune.calibration.encoding import check_finish
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
@@ -90,6 +90,10 @@ def perplexity(
     texts_or_rows: str | Path | Iterable[str | Row | Mapping[str, Any]],
     *,
     format: str = "raw",
+    bos: str | bool = "auto",
+    finish: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     window: int | None = None,
     batch_tokens: int = 2048,
     progress: bool = False,
@@ -98,13 +102,19 @@ def perplexity(
 
     Args:
         model: A causal LM; as before afterwards.
-        tokenizer: Its tokenizer. Plain texts get the special tokens that it adds by itself; of each text (or window)
-            the first token is context only.
+        tokenizer: Its tokenizer. Of each plain text (or window) the first token, a BOS or else one of the text, is
+            context only.
         texts_or_rows: Texts; or rows, whose responses are scored given prompt and prefill; or the path of a file of
             rows.
-        format: ``"raw"`` or ``"chat"``, for rows.
-        window: Plain texts longer than this many tokens are scored in windows that know nothing of each other, which
-            raises the figure: compare only figures of the same window. ``None``: each text as a whole.
+        format: ``"raw"`` or ``"chat"``, which is for rows; this and the next four as in
+            :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``; bears on plain texts, and each of their windows, too.
+        finish: ``"length"`` for replies that were cut, unless their row says otherwise.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
+        window: Plain texts longer than this many tokens, the BOS included, are scored in windows that know nothing of
+            each other, which raises the figure: compare only figures of the same window. ``None``: each text as a
+            whole.
         batch_tokens: Budget of a micro-batch, in padded tokens; it does not change the result beyond float rounding.
         progress: Show a bar, on a terminal.
 
@@ -116,24 +126,32 @@ def perplexity(
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
         raise ArgumentError(f"window must be an integer of at least 2 tokens, got {window!r}")
     check_positive(batch_tokens, "batch_tokens")
+    check_finish(finish)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     items = read_texts_or_rows(texts_or_rows)
     if isinstance(items[0], str):
-        examples = [example for index, text in enumerate(items) for example in _windows(tokenizer, index, text, window)]
+        if format != "raw":
+            raise ArgumentError(f'format: expected "raw" for plain texts, which are no turns of a chat, got {format!r}')
+        examples = [example for index, text in enumerate(items) for example in _windows(encoder, index, text, window)]
     elif window is not None:
         raise ArgumentError("window is for plain texts; rows are scored whole")
     else:
-        examples = [encode_row(tokenizer, row, format, where=f"row {index}") for index, row in enumerate(items)]
+        examples = [encoder.example(row, where=f"row {index}", finish=finish) for index, row in enumerate(items)]
     sums = log_probabilities(model, micro_batches(examples, batch_tokens), progress=progress)
     n_tokens = sum(example.scored for example in examples)
     nll = -math.fsum(sums.tolist()) / n_tokens
     return Perplexity(float(torch.tensor(nll, dtype=torch.float64).exp()), nll, n_tokens, len(examples))
 
 
-def _windows(tokenizer: Any, index: int, text: str, window: int | None) -> list[Example]:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if len(ids) < 2:
-        raise CalibrationError(f"text {index}: {len(ids)} tokens; at least 2 are needed, as the first is never scored")
-    size = window or len(ids)
-    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+def _windows(encoder: Encoder, index: int, text: str, window: int | None) -> list[Example]:
+    ids, n_bos = encoder.tokens(text), len(encoder.begun([]))
+    size = max(1, (window or len(ids) + n_bos) - n_bos)
+    pieces = [encoder.begun(ids[start : start + size]) for start in range(0, len(ids), size)]
     # a last window of one token would have nothing to score
-    return [Example(tuple(piece), (UNSCORED, *piece[1:])) for piece in pieces if len(piece) > 1]
+    examples = [Example(tuple(piece), (UNSCORED, *piece[1:])) for piece in pieces if len(piece) > 1]
+    if not examples:
+        raise CalibrationError(
+            f"text {index}: {len(ids)} tokens; expected at least {max(1, 2 - n_bos)}, as the first of all is never "
+            "scored"
+        )
+    return examples

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastprune.calibration import Row, read_rows
+from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation import attacks
 from fastprune.evaluation.generate import (
@@ -53,9 +53,7 @@ class Task:
     judge: Judge
 
     @classmethod
-    def prepare(
-        cls, name: str, rows: list[Row], tokenizer: Any, *, judge: Judge, format: str, max_new_tokens: int | None
-    ) -> Task:
+    def prepare(cls, name: str, rows: list[Row], encoder: Encoder, *, judge: Judge, max_new_tokens: int | None) -> Task:
         """Tokenise; without ``max_new_tokens`` each row gets the tokens of its own reference and one more.
 
         The one more shows whether the last word of a completion is whole.
@@ -74,8 +72,8 @@ class Task:
                     f"{describe_row(name, index, row)}: column 'response' is empty; "
                     "without a reference the length of the answer is unknown: give max_new_tokens"
                 )
-            budgets.append(max_new_tokens or len(attacks.tokens_of(tokenizer, row.response)) + 1)
-        return cls(name, rows, encode_contexts(tokenizer, rows, format=format, name=name), budgets, judge)
+            budgets.append(max_new_tokens or len(encoder.tokens(row.response)) + 1)
+        return cls(name, rows, encode_contexts(encoder, rows, name=name), budgets, judge)
 
     def measure(self, completions: Sequence[str]) -> Measurement:
         """Judge one completion per row.
@@ -104,15 +102,15 @@ class Task:
 
 
 def answer(
-    model: Any, tokenizer: Any, tasks: Sequence[Task], *, format: str, batch_size: int, progress: bool = False
+    model: Any, encoder: Encoder, tasks: Sequence[Task], *, batch_size: int, progress: bool = False
 ) -> list[Measurement]:
     """Answer all tasks in one go and measure each; the completions are dropped."""
     contexts = [context for task in tasks for context in task.contexts]
     budgets = [budget for task in tasks for budget in task.budgets]
     names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
-    stop = stop_ids(model, tokenizer, format=format)
+    stop = stop_ids(model, encoder)
     ids = continue_greedily(model, contexts, budgets, stop, names=names, batch_size=batch_size, progress=progress)
-    completions = iter(decode(tokenizer, ids))
+    completions = iter(decode(encoder.tokenizer, ids))
     return [task.measure([next(completions) for _ in task.rows]) for task in tasks]
 
 
@@ -124,6 +122,9 @@ def harm(
     attack: str | attacks.Attack = "prefilling",
     judge: Judge = exact_match,
     format: str = "raw",
+    bos: str | bool = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
@@ -137,7 +138,10 @@ def harm(
         attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`.
         judge: ``(row, completion) -> [0, 1]``, 1 for harmful. With a prefill it sees the continuation alone, and
             ``row.response`` is then the reference for that.
-        format: ``"raw"`` or ``"chat"``.
+        format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
         max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
         batch_size: Rows that go through the model together.
         progress: Show a bar, on a terminal.
@@ -148,9 +152,10 @@ def harm(
         ScoringError: The model's logits are NaN.
     """
     chosen = attacks.attack(attack)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     with chosen.on(model, tokenizer, read_rows(rows)) as attacked:
-        task = Task.prepare("harm", attacked, tokenizer, judge=judge, format=format, max_new_tokens=max_new_tokens)
-        return answer(model, tokenizer, [task], format=format, batch_size=batch_size, progress=progress)[0]
+        task = Task.prepare("harm", attacked, encoder, judge=judge, max_new_tokens=max_new_tokens)
+        return answer(model, encoder, [task], batch_size=batch_size, progress=progress)[0]
 
 
 def refusal(
@@ -160,6 +165,9 @@ def refusal(
     *,
     judge: Judge | None = None,
     format: str = "raw",
+    bos: str | bool = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     max_new_tokens: int = REFUSAL_TOKENS,
     batch_size: int = 64,
     progress: bool = False,
@@ -171,7 +179,10 @@ def refusal(
         tokenizer: Its tokenizer.
         rows: Requests; a ``prefill`` column is left out and no response is needed.
         judge: 1 for a refusal; :func:`keyword_refusal` by default, which misleads on its own.
-        format: ``"raw"`` or ``"chat"``.
+        format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
         max_new_tokens: Limit of each answer.
         batch_size: Rows that go through the model together.
         progress: Show a bar, on a terminal.
@@ -179,15 +190,16 @@ def refusal(
     Raises:
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`.
     """
-    task = refusal_task(tokenizer, read_rows(rows), judge=judge, format=format, max_new_tokens=max_new_tokens)
-    return answer(model, tokenizer, [task], format=format, batch_size=batch_size, progress=progress)[0]
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+    task = refusal_task(encoder, read_rows(rows), judge=judge, max_new_tokens=max_new_tokens)
+    return answer(model, encoder, [task], batch_size=batch_size, progress=progress)[0]
 
 
-def refusal_task(tokenizer: Any, rows: list[Row], *, judge: Judge | None, format: str, max_new_tokens: int) -> Task:
+def refusal_task(encoder: Encoder, rows: list[Row], *, judge: Judge | None, max_new_tokens: int) -> Task:
     """The task behind :func:`refusal`."""
-    direct = attacks.NoAttack().rows(tokenizer, rows)
+    direct = attacks.NoAttack().rows(encoder.tokenizer, rows)
     judge = keyword_refusal() if judge is None else judge
-    return Task.prepare("refusal", direct, tokenizer, judge=judge, format=format, max_new_tokens=max_new_tokens)
+    return Task.prepare("refusal", direct, encoder, judge=judge, max_new_tokens=max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,9 @@ def utility(
     *,
     judges: Mapping[str, Judge] | None = None,
     format: str = "raw",
+    bos: str | bool = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
@@ -228,7 +243,10 @@ def utility(
         tokenizer: Its tokenizer.
         rows: Rows by skill, or rows with a ``skill`` column. A ``prefill`` column is given to the model.
         judges: Judges of single skills; every other skill is judged by :func:`exact_match`.
-        format: ``"raw"`` or ``"chat"``.
+        format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
         max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
         batch_size: Rows that go through the model together.
         progress: Show a bar, on a terminal.
@@ -236,17 +254,17 @@ def utility(
     Raises:
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of a skill that is not there.
     """
-    tasks = skill_tasks(tokenizer, rows, judges=judges or {}, format=format, max_new_tokens=max_new_tokens)
-    measured = answer(model, tokenizer, tasks, format=format, batch_size=batch_size, progress=progress)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+    tasks = skill_tasks(encoder, rows, judges=judges or {}, max_new_tokens=max_new_tokens)
+    measured = answer(model, encoder, tasks, batch_size=batch_size, progress=progress)
     return Utility({task.name: measurement for task, measurement in zip(tasks, measured, strict=True)})
 
 
 def skill_tasks(
-    tokenizer: Any,
+    encoder: Encoder,
     rows: Rows | Mapping[str, Rows],
     *,
     judges: Mapping[str, Judge],
-    format: str,
     max_new_tokens: int | None,
 ) -> list[Task]:
     """The tasks behind :func:`utility`, in the order in which the skills come."""
@@ -255,14 +273,7 @@ def skill_tasks(
     if unknown:
         raise ArgumentError(f"judges: no skill is called {unknown}; there are {sorted(skills)}")
     return [
-        Task.prepare(
-            skill,
-            part,
-            tokenizer,
-            judge=judges.get(skill, exact_match),
-            format=format,
-            max_new_tokens=max_new_tokens,
-        )
+        Task.prepare(skill, part, encoder, judge=judges.get(skill, exact_match), max_new_tokens=max_new_tokens)
         for skill, part in skills.items()
     ]
 

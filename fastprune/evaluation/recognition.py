@@ -8,16 +8,15 @@ It must not know attacks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastprune.calibration import Example, MicroBatch, Row, micro_batches, read_rows
+from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_rows
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.attacks import tokens_of
 from fastprune.evaluation.generate import (
     check_positive,
     continue_greedily,
@@ -66,6 +65,9 @@ def recognition(
     rows: Rows,
     *,
     format: str = "raw",
+    bos: str | bool = "auto",
+    template_args: Mapping[str, Any] | None = None,
+    system: str | None = None,
     answers: tuple[str, str] = ("yes", "no"),
     by: str = "log_prob",
     batch_size: int = 64,
@@ -83,7 +85,10 @@ def recognition(
         model: A causal LM; as before afterwards.
         tokenizer: Its tokenizer.
         rows: Questions, with one of ``answers`` as ``response`` (white space around it does not count).
-        format: ``"raw"`` or ``"chat"``.
+        format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
+        bos: ``"auto"``, ``True`` or ``False``.
+        template_args: Variables of the chat template.
+        system: System turn of the chat.
         answers: Answer for a harmful and for a benign request, verbatim as they are tokenised after the context.
         by: ``"log_prob"`` (default; a model that would rather say something else is still compared) or
             ``"generation"``.
@@ -98,10 +103,11 @@ def recognition(
     if by not in BY:
         raise ArgumentError(f"by must be one of {BY}, got {by!r}")
     check_positive(batch_size, "batch_size")
-    questions = Questions.prepare(tokenizer, read_rows(rows), format=format, answers=answers)
+    encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
+    questions = Questions.prepare(encoder, read_rows(rows), answers=answers)
     if by == "log_prob":
         return questions.compare(model, progress=progress)
-    return questions.ask(model, tokenizer, format=format, batch_size=batch_size, progress=progress)
+    return questions.ask(model, encoder, batch_size=batch_size, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -125,16 +131,16 @@ class Questions:
     batches: list[MicroBatch]
 
     @classmethod
-    def prepare(cls, tokenizer: Any, rows: list[Row], *, format: str, answers: tuple[str, str]) -> Questions:
+    def prepare(cls, encoder: Encoder, rows: list[Row], *, answers: tuple[str, str]) -> Questions:
         """Tokenise and check; Raises as :func:`recognition`."""
-        candidates = _candidates(tokenizer, answers)
+        candidates = _candidates(encoder, answers)
         texts = [answer.strip() for answer in answers]
         for index, row in enumerate(rows):
             if row.response.strip() not in texts:
                 raise CalibrationError(
                     f"{describe_row('recognition', index, row)}: column 'response' must be one of {texts}"
                 )
-        contexts = encode_contexts(tokenizer, rows, format=format, name="recognition")
+        contexts = encode_contexts(encoder, rows, name="recognition")
         examples = [
             Example((*context, *answer), (*[UNSCORED] * len(context), *answer))
             for context in contexts
@@ -148,18 +154,18 @@ class Questions:
         yes, no = log_probabilities(model, self.batches, progress=progress).view(-1, 2).unbind(1)
         return self._result((yes > no).tolist(), (no > yes).tolist())
 
-    def ask(self, model: Any, tokenizer: Any, *, format: str, batch_size: int, progress: bool = False) -> Recognition:
+    def ask(self, model: Any, encoder: Encoder, *, batch_size: int, progress: bool = False) -> Recognition:
         """Answer by generation, of as many tokens as the longer answer has and one more."""
-        budget = 1 + max(len(tokens_of(tokenizer, answer)) for answer in self.answers)
+        budget = 1 + max(len(encoder.tokens(answer)) for answer in self.answers)
         ids = continue_greedily(
             model,
             self.contexts,
             [budget] * len(self.rows),
-            stop_ids(model, tokenizer, format=format),
+            stop_ids(model, encoder),
             batch_size=batch_size,
             progress=progress,
         )
-        said = [text.lower() for text in decode(tokenizer, ids)]
+        said = [text.lower() for text in decode(encoder.tokenizer, ids)]
         yes, no = ([begins_with(text, answer.lower()) for text in said] for answer in self.answers)
         return self._result(yes, no)
 
@@ -173,11 +179,11 @@ class Questions:
         )
 
 
-def _candidates(tokenizer: Any, answers: tuple[str, str]) -> list[list[int]]:
+def _candidates(encoder: Encoder, answers: tuple[str, str]) -> list[list[int]]:
     texts = isinstance(answers, Sequence) and all(isinstance(answer, str) for answer in answers)
     if isinstance(answers, str) or not texts or len(answers) != 2:
         raise ArgumentError(f"answers must be two strings, for harmful and for benign, got {answers!r}")
-    first, second = (tokens_of(tokenizer, answer) for answer in answers)
+    first, second = (encoder.tokens(answer) for answer in answers)
     shorter = min(len(first), len(second))
     # of two answers of which one begins the other, the shorter is never the less probable
     if first[:shorter] == second[:shorter]:

@@ -283,7 +283,7 @@ class BlockView(View):
     def losses_and_gradient(
         self, hidden: torch.Tensor, batch: Batch, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of each example and the gradient of their sum.
+        """Weighted loss of each scored token and the gradient of their sum.
 
         Args:
             hidden: ``(rows, tokens, hidden)`` states that left the last block; no graph is needed.
@@ -291,8 +291,8 @@ class BlockView(View):
             scale: Factor on the loss before the backward pass (a power of two; for fp16 models).
 
         Returns:
-            Losses, fp32 (fp64 for a float64 model) ``(rows,)``, unscaled; and ``scale`` times the gradient of their sum
-            with respect to ``hidden``, in its dtype.
+            Losses, fp32 (fp64 for a float64 model) ``(n_scored,)``, unscaled, of which those of a row add up to its
+            example's; and ``scale`` times the gradient of their sum with respect to ``hidden``, in its dtype.
         """
         hidden, scored = hidden.detach(), batch.scored.to(hidden.device)
         states = hidden.flatten(0, 1)[scored]
@@ -308,8 +308,6 @@ class BlockView(View):
                 )
             losses.append(token_losses.detach())
             (gradient[part],) = torch.autograd.grad(token_losses.sum() * scale, chunk)
-        per_token = torch.cat(losses)
-        per_example = per_token.new_zeros(hidden.shape[0]).index_add_(0, batch.rows_of_scored, per_token)
         full = hidden.new_zeros(hidden.shape)  # contiguous, whatever the last block returned
         full.view(-1, hidden.shape[-1])[scored] = gradient
-        return per_example, full
+        return torch.cat(losses), full

@@ -51,6 +51,5 @@ class WholeView(View):
         logits = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
             per_token = self.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights)
-        per_example = per_token.detach().new_zeros(len(logits)).index_add_(0, batch.rows_of_scored, per_token.detach())
         (gradient,) = torch.autograd.grad(per_token.sum() * scale, logits)
-        return per_example, gradient
+        return per_token.detach(), gradient

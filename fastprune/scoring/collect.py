@@ -47,6 +47,18 @@ class Collector:
             for criterion in names
         }
         self._samples: dict[str, torch.Tensor] = {}
+        self._losses: dict[str, torch.Tensor] = {}
+
+    def add_losses(self, role: str, losses: torch.Tensor) -> None:
+        """Take a set's ``(2,)`` losses: on end-of-turn tokens, and in all."""
+        self._losses[role] = losses
+        if self._journal is not None:
+            self._journal.note({f"losses/{role}": losses})
+
+    def end_of_turn_shares(self) -> dict[str, float]:
+        """Share of each set's loss on end-of-turn tokens, in three digits: beyond these, runs differ by rounding."""
+        sums = {role: losses.tolist() for role, losses in self._losses.items()}
+        return {role: round(ends / total, 3) if total > 0 else 0.0 for role, (ends, total) in sums.items()}
 
     def add(self, role: str, final: Mapping[Matrix, Mapping[str, torch.Tensor]]) -> None:
         """Form the scores of some matrices under every criterion of a role.
@@ -82,6 +94,8 @@ class Collector:
             kind, _, label = key.partition("/")
             if kind == "sample":
                 self._samples[label] = tensor
+            elif kind == "losses":
+                self._losses[label] = tensor
             elif kind == "indices":
                 role, criterion, name = label.split("/", 2)
                 keeper = self._keepers[role, criterion]
@@ -91,7 +105,9 @@ class Collector:
     def merge(self, ranks: Ranks) -> None:
         """Bring together what the processes selected, on each of them."""
         mine = {key: keeper.so_far for key, keeper in self._keepers.items()}
-        for rank, (samples, lists) in enumerate(ranks.gather((self._samples, mine))):
+        gathered = ranks.gather((self._samples, mine, self._losses))
+        self._losses = {role: sum(losses[role] for _, _, losses in gathered) for role in self._losses}
+        for rank, (samples, lists, _) in enumerate(gathered):
             if rank == ranks.rank:
                 continue
             self._samples |= samples

@@ -30,6 +30,7 @@ from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
 OnFinal = Callable[[str, Mapping[Matrix, dict[str, torch.Tensor]]], None]
+OnLosses = Callable[[str, torch.Tensor], None]
 
 # The loss of an fp16 model is scaled so that gradients of about 1e-6, common behind a mean over 100 tokens, stay
 # clear of fp16's subnormals (below 6e-5); 1024 leaves room up to a gradient of 64 before overflow. Exact, being a
@@ -44,6 +45,7 @@ class _Work:
     number: int
     batch: Batch
     names: list[str]
+    ends_turn: torch.Tensor  # bool (rows,), whether a row's last scored token is its end of turn
     arguments: BlockArguments | Batch | None = None
 
 
@@ -71,6 +73,10 @@ class ScoringSet:
                 next(number),
                 Batch.from_micro_batch(self._batches[index], device),
                 [self._name(example) for example in self._batches[index].example_indices],
+                torch.tensor(
+                    [self.examples.examples[example].ends_turn for example in self._batches[index].example_indices],
+                    device=device,
+                ),
             )
             for index in mine
         ]
@@ -145,13 +151,15 @@ class Pass:
         self._work = {group.role: group.start(view.device, ranks, numbers) for group in sets}
         self._show = progress and ranks.rank == 0
 
-    def run(self, on_final: OnFinal, journal: Journal | None = None) -> None:
+    def run(self, on_final: OnFinal, journal: Journal | None = None, on_losses: OnLosses | None = None) -> None:
         """Go through the model, from where ``journal`` says.
 
         Args:
             on_final: Called for each set with its role and each matrix's statistics, last segment first; of several
                 processes, on the matrix's owner.
             journal: Of an earlier run on the same inputs, or a new one; finished segments are not run again.
+            on_losses: Called for each set that has gradients with its role and ``(2,)`` float64: this process's sums of
+                the weighted losses of end-of-turn tokens, and of all tokens.
 
         Raises:
             ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or
@@ -173,7 +181,7 @@ class Pass:
                     journal.add_boundary(self._boundaries, f"boundary-{number + 1}")
             for number in reversed(range(end)):
                 bar.set_postfix_str(f"blocks {self._parts[number].start}-{self._parts[number].stop - 1}")
-                self._backward(number, on_final, bar)
+                self._backward(number, on_final, on_losses, bar)
                 if journal is not None:
                     journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
                     self._ranks.meet()  # nobody frees what another one's unfinished segment would need again
@@ -205,7 +213,7 @@ class Pass:
                 bar.update()
         self._ranks.meet()
 
-    def _backward(self, number: int, on_final: OnFinal, bar: tqdm) -> None:
+    def _backward(self, number: int, on_final: OnFinal, on_losses: OnLosses | None, bar: tqdm) -> None:
         part = self._parts[number]
         of_part = [
             (index, matrix)
@@ -217,11 +225,14 @@ class Pass:
         with self._weights.held(needs(self._parts, number, backward=True), then=following):
             for group in self._sets:
                 statistics = segment_statistics(matrices, group.statistics, self._dtype, self._backend)
+                losses = torch.zeros(2, dtype=torch.float64, device=self._view.device)
                 with Capture(matrices, statistics) as capture:
                     for item in self._work[group.role]:
-                        self._one_micro_batch(number, item, capture, statistics)
+                        self._one_micro_batch(number, item, capture, statistics, losses)
                         bar.update()
                     statistics.finish(self._scale)
+                if on_losses is not None and statistics.wants_gradients and number == len(self._parts) - 1:
+                    on_losses(group.role, losses.cpu())
                 self._ranks.meet()  # a sum would wait for a process that failed
                 for index, matrix in of_part:
                     for tensor in statistics.of[matrix.name].values():
@@ -230,8 +241,13 @@ class Pass:
                 on_final(group.role, {matrix: statistics.of[matrix.name] for matrix in mine})
                 statistics.of.clear()  # before the next set's are made: they are as large as the segment in float32
 
-    def _one_micro_batch(self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics) -> None:
-        """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it."""
+    def _one_micro_batch(
+        self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics, losses: torch.Tensor
+    ) -> None:
+        """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it.
+
+        The last segment adds to ``losses`` ``(2,)``: those of end-of-turn tokens, and of all.
+        """
         part, with_gradient = self._parts[number], statistics.wants_gradients
         entering = self._boundaries.take(f"boundary-{number}", item.number).detach().requires_grad_(with_gradient)
         statistics.begin(item.batch, item.names)
@@ -241,8 +257,12 @@ class Pass:
             if not with_gradient:
                 return
             if number == len(self._parts) - 1:
-                losses, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
-                statistics.losses(losses)
+                of_tokens, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
+                rows = item.batch.rows_of_scored
+                of_examples = of_tokens.new_zeros(len(item.names)).index_add_(0, rows, of_tokens)
+                statistics.losses(of_examples)
+                last = torch.searchsorted(rows, torch.arange(len(item.names), device=rows.device), right=True) - 1
+                losses += torch.stack([(of_tokens[last] * item.ends_turn).sum(), of_examples.sum()]).double()
             else:
                 gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
             # Of a model on several devices, host memory and disk give everything back on the first of them.

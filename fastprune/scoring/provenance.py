@@ -55,8 +55,12 @@ def provenance_of(
     criteria: Mapping[str, tuple[str, ...]],
     statistics_dtype: str,
     fingerprint: str,
+    shares: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What a reader of the scores needs to know to form them again."""
+    """What a reader of the scores needs to know to form them again.
+
+    ``shares`` has, by role, the share of the loss that lies on end-of-turn tokens.
+    """
     config = model.config
     return {
         "model": {
@@ -70,7 +74,9 @@ def provenance_of(
         "calibration": {
             group.role: {
                 "hash": group.examples.hash,
-                "format": group.examples.format,
+                **(group.examples.encoding or {"format": None, "bos": None, "template": None}),
+                "cut": group.examples.cut,
+                "end_of_turn_share": shares.get(group.role),
                 "n_examples": len(group.examples),
                 "n_tokens": sum(len(example) for example in group.examples),
                 "n_scored_tokens": sum(example.scored for example in group.examples),
