@@ -39,8 +39,8 @@ class Row:
         prefill: The start of the reply that counts as context.
         category: Label by which :meth:`CalibrationSet.subset` picks rows.
         id: Name of the row in messages and reports.
-        finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a limit of tokens, ``None`` not known.
         extra: Every other column, as it came.
+        finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a limit of tokens, ``None`` not known.
     """
 
     prompt: str
@@ -48,8 +48,8 @@ class Row:
     prefill: str = ""
     category: str | None = None
     id: str | None = None
-    finish: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    finish: str | None = None
 
 
 def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Row]:
