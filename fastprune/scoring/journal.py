@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from fastprune.artifact import read_artifact, sha256, sync, try_lock, write_artifact
+from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError
+from fastprune.files import sha256, sync, try_lock
 from fastprune.scoring.hidden import HiddenStates, disk_errors
 from fastprune.scoring.ranks import Ranks
 
