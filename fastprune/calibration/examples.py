@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class Example:
             before it.
         id: Name of the row it was made from.
         category: Category of that row.
+        refusal: Whether the reply holds a refusal phrase; ``None`` where its text is not known.
 
     Raises:
         CalibrationError: The two differ in length, the first token is scored, or no token is.
@@ -44,6 +45,7 @@ class Example:
     labels: tuple[int, ...]
     id: str | None = None
     category: str | None = None
+    refusal: bool | None = field(default=None, compare=False)  # of the text, which equal tokens have in common
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +17,7 @@ import torch
 
 from fastprune.calibration.encoding import check_format, encode_row
 from fastprune.calibration.examples import Example, check_batch_tokens, hash_examples, micro_batches
+from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import describe, read_rows
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
@@ -51,6 +53,12 @@ class CalibrationSet:
     def hash(self) -> str:
         """SHA-256 of token ids and labels, the same for any order of the examples."""
         return hash_examples(self.examples)
+
+    @property
+    def refusals(self) -> float | None:
+        """Share of refusals, by key phrases, among the replies whose text is known; ``None`` if none is."""
+        known = [example.refusal for example in self.examples if example.refusal is not None]
+        return sum(known) / len(known) if known else None
 
     def loader(self, batch_tokens: int = 4096) -> CalibrationLoader:
         """Micro-batches of at most ``batch_tokens`` padded tokens, as often as it is iterated."""
@@ -156,7 +164,7 @@ def load_calibration(
         if max_length is not None and len(example) > max_length:
             too_long += 1
         else:
-            kept.append(example)
+            kept.append(replace(example, refusal=is_refusal(row.prefill + row.response)))
             prefilled += bool(row.prefill)
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
