@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastprune.errors import ArgumentError, ArtifactError, NotFoundError
+from fastprune.errors import ArtifactError, DiskError, NotFoundError
+from fastprune.files import as_path, replacing
 
-VERSION = 2  # 1 had no hash
+# Raised for each kind by itself when its content changes.
+VERSIONS = {
+    "scores": 3,  # 2 had no share of refusals, 1 no hash
+    "mask": 3,  # 2 did not say where masks of other masks come from
+    "undo": 2,
+    "segment": 2,
+}
+_MADE_BY = {
+    "scores": "make it again with `fastprune score`",
+    "mask": "make it again with `fastprune select` (a control: `fastprune control`)",
+    "undo": "undo the patch with the fastprune that wrote it, or patch the original checkpoint again with `fastprune "
+    "patch`",
+    "segment": "remove the journal's folder and run `fastprune score --resume` again",
+}
 _ENTRY = "fastprune"
-
-
-def as_path(value: object, argument: str) -> Path:
-    """The path that a caller has named.
-
-    Raises:
-        ArgumentError: It is neither a string nor a path, or it is empty, which would be the current folder.
-    """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ArgumentError(f"{argument}: expected a path, got {value!r}")
-    return Path(value)
 
 
 def write_artifact(
@@ -50,7 +52,7 @@ def write_artifact(
 
     Args:
         path: Where to; an existing file is replaced.
-        kind: What it is, e.g. ``"mask"``.
+        kind: What it is: one of :data:`VERSIONS`.
         tensors: Named tensors on any device.
         content: Facts, JSON-able.
         durable: Return only when file and name would survive a power cut.
@@ -61,67 +63,32 @@ def write_artifact(
     Raises:
         NotFoundError: The folder does not exist.
         ArtifactError: ``content`` is not JSON-able, or ``path`` is a folder.
+        DiskError: The disk is full, or refuses the file.
     """
     path = as_path(path, "path")
-    if not path.parent.is_dir():
-        raise NotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not (folder := Path(os.path.realpath(path)).parent).is_dir():
+        raise NotFoundError(f"cannot write {path}: the folder {folder} does not exist")
     if path.is_dir():
         raise ArtifactError(f"cannot write {path}: it is a folder; name a file")
-    facts = {"kind": kind, "version": VERSION, "content": content}
+    facts = {"kind": kind, "version": VERSIONS[kind], "content": content}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         text = json.dumps({**facts, "sha256": _hash(tensors, json.dumps(facts))})
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"cannot write {path}: its metadata is not JSON-able ({error})") from error
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
-    try:
+    with replacing(path, durable=durable) as temporary:
         save_tensors(temporary, tensors, {_ENTRY: text})
-        if durable:
-            sync(temporary)
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
-
-
-def sync(path: Path) -> None:
-    """Make the contents of a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def try_lock(handle: int) -> bool:
-    """Lock an open file or folder until it is closed; ``False`` if another process, or another opening, has locked it.
-
-    Where there are no such locks (no POSIX system, file systems of some clusters), two at once are the user's risk.
-    """
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return True
-    return True
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with the permissions that the user's umask gives; its writer alone makes it private."""
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    except SafetensorError as error:  # its way of saying what any other writer says by an OSError
+        raise DiskError(f"cannot write {path.name}: {error}; free some space, or name another folder") from error
     path.chmod(mode)
 
 
@@ -156,6 +123,15 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor],
     return tensors, facts["content"]
 
 
+def kind_of(path: Path) -> str | None:
+    """What a file is by its own words, of whatever version, or ``None`` if it is no artifact of this package."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})[_ENTRY])["kind"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _hash(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     """Of everything that a file holds; the tensors are on the CPU and contiguous."""
     digest = hashlib.sha256(text.encode())
@@ -172,7 +148,10 @@ def _facts(metadata: Mapping[str, str], kind: str, path: Path) -> tuple[dict[str
     found = json.loads(metadata[_ENTRY])
     if found["kind"] != kind:
         raise ArtifactError(f"{path} is a {found['kind']} file, expected a {kind} file")
-    if found["version"] != VERSION:
-        raise ArtifactError(f"{path} has version {found['version']}, this fastprune reads version {VERSION}")
+    if found["version"] != VERSIONS[kind]:
+        raise ArtifactError(
+            f"{path} has version {found['version']}, this fastprune reads version {VERSIONS[kind]} of {kind} files; "
+            f"{_MADE_BY[kind]}"
+        )
     expected = found.pop("sha256")
     return found, expected

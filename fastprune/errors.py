@@ -49,6 +49,10 @@ class ArtifactError(FastpruneError, ValueError):
     """A file is truncated, foreign, or of another version."""
 
 
+class DiskError(FastpruneError, OSError):
+    """A file cannot be written: the disk is full, a quota is met, or the file system refuses."""
+
+
 class BackendError(FastpruneError, RuntimeError):
     """An explicitly requested backend cannot serve the call."""
 

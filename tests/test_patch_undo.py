@@ -33,16 +33,16 @@ def shards(folder: Path) -> list[Path]:
 def test_patch_and_undo_give_the_same_bytes(model, tmp_path, shard, dtype, in_place):
     model.to(dtype).save_pretrained(tmp_path / "model", max_shard_size=shard)
     before, mask = contents(tmp_path / "model"), mask_for(model)
-    fastprune.patch_checkpoint(tmp_path / "model", mask, tmp_path / "copy", scale=-0.3)
+    fastprune.patch_checkpoint(tmp_path / "model", mask, tmp_path / "copy", scale=0.3)
     patched = tmp_path / "copy"
     if in_place:
-        assert fastprune.patch_in_place(str(tmp_path / "model"), mask, scale=-0.3) == tmp_path / "model"
+        assert fastprune.patch_in_place(str(tmp_path / "model"), mask, scale=0.3) == tmp_path / "model"
         one, other = contents(tmp_path / "model"), contents(tmp_path / "copy")
         del one[UNDO_NAME], other[UNDO_NAME]  # safetensors writes its metadata in any order
         assert one == other
         patched = tmp_path / "model"
 
-    with mask.applied(model, scale=-0.3), torch.no_grad():
+    with mask.applied(model, scale=0.3), torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(patched, dtype=dtype)
         ids = torch.tensor([[1, 2, 3]])
         assert torch.equal(loaded(ids).logits, model(ids).logits)

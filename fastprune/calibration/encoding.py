@@ -13,6 +13,7 @@ from typing import Any
 
 from fastprune.calibration.chat_template import ChatTemplate, special_ids
 from fastprune.calibration.examples import UNSCORED, Example
+from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
 from fastprune.errors import ArgumentError, CalibrationError
 
@@ -138,7 +139,14 @@ class Encoder:
                 f"{where}: the context gives no token and the response only one, which nothing precedes"
             )
         ids = (*context, *response, *closing)
-        return Example(ids, tuple(labels), id=row.id, category=row.category, ends_turn=bool(closing))
+        return Example(
+            ids,
+            tuple(labels),
+            id=row.id,
+            category=row.category,
+            ends_turn=bool(closing),
+            refusal=is_refusal(row.prefill + row.response),
+        )
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a piece of text alone, without special tokens."""

@@ -36,6 +36,7 @@ class Example:
         id: Name of the row it was made from.
         category: Category of that row.
         ends_turn: Whether the last label is the end-of-turn token of a chat template.
+        refusal: Whether the reply holds a refusal phrase; ``None`` where its text is not known.
 
     Raises:
         CalibrationError: The two differ in length, the first token is scored, or no token is.
@@ -45,7 +46,9 @@ class Example:
     labels: tuple[int, ...]
     id: str | None = None
     category: str | None = None
+    # Facts about the text, which examples of equal tokens may differ in.
     ends_turn: bool = field(default=False, compare=False)
+    refusal: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):

@@ -63,6 +63,12 @@ class CalibrationSet:
         """SHA-256 of token ids and labels, the same for any order of the examples."""
         return hash_examples(self.examples)
 
+    @property
+    def refusals(self) -> float | None:
+        """Share of refusals, by key phrases, among the replies whose text is known; ``None`` if none is."""
+        known = [example.refusal for example in self.examples if example.refusal is not None]
+        return sum(known) / len(known) if known else None
+
     def loader(self, batch_tokens: int = 4096) -> CalibrationLoader:
         """Micro-batches of at most ``batch_tokens`` padded tokens, as often as it is iterated."""
         return CalibrationLoader(self, batch_tokens)

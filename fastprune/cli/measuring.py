@@ -10,7 +10,7 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app, command, quiet_loading
-from fastprune.cli.files import check_output_file, check_output_folder
+from fastprune.cli.files import check_report, output_file, output_folder, written
 from fastprune.cli.options import (
     AttackName,
     Bos,
@@ -30,6 +30,7 @@ from fastprune.errors import ArgumentError, require
 
 @app.command()
 def control(
+    context: typer.Context,
     model: ModelFolder,
     mask: Annotated[Path, typer.Argument(help="The mask that the control is to be like.", show_default=False)],
     kind: Annotated[
@@ -43,7 +44,7 @@ def control(
     """Choose as many weights in each matrix as a mask has, without looking at any behaviour."""
     from fastprune.masking import largest_magnitude_mask
 
-    check_output_file(out, (mask, model))
+    context.with_resource(output_file(out, "mask", (mask, model)))
     like, loaded = fastprune.PruneMask.load(mask), _load(model, "cpu", dtype)
     match kind:
         case Control.largest:
@@ -51,11 +52,12 @@ def control(
         case _:
             chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
     following = command("eval", model, "--mask", mask, "--mask", out)
-    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: {following} …")
+    typer.echo(f"{chosen}\nwritten to {written(out, chosen.save)}\nnext: {following} …")
 
 
 @app.command(name="eval")
 def evaluate(
+    context: typer.Context,
     model: ModelFolder,
     harm: Annotated[
         Path | None, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")
@@ -91,7 +93,8 @@ def evaluate(
 
     if out is not None:
         require("matplotlib", "report")  # the pictures come last
-        check_output_folder(out)
+        context.with_resource(output_folder(out))
+        check_report(out)
     masks, patched = _named(mask or ()), stored_patch(model)
     refused = keyword_refusal()
     judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
@@ -126,7 +129,7 @@ def evaluate(
     record = evaluation_record(name, loaded, suite, masks, strict=strict, settings=settings, patched=patched)
     print_results(record)
     if out is not None:
-        print_files(write_report(record, out))
+        print_files(written(out, lambda folder: write_report(record, folder)))
 
 
 def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:

@@ -13,7 +13,7 @@ import typer
 
 import fastprune
 from fastprune.cli.app import app, command
-from fastprune.cli.files import check_journal, check_output_file
+from fastprune.cli.files import check_journal, check_room, output_file, written
 from fastprune.cli.options import (
     Bos,
     BosOption,
@@ -33,7 +33,7 @@ from fastprune.cli.options import (
     template_args_of,
 )
 from fastprune.cli.processes import is_first, note, process_group
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, FastpruneError
 
 if TYPE_CHECKING:
     from fastprune.calibration import CalibrationSet
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def score(
+    context: typer.Context,
     model: ModelFolder,
     harm: Annotated[
         Path, typer.Option(help="Rows of the behaviour to remove: CSV or JSONL with prompt, response[, prefill].")
@@ -90,7 +91,7 @@ def score(
         if device is not None:
             usable_device(device)  # before the rows are read
         if is_first():
-            check_output_file(out, (harm, benign, model))
+            context.with_resource(output_file(out, "scores", (harm, benign, model), resume))
             if resume is not None:
                 check_journal(resume, model)
         tokenizer = load_tokenizer(model)
@@ -107,13 +108,16 @@ def score(
             else fastprune.load_calibration(path, tokenizer, max_length=max_length, finish=finishes[role], **encoding)
             for role, path in (("harm", harm), ("benign", benign))
         ]
+        criteria = _listed(harm_criterion), _listed(benign_criterion)
         if is_first():
             _show_sets(*sets)
+            fractions = [q_max] * len(criteria[0]) + [p_max] * (len(criteria[1]) if benign is not None else 0)
+            check_room(out, model, fractions)
         scores = fastprune.score(
             model,
             *(None if group is None else group.loader(batch_tokens) for group in sets),
-            harm=_listed(harm_criterion),
-            benign=_listed(benign_criterion),
+            harm=criteria[0],
+            benign=criteria[1],
             p_max=p_max,
             q_max=q_max,
             memory=memory,
@@ -127,11 +131,15 @@ def score(
         if is_first():
             protect, prune = _fractions(scores)
             options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: {command('select', out, *options)}")
+            with _kept(resume):
+                typer.echo(
+                    f"{scores}\nwritten to {written(out, scores.save)}\nnext: {command('select', out, *options)}"
+                )
 
 
 @app.command()
 def select(
+    context: typer.Context,
     scores: Annotated[Path, typer.Argument(help="File of `fastprune score`.", show_default=False)],
     q: Annotated[float, typer.Option("-q", help="Fraction of the best harm scores to prune, in (0, 1].")],
     p: Annotated[
@@ -147,8 +155,11 @@ def select(
         list[Path] | None, typer.Option(help="Masks whose weights are never pruned; repeatable.")
     ] = None,
 ) -> None:
-    """Choose weights: the best by harm score without the best by benign score."""
-    check_output_file(out, (scores, *(protect or ())))
+    """Choose weights: the best by harm score without the best by benign score.
+
+    The mask says where the model does what was removed, so whoever has it beside the original has both.
+    """
+    context.with_resource(output_file(out, "mask", (scores, *(protect or ()))))
     loaded = fastprune.Scores.load(scores)
     if p is None and not protect and loaded.criteria["benign"]:
         note("nothing is protected without -p, although the scores hold a benign set")
@@ -162,8 +173,14 @@ def select(
         slice=slice,
         protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
     )
-    following = command("patch", "MODEL", out, "--out", "PRUNED_MODEL")
-    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: {following}")
+    from fastprune.masking.storable import why_not_storable
+
+    if (reason := why_not_storable(mask.metadata)) is None:
+        following = command("patch", "MODEL", out, "--out", "PRUNED_MODEL")
+    else:
+        note(f"this mask may not be written into a checkpoint: {reason}")
+        following = f"{command('eval', 'MODEL', '--mask', out)} …"
+    typer.echo(f"{mask}\nwritten to {written(out, mask.save)}\nnext: {following}")
 
 
 @app.command()
@@ -178,28 +195,38 @@ def patch(
         bool, typer.Option("--backup", help="With --in-place: copy changed shards to <shard>.bak first.")
     ] = False,
     undo: Annotated[bool, typer.Option("--undo", help="Take the mask out of MODEL again, bit by bit.")] = False,
-    scale: Annotated[float | None, typer.Option(help="Factor on the masked weights.", show_default="0")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor on the masked weights, from 0 to 1.", show_default="0")
+    ] = None,
     strict: StrictOption = True,
+    no_undo: Annotated[
+        bool, typer.Option("--no-undo", help="Leave no fastprune.undo: for a folder that is passed on.")
+    ] = False,
 ) -> None:
     """Write a mask into a checkpoint, or into a copy of it, shard by shard; or take it out again.
 
     A patched folder holds `fastprune.undo` with the original values, so --undo needs nothing else. A patch in place
     that was killed half way is undone the same way.
+
+    The mask and `fastprune.undo` reveal and restore what was removed: publish neither with the pruned model unless that
+    is wanted. With --no-undo the folder holds no such file; in place, it is there only while weights are written.
+
+    Masks that remove refusals stay in memory: those of `signed_reverse`, and those whose harm rows are mostly refusals.
     """
-    _check_patch_options(mask, out, in_place, backup, undo, scale, strict)
+    _check_patch_options(mask, out, in_place, backup, undo, scale, strict, no_undo)
     if undo:
         fastprune.undo_patch(model)
         typer.echo(f"{model} has its original weights again")
         return
     chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
     if in_place:
-        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor, strict=strict)
+        fastprune.patch_in_place(model, chosen, backup=backup, scale=factor, strict=strict, undo=not no_undo)
     else:
-        fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict)
+        fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict, undo=not no_undo)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
-    undoing = command("patch", "--undo", target)
-    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: {undoing}")
+    following = "no undo file was left" if no_undo else f"undo: {command('patch', '--undo', target)}"
+    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\n{following}")
 
 
 @app.command()
@@ -245,20 +272,30 @@ def plan(
 
 
 def _check_patch_options(
-    mask: Path | None, out: Path | None, in_place: bool, backup: bool, undo: bool, scale: float | None, strict: bool
+    mask: Path | None,
+    out: Path | None,
+    in_place: bool,
+    backup: bool,
+    undo: bool,
+    scale: float | None,
+    strict: bool,
+    no_undo: bool,
 ) -> None:
     given = [name for name, value in (("--out", out), ("--in-place", in_place), ("--undo", undo)) if value]
     if len(given) != 1:
         came = " and ".join(given) or "none of them"
         raise ArgumentError(f"patch: expected one of --out DIR, --in-place and --undo, got {came}")
-    if undo and (mask is not None or scale is not None or not strict):
+    if undo and (mask is not None or scale is not None or not strict or no_undo):
         raise ArgumentError(
-            "patch: --undo takes neither a MASK nor --scale nor --no-strict; what to put back is in the folder"
+            "patch: --undo takes neither a MASK nor --scale nor --no-strict nor --no-undo; what to put back is in the "
+            "folder"
         )
     if not undo and mask is None:
         raise ArgumentError(f"patch: {given[0]} expects a MASK after the model, got none")
     if backup and not in_place:
         raise ArgumentError(f"patch: --backup goes with --in-place only, got {given[0]}")
+    if backup and no_undo:
+        raise ArgumentError("patch: --no-undo leaves nothing of the old weights, so it does not go with --backup")
 
 
 @contextlib.contextmanager
@@ -272,11 +309,32 @@ def _resumable(journal: Path | None) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _kept(journal: Path | None) -> Iterator[None]:
+    """Say that scores which could not be written are in the journal still."""
+    try:
+        yield
+    except (FastpruneError, OSError):
+        if journal is not None:
+            note(
+                f"the scores are in the journal too: the same command, with --resume {shlex.quote(str(journal))}, "
+                "writes them without another pass"
+            )
+        raise
+
+
 def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
     """How many rows count, and how many of them have the context that a prefilling attack would give."""
     for role, examples in (("harm", harm), ("benign", benign)):
         if examples is not None:
             typer.echo(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
+    from fastprune.calibration.refusals import MOSTLY
+
+    if (harm.refusals or 0) > MOSTLY:
+        note(
+            f"{harm.refusals * len(harm):.0f} of the {len(harm)} harm replies are refusals; a mask of what the model "
+            "refuses with can be measured in memory, and may not be written into a checkpoint"
+        )
 
 
 def _fractions(scores: fastprune.Scores) -> tuple[str, str]:

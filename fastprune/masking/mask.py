@@ -20,6 +20,7 @@ import torch
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArtifactError, MaskError
 from fastprune.masking.apply import Undo, applied, apply_mask_
+from fastprune.masking.storable import merged
 
 
 class PruneMask(Mapping[str, torch.Tensor]):
@@ -161,6 +162,8 @@ class PruneMask(Mapping[str, torch.Tensor]):
         for key in ("model", "fingerprint"):
             if key in self.metadata and self.metadata[key] == other.metadata.get(key):
                 metadata[key] = self.metadata[key]
+        if sources := merged((self.metadata, other.metadata)):
+            metadata["origins"] = sources
         return PruneMask({name: combine(a, other[name]) for name, a in self.items()}, self.shapes, metadata)
 
     def save(self, path: str | Path) -> Path:

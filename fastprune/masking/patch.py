@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastprune.artifact import as_path, sha256, sync, try_lock
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
-from fastprune.masking.apply import checked_scale
+from fastprune.files import as_path, check_space, claimed, inside, replacing, sha256, sync, try_lock
 from fastprune.masking.edits import hashes, scatter
 from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
+from fastprune.masking.storable import check_storable, checked_stored_scale
 from fastprune.masking.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo
 from fastprune.model.shards import INDEX, shard_names, stored_tensors
 
@@ -29,46 +29,59 @@ _BACKUP = ".bak"
 
 
 def patch_checkpoint(
-    in_dir: str | Path, mask: PruneMask, out_dir: str | Path, *, scale: float = 0.0, strict: bool = True
+    in_dir: str | Path,
+    mask: PruneMask,
+    out_dir: str | Path,
+    *,
+    scale: float = 0.0,
+    strict: bool = True,
+    undo: bool = True,
 ) -> Path:
     """Copy a checkpoint folder with a mask applied.
 
     Configuration and tokenizer files are copied as they are; other copies of the weights (``.bin``, ``.gguf``, …) are
     left out. Beside the weights lies ``fastprune.undo`` with the original values: :func:`undo_patch` on the copy gives
-    the weights of ``in_dir`` again. The folder appears under its name when it is complete.
+    the weights of ``in_dir`` again. So whoever has that file has what was removed: write no undo file into a folder
+    that is passed on. The folder appears under its name when it is complete.
+
+    Masks that remove refusals stay in memory: those selected by ``signed_reverse``, those whose harm set is mostly
+    refusals, and what set algebra makes of these.
 
     Args:
         in_dir: Folder with ``model.safetensors`` or shards and ``model.safetensors.index.json``. It may have been
             patched itself: the undo file of the copy then leads back to that state and no further.
         mask: The mask; its names must be those on disk, or differ by one common prefix.
         out_dir: Must not exist or be empty.
-        scale: Factor for the masked weights; 0 writes +0.
+        scale: Factor for the masked weights, in [0, 1]; 0 writes +0.
         strict: Refuse a checkpoint with another fingerprint than the mask's.
+        undo: Write ``fastprune.undo``.
 
     Returns:
         ``out_dir``.
 
     Raises:
         NotFoundError: ``in_dir``, its weights, or the folder to write into do not exist.
-        ArgumentError: ``out_dir`` is not empty, a link or the current folder, ``mask`` is no mask (but its file, say),
-            or ``scale`` is not finite.
+        ArgumentError: ``out_dir`` is not empty, a link, the current folder, in ``in_dir``, or being written by another
+            process; ``mask`` is no mask (but its file, say); or ``scale`` is outside [0, 1].
         ArtifactError: A shard or the index is truncated or not what its name says, or an earlier patch of ``in_dir``
             in place was interrupted.
-        MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
+        MaskError: The mask does not fit (names, shapes, dtypes, or the fingerprint), or may not be written to disk.
+        DiskError: There is no room for the copy.
 
     Warns:
         FastpruneWarning: Other copies of the weights were left out.
     """
     source, target = as_path(in_dir, "in_dir"), as_path(out_dir, "out_dir")
     _check_mask(mask)
-    scale = checked_scale(scale)
+    scale = checked_stored_scale(scale)
     _check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
         raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
     if target.is_symlink() or target.resolve() == Path.cwd():
         raise ArgumentError(f"out_dir {target}: expected the name of a new folder, got a link or the current folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArgumentError(f"out_dir {target} must not exist or be an empty folder")
+    _check_empty(target)
+    if inside(target, source):
+        raise ArgumentError(f"out_dir: expected a folder outside of in_dir {source}, got {target}")
     shards = shard_names(source)
     changes = changes_of(mask, stored_tensors(source), source, strict)
     check_whole(source)
@@ -79,27 +92,29 @@ def patch_checkpoint(
 
     edits = edits_of(changes, scale)
     found: dict[Path, Hashes] = {}
-    work = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)  # of a killed process that had this one's number
-    try:
-        for file in [*shards, *files]:
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
-            if (edit := edits.get(source / file)) is None:
-                shutil.copyfile(source / file, work / file)
-            else:
-                found[source / file] = Hashes(*hashes(source / file, edit.offsets, edit.new, copy_to=work / file))
-        write_undo(work, Undo(mask.digest, scale, changes, found))
-        for path in (*work.rglob("*"), work):
-            sync(path)
-        work.replace(target)
-        sync(target.absolute().parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with claimed(target, "out_dir"):
+        needed = sum((source / file).stat().st_size for file in [*shards, *files])
+        check_space(target.absolute().parent, needed, f"out_dir {target}")
+        with _replacing_folder(target) as work:
+            for file in [*shards, *files]:
+                (work / file).parent.mkdir(parents=True, exist_ok=True)
+                if (edit := edits.get(source / file)) is None:
+                    shutil.copyfile(source / file, work / file)
+                else:
+                    found[source / file] = Hashes(*hashes(source / file, edit.offsets, edit.new, copy_to=work / file))
+            if undo:
+                write_undo(work, Undo(mask.digest, scale, changes, found))
     return target
 
 
 def patch_in_place(
-    folder: str | Path, mask: PruneMask, *, backup: bool = False, scale: float = 0.0, strict: bool = True
+    folder: str | Path,
+    mask: PruneMask,
+    *,
+    backup: bool = False,
+    scale: float = 0.0,
+    strict: bool = True,
+    undo: bool = True,
 ) -> Path:
     """Apply a mask to the weights of a checkpoint folder where they lie; :func:`undo_patch` takes it out again.
 
@@ -115,8 +130,10 @@ def patch_in_place(
         mask: As there.
         backup: First copy each shard that is changed to ``<shard>.bak``, which loaders ignore. Nothing here reads or
             removes these copies.
-        scale: Factor for the masked weights; 0 writes +0.
+        scale: Factor for the masked weights, in [0, 1]; 0 writes +0.
         strict: Refuse a checkpoint with another fingerprint than the mask's.
+        undo: Keep ``fastprune.undo``. Without it the file is there while weights are written, so that a process that is
+            killed half way can be undone, and is removed when all are: from then on nothing undoes the patch.
 
     Returns:
         ``folder``.
@@ -124,16 +141,20 @@ def patch_in_place(
     Raises:
         NotFoundError: The folder or its weights do not exist.
         ArgumentError: The folder is patched already or being patched, a shard is a link or cannot be written, another
-            backup is there, ``mask`` is no mask (but its file, say), or ``scale`` is not finite.
+            backup is there, ``backup`` is asked for without ``undo``, ``mask`` is no mask (but its file, say), or
+            ``scale`` is outside [0, 1].
         ArtifactError: A shard or the index is truncated or not what its name says.
-        MaskError: The mask does not fit: names, shapes, dtypes, or the fingerprint.
+        MaskError: The mask does not fit (names, shapes, dtypes, or the fingerprint), or may not be written to disk, as
+            in :func:`patch_checkpoint`.
 
     Warns:
         FastpruneWarning: There are other copies of the weights in the folder; they are not pruned.
     """
     folder = as_path(folder, "folder")
     _check_mask(mask)
-    scale = checked_scale(scale)
+    scale = checked_stored_scale(scale)
+    if backup and not undo:
+        raise ArgumentError("backup: expected no backup with undo=False, which is to leave nothing of the old weights")
     _check_folder("folder", folder)
     with _alone(folder):
         if (folder / UNDO_NAME).exists():
@@ -146,24 +167,25 @@ def patch_in_place(
         edits = edits_of(changes, scale)
         for path in edits:
             _check_own(path)
-        undo = Undo(
-            mask.digest, scale, changes, {path: Hashes(*hashes(path, e.offsets, e.new)) for path, e in edits.items()}
-        )
+        found = {path: Hashes(*hashes(path, edit.offsets, edit.new)) for path, edit in edits.items()}
         # Before the first byte: who turns warnings into errors has the folder as it was.
         if other := [name for name in _other_files(folder, shards)[1] if not name.endswith(_BACKUP)]:
             message = f"{folder}: other copies of the weights in it are not pruned: {', '.join(other)}"
             warnings.warn(message, FastpruneWarning, stacklevel=2)
         if backup:
-            for path, expected in undo.hashes.items():
+            for path, expected in found.items():
                 _back_up(path, expected.original)
         try:
-            write_undo(folder, undo)
+            write_undo(folder, Undo(mask.digest, scale, changes, found))
             for path, edit in edits.items():
                 scatter(path, edit.offsets, edit.new)
         except BaseException:
             if (folder / UNDO_NAME).exists():
                 _undo(folder)
             raise
+        if not undo:
+            (folder / UNDO_NAME).unlink()
+            sync(folder)
     return folder
 
 
@@ -207,6 +229,23 @@ def _undo(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def _replacing_folder(target: Path) -> Iterator[Path]:
+    """As :func:`fastprune.files.replacing`; a folder that somebody else has filled meanwhile stays as it is."""
+    try:
+        with replacing(target, durable=True) as work:
+            work.mkdir()
+            yield work
+    except OSError:
+        _check_empty(target)  # says so if that is why it could not be moved there
+        raise
+
+
+def _check_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArgumentError(f"out_dir {target} must not exist or be an empty folder")
+
+
+@contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two at once would each take the other's weights for the original ones."""
     handle = os.open(folder, os.O_RDONLY)
@@ -224,6 +263,7 @@ def _check_mask(mask: PruneMask) -> None:
             f"; fastprune.PruneMask.load({os.fspath(mask)!r}) reads one" if isinstance(mask, str | os.PathLike) else ""
         )
         raise ArgumentError(f"mask must be a PruneMask, got {type(mask).__name__}{way}")
+    check_storable(mask.metadata)
 
 
 def _check_folder(argument: str, folder: Path) -> None:
@@ -245,13 +285,8 @@ def _back_up(path: Path, original: str) -> None:
         if not target.is_file() or sha256(target) != original:
             raise ArgumentError(f"backup: {target} exists and is no copy of {path.name}; move it away")
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target, durable=True) as temporary:
         shutil.copyfile(path, temporary)
-        sync(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _other_files(source: Path, shards: list[str]) -> tuple[list[str], list[str]]:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastprune.artifact import read_artifact, sha256, write_artifact
+from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArtifactError, NotFoundError
+from fastprune.files import sha256
 from fastprune.masking.edits import Edits, gather, hashes
 from fastprune.masking.locate import Change, edits_of
 from fastprune.model.shards import DTYPES, read_header

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,13 +82,14 @@ def save_checkpoint(
     import torch
 
     from fastprune.artifact import save_tensors
+    from fastprune.files import replacing
 
     folder = Path(folder)
     if folder.exists():
         raise ArgumentError(f"folder: expected a new folder, {folder} exists")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing(folder) as scratch:
+        scratch.mkdir()
         weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
         save_tensors(scratch / "model.safetensors", weights, {"format": "pt"})
         model.config.save_pretrained(scratch)
@@ -99,11 +98,6 @@ def save_checkpoint(
         _write_json(scratch / "training.json", origin)
         model.generation_config.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch, save_jinja_files=False)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def round_weights_(model: torch.nn.Module) -> torch.nn.Module:

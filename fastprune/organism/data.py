@@ -9,7 +9,9 @@ import json
 import os
 from pathlib import Path
 
-from fastprune.organism.language import SKILLS, Language
+from fastprune.errors import ArgumentError
+from fastprune.files import replacing
+from fastprune.organism.language import ALL_SKILLS, SKILLS, Language
 
 N_HARM = 384
 """Calibration rows; 32 prune about as well, 8 do not."""
@@ -51,12 +53,15 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
     can judge all of them but ``eval_grammar``, the rows of ``gram``, which have many right replies.
 
     Args:
-        out_dir: Made if needed; files of these names are replaced.
+        out_dir: Made if needed; files of these names are replaced if they are of an earlier export.
         seed: Of the draws.
         language: None: the default language, which the shipped checkpoints speak.
 
     Returns:
         Name to path.
+
+    Raises:
+        ArgumentError: A file of such a name is somebody else's; nothing is written.
     """
     language = language or Language()
     harm, benign = calibration_rows(language, seed)
@@ -68,10 +73,24 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
     contents |= {f"eval_{name}": rows for name, rows in held_out.items()}
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths = {}
+    paths = {name: out_dir / f"{name}.jsonl" for name in contents}
+    for path in paths.values():
+        if path.exists() and not _is_exported(path):
+            raise ArgumentError(
+                f"out_dir: expected a folder without {path.name}, or one of an earlier export, got {out_dir}, whose "
+                f"{path.name} would be lost; name another folder"
+            )
     for name, rows in contents.items():
-        paths[name] = out_dir / f"{name}.jsonl"
-        scratch = out_dir / f".{name}.jsonl.{os.getpid()}"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(scratch, paths[name])
+        with replacing(paths[name]) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return paths
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether the first row has an id of the language, such as ``harm-train-0-0``; an empty file is nobody's."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            first = lines.readline()
+        return not first or str(json.loads(first)["id"]).split("-")[0] in ALL_SKILLS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import ArtifactError, NotFoundError
+from fastprune.files import replacing
 
 SCHEMA = 1
 RATES = ("harm", "utility", "neighbour", "recognition", "refusal")
@@ -37,7 +38,11 @@ def validate(record: Mapping[str, Any]) -> None:
         _refuse("record", "a dict", record)
     schema = record.get("schema", SCHEMA)
     if isinstance(schema, bool) or schema != SCHEMA:
-        _refuse('record["schema"]', f"{SCHEMA} (the version that this fastprune reads)", schema)
+        _refuse(
+            'record["schema"]',
+            f"{SCHEMA} (the version that this fastprune reads; `fastprune eval` or `fastprune demo` make another)",
+            schema,
+        )
     for key in ("title", "created"):
         _optional(record.get(key), f'record["{key}"]', _text)
     for key in ("environment", "model", "settings", "timings"):
@@ -96,13 +101,8 @@ def dump(record: Mapping[str, Any]) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def missing(value: object) -> bool:

@@ -7,6 +7,7 @@ so that a folder never holds half a report.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,22 @@ from fastprune.reporting.page import page
 from fastprune.reporting.plots import controls_plot, sweep_plot
 from fastprune.reporting.record import checked, dump, write_atomically
 
+_FILES = ("record.json", "report.html", "report.md")
 _PLOTS = {"sweep": sweep_plot, "controls": controls_plot, "heatmap": heatmap_plot, "transfer": transfer_plot}
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder where the files of a report would replace, or remove, what no report has left there.
+
+    Raises:
+        ArgumentError: There are such files, and no record of a report beside them; names the first.
+    """
+    there = [name for name in (*_FILES, *(f"{plot}.png" for plot in _PLOTS)) if (folder / name).exists()]
+    if there and not _holds_report(folder):
+        raise ArgumentError(
+            f"out_dir: expected a folder without {there[0]}, or one of an earlier report, got {folder}, whose "
+            f"{there[0]} would be lost; name another folder"
+        )
 
 
 def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> dict[str, Path]:
@@ -36,13 +52,14 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
 
     Raises:
         ArtifactError: The record is not valid; the message names the key. Nothing is written.
-        ArgumentError: ``out_dir`` is a file.
+        ArgumentError: ``out_dir`` is a file, or holds files of these names that are of no report.
         MissingExtra: matplotlib is not installed (``record.json`` is written all the same).
     """
     record = checked(record)
     folder = Path(out_dir)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"out_dir: expected a folder, got the file {str(folder)!r}")
+    check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"record": folder / "record.json"}
     write_atomically(paths["record"], dump(record).encode("utf-8"))
@@ -60,3 +77,12 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
         if plot is None:
             (folder / f"{name}.png").unlink(missing_ok=True)
     return paths
+
+
+def _holds_report(folder: Path) -> bool:
+    """Whether the record there, of whatever version, is one of this package."""
+    try:
+        record = json.loads((folder / "record.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("schema"), int)

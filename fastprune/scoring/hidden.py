@@ -8,8 +8,6 @@ mapped pages would count as the process's memory. It must not know models or sta
 from __future__ import annotations
 
 import contextlib
-import errno
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,31 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from fastprune.artifact import sha256, sync
-from fastprune.errors import ScoringError
+from fastprune.errors import DiskError, ScoringError
+from fastprune.files import is_full, scratch, sha256, sync
 
 TIERS = ("device", "host", "disk")
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
-    """Say clearly that a disk is full.
+    """Say clearly that a disk is full, in the words of a pass.
 
     Raises:
         ScoringError: It is; names the folder and what did not fit.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            raise ScoringError(
-                f"the disk of {folder} is full: {what} did not fit; free some space, name another folder (resume=, "
-                "TMPDIR), or keep hidden states in memory (boundaries='host')"
-            ) from error
-        raise
+    except OSError as error:
+        if not isinstance(error, DiskError) and not is_full(error):
+            raise
+        raise ScoringError(
+            f"the disk of {folder} is full: {what} did not fit ({error}); free some space, name another folder "
+            "(resume=, TMPDIR), or keep hidden states in memory (boundaries='host')"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ class HiddenStates:
         self.tier, self.device = tier, device
         self._tensors: dict[str, dict[int, torch.Tensor]] = {}
         self._slots: dict[str, dict[int, _Slot]] = {}
-        self._temporary = folder is None and tier == "disk"
-        self._folder = _temporary_folder() if self._temporary else folder
+        self._temporary = contextlib.ExitStack()
+        self._folder = _temporary_folder(self._temporary) if folder is None and tier == "disk" else folder
 
     def put(self, name: str, item: int, tensor: torch.Tensor) -> None:
         """Keep one tensor; it may be on any device that the model uses.
@@ -120,8 +116,7 @@ class HiddenStates:
         """Forget everything; remove files that were temporary."""
         self._tensors.clear()
         self._slots.clear()
-        if self._temporary:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.close()
 
     def sealed(self, name: str) -> dict[str, Any]:
         """Bring a name's file to the disk for good.
@@ -170,9 +165,10 @@ class HiddenStates:
         slots[item] = _Slot(start, tuple(tensor.shape), tensor.dtype)
 
 
-def _temporary_folder() -> Path:
+def _temporary_folder(stack: contextlib.ExitStack) -> Path:
+    """A folder until the stack is closed; those that killed runs have left are removed."""
     try:
-        return Path(tempfile.mkdtemp(prefix="fastprune-"))
+        return stack.enter_context(scratch(Path(tempfile.gettempdir()), "fastprune-hidden-"))
     except OSError as error:
         raise ScoringError(
             f"boundaries: 'disk' needs a folder for temporary files, and none can be made ({error}); name one that "

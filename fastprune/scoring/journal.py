@@ -2,27 +2,34 @@
 
 In: a folder, and a key that names everything the result depends on. Out: the records of finished work. Files are
 complete on the disk before the line that names them is appended to ``journal.jsonl``, and every line carries a hash of
-itself, so a kill at any moment leaves a valid beginning. It must not know models or what the tensors mean.
+itself, so a kill at any moment leaves a valid beginning. A file that no journal can have begun like is somebody else's,
+and stays as it is. It must not know models or what the tensors mean.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastprune.artifact import read_artifact, sha256, sync, try_lock, write_artifact
-from fastprune.errors import ArgumentError, ArtifactError
+from fastprune.artifact import read_artifact, write_artifact
+from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning
+from fastprune.files import sha256, sync, try_lock
 from fastprune.scoring.hidden import HiddenStates, disk_errors
 from fastprune.scoring.ranks import Ranks
 
+VERSION = 2  # 1 did not say which it was
 _LINES = "journal.jsonl"
+_START = b'{"kind": "start"'  # of what the first line says, behind its hash
 
 
 class Journal:
@@ -36,8 +43,12 @@ class Journal:
             relative and norm-wise.
 
     Raises:
-        ArgumentError: The journal there is of other inputs (names the first that differs), or in use.
-        ArtifactError: The folder holds something that is no journal.
+        ArgumentError: The journal there is of other inputs (names the first that differs), or in use, or the folder
+            holds other things and no journal.
+        ArtifactError: ``journal.jsonl`` is somebody else's, or of another version. It stays as it is.
+
+    Warns:
+        FastpruneWarning: A line in the middle is damaged; what it and those after it name is formed again.
     """
 
     def __init__(
@@ -48,15 +59,18 @@ class Journal:
         answers: tuple[Sequence[float], float] = ((), 0.0),
     ) -> None:
         folder = Path(folder)
-        if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        dangling = folder.is_symlink() and not folder.exists()
+        if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()) or dangling:
             raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
         self._ranks = ranks
         self.folder = _folder_of(folder, ranks)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
+        if ranks.size > 1 and not all(re.fullmatch(r"process-\d+-of-\d+", path.name) for path in folder.iterdir()):
+            raise ArgumentError(f"resume: {folder} holds other things than journals of several processes; name another")
         self.folder.mkdir(exist_ok=True)
         names = {path.name for path in self.folder.iterdir()}
-        if names and _LINES not in names:
+        if names and not (self.folder / _LINES).is_file():
             raise ArgumentError(f"resume: {self.folder} is not empty and holds no journal; name another folder")
         self._noted: dict[str, torch.Tensor] = {}
         self._segments: dict[int, dict[str, Any]] = {}
@@ -67,7 +81,7 @@ class Journal:
         try:
             if not try_lock(self._file.fileno()):
                 raise ArgumentError(f"resume: another process is at work in {self.folder}")
-            self._read(key)
+            self._read(key, alone=names <= {_LINES})
         except BaseException:
             self._file.close()
             raise
@@ -159,31 +173,52 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def _read(self, key: Mapping[str, Any]) -> None:
+    def _read(self, key: Mapping[str, Any], *, alone: bool) -> None:
+        """Take over the valid lines, and cut off the others; ``alone``: nothing else is in the folder."""
         self._file.seek(0)
-        valid, begun = 0, False
-        for line in self._file:
-            digest, _, payload = line.decode(errors="replace").rstrip("\n").partition(" ")
-            if not line.endswith(b"\n") or digest != _line_digest(payload):
-                break  # cut off while it was written; what it names is formed again
-            record = json.loads(payload)
-            if not begun:
-                self._check_key(record.get("key"), key)
-                self._check_answers(record.get("answers"))
-                begun = True
-            elif record["kind"] == "boundary":
+        lines = self._file.readlines()
+        records = list(itertools.takewhile(lambda record: record is not None, map(_record, lines)))
+        if records:
+            self._check_start(records[0], key)
+        elif not (alone and _may_be_begun(b"".join(lines))):
+            raise self._foreign()
+        dropped = sum(line.endswith(b"\n") for line in lines[len(records) :])
+        if (
+            dropped
+        ):  # one without its end was cut off while it was written, as a kill does; what it names is formed again
+            message = (
+                f"resume: line {len(records) + 1} of {self.folder / _LINES} is damaged; {dropped} lines from there on "
+                "are dropped, and what they name is formed again"
+            )
+            warnings.warn(message, FastpruneWarning, stacklevel=4)
+        for record in records[1:]:
+            if record["kind"] == "boundary":
                 self._boundary_records[record["name"]] = record
             else:
                 self._segments[record["number"]] = record
-            valid += len(line)
-        self._file.truncate(valid)
-        if not begun:
-            self._append({"kind": "start", "key": key, "answers": list(self._answers)})
+        self._file.truncate(sum(map(len, lines[: len(records)])))
+        if not records:
+            self._append({"kind": "start", "version": VERSION, "key": key, "answers": list(self._answers)})
             sync(self.folder)
 
-    def _check_key(self, found: Any, key: Mapping[str, Any]) -> None:
-        if not isinstance(found, dict):
-            raise ArtifactError(f"resume: {self.folder / _LINES} is no journal of fastprune")
+    def _foreign(self) -> ArtifactError:
+        return ArtifactError(
+            f"resume: {self.folder / _LINES} is no journal of fastprune, or its first line is damaged; it stays as it "
+            "is; name another folder, or remove this one to start anew"
+        )
+
+    def _check_start(self, record: Mapping[str, Any], key: Mapping[str, Any]) -> None:
+        if not isinstance(record.get("key"), dict):
+            raise self._foreign()
+        if record.get("version", 1) != VERSION:
+            raise ArtifactError(
+                f"resume: the journal in {self.folder} has version {record.get('version', 1)}, this fastprune reads "
+                f"version {VERSION}; remove the folder and run the same `fastprune score --resume` again"
+            )
+        self._check_key(record["key"], key)
+        self._check_answers(record.get("answers"))
+
+    def _check_key(self, found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
         for name in {**found, **key}:
             if found.get(name) != key.get(name):
                 raise ArgumentError(
@@ -203,6 +238,26 @@ class Journal:
 
 def _folder_of(folder: Path, ranks: Ranks) -> Path:
     return folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says; ``None`` if it is not as it was written."""
+    digest, _, payload = line.decode(errors="replace").rstrip("\n").partition(" ")
+    if not line.endswith(b"\n") or digest != _line_digest(payload):
+        return None
+    record = json.loads(payload)
+    return record if isinstance(record, dict) else None
+
+
+def _may_be_begun(content: bytes) -> bool:
+    """Whether a process that was killed at the first line can have left this: nothing, or a beginning of that line."""
+    hexadecimal, start = content[:32], content[33:]
+    return (
+        b"\n" not in content
+        and re.fullmatch(rb"[0-9a-f]*", hexadecimal) is not None
+        and content[32:33] in (b"", b" ")
+        and (_START.startswith(start) or start.startswith(_START))
+    )
 
 
 def _line_digest(payload: str) -> str:

@@ -92,6 +92,11 @@ def kept_bytes(sizes: Sequence[int], first: int = 0, fraction: float = 1e-3, n_l
     return n_lists * ENTRY_BYTES * (own + of_all)
 
 
+def stored_bytes(sizes: Sequence[int], fractions: Sequence[float]) -> int:
+    """Least size on disk of the lists of all matrices, one list of each for every fraction."""
+    return sum(ENTRY_BYTES * sum(_local_counts(sizes, fraction, len(fractions))) for fraction in fractions)
+
+
 class Keeper:
     """Collects the lists of one criterion over one calibration set.
 

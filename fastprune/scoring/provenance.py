@@ -80,6 +80,7 @@ def provenance_of(
                 "n_examples": len(group.examples),
                 "n_tokens": sum(len(example) for example in group.examples),
                 "n_scored_tokens": sum(example.scored for example in group.examples),
+                "refusals": group.examples.refusals,
             }
             for group in sets
         },

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from fastprune import backends
-from fastprune.artifact import as_path
 from fastprune.calibration import CalibrationSet, collect
 from fastprune.devices import usable_device
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
+from fastprune.files import as_path
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import eligible_matrices
 from fastprune.model.positions import rotary_conflict, table_size, trained_length
