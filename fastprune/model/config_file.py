@@ -24,12 +24,12 @@ LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _MAX_BYTES = 16 * 2**20  # the largest published configs have some hundred kilobytes
 _LARGEST = 2**31 - 1
 # Published models have up to 126 blocks. Configs make lists of this length before any weight is known to be there.
-_MAX_LAYERS = 1024
+_MAX_LAYERS = 512
 _MAX_LABELS = 2**20
 
 _POSITIVE = {
     "vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "num_layers", "n_layer", "n_layers",
-    "num_attention_heads", "num_heads", "n_head", "n_heads",
+    "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
 }  # fmt: skip
 _SIZE_ENDINGS = ("_size", "_dim", "_heads", "_experts", "_layers", "_rank", "_groups", "_positions", "_embeddings")
 _SIZES = {*_POSITIVE, "n_inner", "n_positions", "n_ctx", "d_inner", "d_ff", "num_local_experts", "num_labels"}
@@ -99,6 +99,8 @@ def _entries(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, 
 
 def _check_entry(place: str, key: str, value: Any) -> None:
     if key.endswith(("attn_implementation", "experts_implementation")):
+        if not isinstance(value, str | Mapping | None):
+            raise ModelError(f"{place}: expected the name of an implementation, got {_shown(value)}")
         for name in _strings(value):
             _check_implementation(place, name)
     elif key in ("dtype", "torch_dtype"):
@@ -131,8 +133,8 @@ def _check_implementation(place: str, name: str) -> None:
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, Mapping):
+        for part in value.values():
             yield from _strings(part)
 
 

@@ -170,9 +170,7 @@ def read_tensor(stored: Stored, *, pinned: bool = False) -> torch.Tensor:
     Raises:
         ArtifactError: Its dtype is none of ``DTYPES``, or the file ends before its bytes do.
     """
-    if stored.dtype not in DTYPES:
-        raise ArtifactError(f"{stored.path}: weights of the type {stored.dtype} cannot be read here")
-    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype], pin_memory=pinned)
+    tensor = torch.empty(stored.shape, dtype=_dtype_of(stored), pin_memory=pinned)
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if stored.numel else memoryview(b"")
     with stored.path.open("rb", buffering=0) as file:
         done = 0
@@ -185,10 +183,20 @@ def read_tensor(stored: Stored, *, pinned: bool = False) -> torch.Tensor:
 
 
 def read_elements(stored: Stored, positions: torch.Tensor) -> torch.Tensor:
-    """Single elements of a tensor by their flat positions, in the dtype on disk; little else is read."""
-    dtype = DTYPES[stored.dtype]
+    """Single elements of a tensor by their flat positions, in the dtype on disk; little else is read.
+
+    Raises:
+        ArtifactError: Its dtype is none of ``DTYPES``.
+    """
+    dtype = _dtype_of(stored)
     with stored.path.open("rb", buffering=0) as file:
         found = [
             os.pread(file.fileno(), dtype.itemsize, stored.start + dtype.itemsize * at) for at in positions.tolist()
         ]
     return torch.frombuffer(bytearray(b"".join(found)), dtype=dtype) if found else torch.empty(0, dtype=dtype)
+
+
+def _dtype_of(stored: Stored) -> torch.dtype:
+    if stored.dtype not in DTYPES:
+        raise ArtifactError(f"{stored.path}: weights of the type {stored.dtype} cannot be read here")
+    return DTYPES[stored.dtype]

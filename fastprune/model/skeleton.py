@@ -205,17 +205,14 @@ def _equal(one: Stored, two: Stored, dtype: torch.dtype) -> bool:
     if not torch.equal(*samples):
         return False
     for first in range(0, one.numel, _COMPARED):
-        pieces = (
-            replace(
-                stored,
-                shape=(min(_COMPARED, one.numel - first),),
-                start=stored.start + first * DTYPES[stored.dtype].itemsize,
-            )
-            for stored in (one, two)
-        )
+        pieces = (_piece(stored, first, min(_COMPARED, one.numel - first)) for stored in (one, two))
         if not torch.equal(*(read_tensor(piece).to(dtype) for piece in pieces)):
             return False
     return True
+
+
+def _piece(stored: Stored, first: int, count: int) -> Stored:
+    return replace(stored, shape=(count,), start=stored.start + first * DTYPES[stored.dtype].itemsize)
 
 
 def _names(
