@@ -133,13 +133,34 @@ def test_tied_weights_stay_one(tmp_path: Path) -> None:
     streamed.close()
 
 
-def test_a_tied_model_with_two_different_weights_on_disk_is_refused(tmp_path: Path) -> None:
-    """Guards a stale tie_word_embeddings: a loaded model has both, a streamed one cannot."""
+@pytest.mark.parametrize("difference", ["everywhere", "one number", "none", "dtype"])
+def test_a_tied_model_that_stores_both_weights(difference: str, tmp_path: Path, monkeypatch) -> None:
+    """Loading ties them if they are equal, and leaves them apart if not."""
+    monkeypatch.setattr(skeleton, "_COMPARED", 1000)
     build("Llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(ModelError, match=r"ties .*two different weights"):
-        score(tmp_path, 2)
+    file, head = tmp_path / "model.safetensors", "lm_head.weight"
+    tensors = load_file(file)
+    if difference != "everywhere":
+        tensors[head] = tensors["model.embed_tokens.weight"].clone()
+    if difference == "one number":
+        assert 2001 not in skeleton.sample_positions(tensors[head].numel())
+        tensors[head].view(-1)[2001] += 1
+    if difference == "dtype":  # equal in memory
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+        tensors[head] = tensors["model.embed_tokens.weight"].float()
+    save_file(tensors, file, {"format": "pt"})
+
+    loaded = resident(tmp_path)
+    streamed = Streamed(tmp_path, CPU)
+    with streamed.held((EMBEDDING, HEAD)):
+        one, two = streamed.model.model.embed_tokens.weight, streamed.model.lm_head.weight
+        assert (one is two) == (difference in ("none", "dtype"))
+        assert torch.equal(one, loaded.model.embed_tokens.weight) and torch.equal(two, loaded.lm_head.weight)
+    streamed.close()
+    for segments in (1, 3):
+        assert lists(score(tmp_path, segments)) == lists(score(loaded, 1))
 
 
 def test_an_expert_that_is_missing_on_disk(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.storable import check_storable, checked_stored_scale
 from fastprune.masking.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo
-from fastprune.model.shards import INDEX, shard_names, stored_tensors
+from fastprune.model.shards import INDEX, SINGLE, shard_names, stored_tensors
 
 # Other copies of the weights: they would be the unpruned model inside the pruned one's folder.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pdparams"}
@@ -297,7 +297,7 @@ def _other_files(source: Path, shards: list[str]) -> tuple[list[str], list[str]]
         if str(name) in [*shards, UNDO_NAME] or not path.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         holds_weights = path.suffix in {*_WEIGHTS, _BACKUP} or (
-            path.name.endswith(".index.json") and str(name) != INDEX
+            path.name.endswith(".index.json") and (str(name) != INDEX or SINGLE in shards)
         )
         (left_out if holds_weights else files).append(str(name))
     return files, left_out

@@ -1,16 +1,25 @@
-"""Load a checkpoint folder through transformers, from local files only."""
+"""Load a checkpoint folder through transformers, from local files only.
+
+A folder is foreign data. Its code is never run, no pickled file is opened, and whatever its files make transformers
+raise leaves here as a :class:`~fastprune.errors.FastpruneError`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from fastprune.errors import ModelError, NotFoundError
+from fastprune.errors import ArtifactError, ModelError, NotFoundError
 from fastprune.model.admission import check_config
+from fastprune.model.built_size import check_size
+from fastprune.model.config_file import LOCAL, read_config_file, refused
+from fastprune.model.shards import stored_tensors
+
+# A file of this name makes transformers read the folder as a checkpoint of torch's own, and no other file in it.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:
@@ -21,26 +30,27 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
         dtype: Dtype of the weights; ``"auto"`` keeps the one on disk.
 
     Raises:
-        NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: Its weights are quantised or incomplete, or transformers cannot build the model from it.
+        NotFoundError: There is no such folder, or it holds no ``config.json`` or no safetensors weights.
+        ModelError: Its weights are quantised, truncated or incomplete, the config asks for more weights than there
+            are, or transformers cannot build the model from it.
     """
-    _check_folder(path)
-    _check_unquantised(path)
+    # transformers makes at random what is missing or has another shape, and says so when it is done.
+    config = load_config(path)
+    try:
+        check_size(config, stored_tensors(Path(path)), path)
+    except ArtifactError as error:
+        raise ModelError(f"model: the weights in {path} are truncated or no safetensors files ({error})") from error
     from transformers import AutoModelForCausalLM
 
-    try:
+    with refused(f"model: {path} cannot be loaded as a causal language model"):
         model, found = AutoModelForCausalLM.from_pretrained(
             os.fspath(path),
             dtype=dtype,
-            local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **LOCAL,
         )
-    except SafetensorError as error:
-        raise ModelError(f"model: the weights in {path} are truncated or no safetensors files ({error})") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: {path} cannot be loaded as a causal language model: {error}") from error
     # transformers draws these at random, and says so where few look.
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
@@ -51,32 +61,39 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
     return model.eval()
 
 
-def _check_unquantised(path: str | Path) -> None:
-    """By the config alone: reading many gigabytes of weights only to refuse them would be unkind."""
-    file = Path(path) if Path(path).is_file() else Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}")
-    except ValueError as error:
-        raise ModelError(f"model: {file} cannot be read as a config: {error}") from error
-    check_config(config, f"model {path}")
-
-
 def load_tokenizer(path: str | Path) -> object:
     """Read the tokenizer of a checkpoint folder.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json``.
-        ModelError: transformers finds no tokenizer in it.
+        ModelError: ``config.json`` holds no JSON object, or transformers finds no tokenizer that it can read.
     """
     _check_folder(path)
+    read_config_file(Path(path) / "config.json")  # transformers reads it too
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(os.fspath(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"tokenizer: {path} holds no tokenizer that transformers can read: {error}") from error
+    with refused(f"tokenizer: {path} holds no tokenizer that transformers can read"):
+        return AutoTokenizer.from_pretrained(os.fspath(path), **LOCAL)
+
+
+def load_config(path: str | Path) -> object:
+    """Read the config of a checkpoint folder, or a config file on its own.
+
+    Raises:
+        NotFoundError: There is no such folder or file, or the folder holds no ``config.json``.
+        ModelError: It holds no JSON object, the weights are quantised, a key cannot be or would run foreign code, the
+            folder holds adapters, or transformers does not know this kind of model.
+    """
+    file = Path(path)
+    if not file.is_file():
+        _check_folder(path)
+        _check_plain(file)
+        file = file / "config.json"
+    check_config(read_config_file(file), f"model {path}")
+    from transformers import AutoConfig
+
+    with refused(f"model: {path} holds no config that transformers can read"):
+        return AutoConfig.from_pretrained(os.fspath(path), **LOCAL)
 
 
 def _check_folder(path: str | Path) -> None:
@@ -89,19 +106,15 @@ def _check_folder(path: str | Path) -> None:
         raise NotFoundError(f"model: {path} holds no config.json, so it is not a checkpoint folder")
 
 
-def load_config(path: str | Path) -> object:
-    """Read the config of a checkpoint folder, or a config file on its own.
-
-    Raises:
-        NotFoundError: There is no such folder or file, or the folder holds no ``config.json``.
-        ModelError: The weights are quantised, or transformers does not know this kind of model.
-    """
-    if not Path(path).is_file():
-        _check_folder(path)
-    _check_unquantised(path)
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(os.fspath(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: {path} holds no config that transformers can read: {error}") from error
+def _check_plain(folder: Path) -> None:
+    """A loaded model must have the weights that are streamed and patched here, and no others."""
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"model: {folder} holds adapters (adapter_config.json), which are not part of its weights; merge them "
+            "(peft: merge_and_unload, save_pretrained), move the file away, or load the model yourself and pass it"
+        )
+    if found := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.match(path.name)):
+        raise ModelError(
+            f"model: {folder} holds a distributed checkpoint ({found[0]}); load it with transformers and write it "
+            "with save_pretrained"
+        )

@@ -12,7 +12,7 @@ import copy
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
+from fastprune.model.built_size import check_size
 from fastprune.model.checkpoint import load_config
+from fastprune.model.config_file import refused
 from fastprune.model.fingerprint import sample_positions
 from fastprune.model.shards import DTYPES, Stored, read_elements, read_tensor, stored_tensors
 
 _building = threading.Lock()
+# Numbers of two tensors that are compared at a time.
+_COMPARED = 1 << 24
 
 
 @dataclass
@@ -108,11 +112,9 @@ def skeleton(
         wanted = next((DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in DTYPES), torch.float32)
     from transformers import AutoModelForCausalLM
 
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: {folder} cannot be built as a causal language model: {error}") from error
+    check_size(config, stored, folder)
+    with refused(f"model: {folder} cannot be built as a causal language model"), _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False).eval()
     return model, _recipes(model, stored, wanted, folder), stored
 
 
@@ -166,7 +168,8 @@ def _recipes(
                 f"model: {recipe.name} should have the shape {tuple(in_memory[recipe.name].shape)}; {folder} holds "
                 f"{[part.shape for part in next(iter(recipe.sources.values()))]}"
             )
-    _check_tied(recipes, in_memory, folder)
+    _part_unequal(model, recipes)
+    in_memory = model.state_dict(keep_vars=True)
     named = {id(in_memory[name]) for name in recipes}
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
     if missing:
@@ -177,20 +180,39 @@ def _recipes(
     return recipes
 
 
-def _check_tied(recipes: Mapping[str, Recipe], in_memory: Mapping[str, torch.Tensor], folder: str | Path) -> None:
-    """Two names of one parameter must not have two values on disk: loading would part them, and so change the model."""
+def _part_unequal(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
+    """Give every stored name of a tied parameter one of its own, where the values on disk differ; as transformers does.
+
+    The config says that they are one, the folder that they are not: loading goes by the folder.
+    """
+    in_memory = model.state_dict(keep_vars=True)
     first: dict[int, Recipe] = {}
     for recipe in recipes.values():
-        other = first.setdefault(id(in_memory[recipe.name]), recipe)
+        parameter = in_memory[recipe.name]
+        other = first.setdefault(id(parameter), recipe)
         if other is recipe or recipe.converter is not None or other.converter is not None:
             continue
         ((one,),), ((two,),) = recipe.sources.values(), other.sources.values()
-        positions = sample_positions(one.numel)
-        if one.dtype != two.dtype or not torch.equal(read_elements(one, positions), read_elements(two, positions)):
-            raise ModelError(
-                f"model: the config ties {other.name} and {recipe.name}, and {folder} stores two different weights for "
-                "them; set tie_word_embeddings to false in config.json"
-            )
+        if not _equal(one, two, recipe.dtype):
+            parent, _, name = recipe.name.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+
+
+def _equal(one: Stored, two: Stored, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors of one shape are the same in memory; piece by piece, for they may be large."""
+    positions = sample_positions(one.numel)
+    samples = (read_elements(stored, positions).to(dtype) for stored in (one, two))
+    if not torch.equal(*samples):
+        return False
+    for first in range(0, one.numel, _COMPARED):
+        pieces = (_piece(stored, first, min(_COMPARED, one.numel - first)) for stored in (one, two))
+        if not torch.equal(*(read_tensor(piece).to(dtype) for piece in pieces)):
+            return False
+    return True
+
+
+def _piece(stored: Stored, first: int, count: int) -> Stored:
+    return replace(stored, shape=(count,), start=stored.start + first * DTYPES[stored.dtype].itemsize)
 
 
 def _names(

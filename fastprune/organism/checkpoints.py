@@ -57,9 +57,10 @@ def load_organism(
     folder = checkpoint_path(stage) if root is None else Path(root) / stage
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"root: expected a checkpoint folder at {folder}, found none")
+    local = {"local_files_only": True, "trust_remote_code": False}
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **local)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **local)
 
 
 def save_checkpoint(

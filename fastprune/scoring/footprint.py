@@ -65,14 +65,6 @@ class Footprint:
         return sum(map(sum, self.eligible))
 
 
-def skeleton_of(config: object) -> nn.Module:
-    """A model without weights from its config."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def footprint(model: nn.Module) -> Footprint:
     """Weigh a model; its weights may be on the meta device."""
     model = unwrap(model)
@@ -144,7 +136,7 @@ def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] 
 
     # Whatever an architecture's code raises where it wants values: an estimate is not worth an error.
     with contextlib.suppress(Exception), FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         with quiet(model):
             weights = SimpleNamespace(model=model, device=torch.device("cpu"), streamed=True)
             view = BlockView(weights)

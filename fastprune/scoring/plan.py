@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from fastprune.errors import ArgumentError
+from fastprune.model.built_size import build_on_meta
 from fastprune.model.checkpoint import load_config
 from fastprune.model.weights import Streamed
 from fastprune.scoring.estimate import Estimate, Plan, human
-from fastprune.scoring.footprint import skeleton_of
 from fastprune.scoring.hidden import TIERS
 
 _UNITS = {
@@ -132,7 +132,8 @@ def plan(
         ArgumentError: ``model_or_config`` is none of these, a number is not positive, ``segments`` is not in 1 … L, or
             no number of segments fits the budget; the message says how much would be needed.
         NotFoundError: There is no such folder.
-        ModelError: The folder's weights are quantised, or transformers does not know this kind of model.
+        ModelError: The folder's weights are quantised, its config has a key that cannot be, or transformers cannot
+            build this kind of model.
     """
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
@@ -148,7 +149,7 @@ def plan(
     # Of a model on several devices, all that a segment needs may fall to the one with the least room.
     devices = {source.device} if isinstance(source, Streamed) else _devices_of(model)
     estimate = Estimate(
-        model if model is not None else skeleton_of(source),
+        model if model is not None else build_on_meta(source),
         streamed=not isinstance(source, nn.Module),
         on_cpu=all(device.type == "cpu" for device in devices) if devices else host_memory is None,
         tokens=n_examples * n_tokens,
