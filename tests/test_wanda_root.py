@@ -54,7 +54,9 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         weight = torch.randn(67, 1031, generator=generator).to(dtype)
         weight[weight == 0] = 1
-        inputs = torch.rand(1031, generator=generator) * torch.exp2(torch.randint(-60, 60, (1031,), generator=generator))
+        inputs = torch.rand(1031, generator=generator) * torch.exp2(
+            torch.randint(-60, 60, (1031,), generator=generator)
+        )
         inputs[: len(EXTREME)] = torch.tensor(EXTREME)
         found[f"{dtype}"] = weight, inputs
         found[f"{dtype}, statistic with gaps"] = weight, torch.stack([inputs, inputs], 1)[:, 0]

@@ -8,17 +8,16 @@ It must not know transformers, scores or gradients.
 
 from __future__ import annotations
 
-import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastprune import ops
+from fastprune.checks import checked_scale
 from fastprune.errors import ArgumentError, MaskError, ModelError
 from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
@@ -141,21 +140,6 @@ def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dic
             f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
         )
     return weights, Undo(model, mask, weights)
-
-
-def checked_scale(scale: object) -> float:
-    """A finite real number, NumPy's too, as a float.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    try:
-        value = math.nan if isinstance(scale, bool) or not isinstance(scale, Real) else float(scale)
-    except OverflowError:  # an integer beyond every float
-        value = math.inf
-    if not math.isfinite(value):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
-    return value
 
 
 def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
