@@ -18,7 +18,7 @@ import torch
 
 from fastprune import ops
 from fastprune.checks import checked_scale
-from fastprune.errors import ArgumentError, MaskError, ModelError
+from fastprune.errors import ArgumentError, FastpruneError, MaskError, ModelError
 from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
@@ -89,6 +89,9 @@ class Undo:
         records.append(self)
         try:
             ops.apply_sparse_each_({name: weights[name] for name in self._indices}, self._indices, scale)
+        except FastpruneError:  # which operations raise before they write anything
+            records.remove(self)
+            raise
         except BaseException:
             self._write_back({name: weights[name] for name in self._indices})
             records.remove(self)
@@ -136,7 +139,7 @@ def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dic
     expected = mask.metadata.get("fingerprint")
     if strict and expected is not None and expected not in _fingerprints(model, weights):
         raise MaskError(
-            f"the mask was made for a model with the fingerprint {expected[:12]}…, this one has "
+            f"the mask was made for a model with the fingerprint {str(expected)[:12]}…, this one has "
             f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
         )
     return weights, Undo(model, mask, weights)
