@@ -115,7 +115,7 @@ def check_serves(backend: str | None, operations: Iterable[str]) -> None:
 
 def check_name(backend: str) -> None:
     """Raise ArgumentError unless it is the name of a backend."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastprune import memory
 from fastprune.errors import ArgumentError, FastpruneError
 from fastprune.reference import CRITERIA, GRADIENT_SUMS
 
@@ -33,12 +35,12 @@ def naming(name: str) -> Iterator[None]:
 
 def check_accumulators(accs: Mapping[str, Tensor]) -> None:
     """Accumulators of the same gradients have names of ``GRADIENT_SUMS`` and one dtype, device and layout."""
+    _check_mapping("accs", accs)
     if not accs or not set(accs) <= set(GRADIENT_SUMS):
-        raise ArgumentError(
-            f"accs: expected one or more of {', '.join(GRADIENT_SUMS)}, got {', '.join(accs) or 'none'}"
-        )
+        got = ", ".join(map(str, accs)) or "none"
+        raise ArgumentError(f"accs: expected one or more of {', '.join(GRADIENT_SUMS)}, got {got}")
     for name, acc in accs.items():
-        _check_tensor(f"accs[{name!r}]", acc)
+        memory.check_held(f"accs[{name!r}]", acc)
     kinds = {name: (acc.dtype, acc.device, tuple(acc.shape), _strides(acc)) for name, acc in accs.items()}
     if len(set(kinds.values())) > 1:
         raise ArgumentError(f"accs: expected one dtype, device, shape and strides for all, got {kinds}")
@@ -49,14 +51,10 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
 def check_accumulator(acc: Tensor, dims: int) -> None:
     """An accumulator has float32 or float64 elements and as many dimensions as its statistic."""
-    _check_tensor("acc", acc)
+    memory.check_held("acc", acc)
+    memory.check_writable("acc", acc)
     if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
     if any(size > 1 and stride == 0 for size, stride in zip(acc.shape, acc.stride(), strict=True)):
@@ -65,10 +63,7 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
 
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
     """A tensor of 16, 32 or 64 bit floats on the device of another, of which the memory holds what it says."""
-    _check_tensor(name, tensor)
-    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.device.type == "meta":
-        kind = "a view that is to be negated" if tensor.is_neg() else f"{tensor.layout} on {tensor.device}"
-        raise ArgumentError(f"{name}: expected a dense tensor with its values in memory, got {kind}")
+    memory.check_held(name, tensor)
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
         raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.device != like.device:
@@ -97,10 +92,10 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
     return acc.detach(), dy.detach(), x.detach()
 
 
-def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[int, int]]:
+def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int, *, disjoint: bool = False) -> list[tuple[int, int]]:
     """First and end token of each example that has tokens; waits for the device where the two are not on the CPU."""
     for name, tensor in (("starts", starts), ("lengths", lengths)):
-        _check_tensor(name, tensor)
+        memory.check_held(name, tensor)
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
             raise ArgumentError(f"{name}: expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}")
     if len(starts) != len(lengths):
@@ -113,17 +108,28 @@ def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int) -> list[tuple[in
             )
         if length:
             spans.append((start, start + length))
+    if disjoint:
+        for (_, end), (start, _) in itertools.pairwise(sorted(spans)):
+            if start < end:
+                raise ArgumentError(f"starts, lengths: expected each token in one example, got token {start} in two")
     return spans
+
+
+def checked_pair(pair: object) -> tuple[Tensor, Tensor | None]:
+    """A weight and its statistic."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ArgumentError(f"matrices: expected a weight and its statistic or None, got {type(pair).__name__}")
+    return pair[0], pair[1]
 
 
 def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> int:
     """The number of scores to select, as a plain integer; weight and statistic fit the criterion."""
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_float("weight", weight, like=weight)
     try:
-        k = operator.index(k)
-    except TypeError:
+        k = operator.index(None if isinstance(k, bool) else k)
+    except (TypeError, ValueError, RuntimeError):  # what torch's and NumPy's arrays raise
         raise ArgumentError(f"k: expected an integer, got {k!r}") from None
     if k < 0:
         raise ArgumentError(f"k: expected 0 or more, got {k}")
@@ -132,7 +138,7 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
             raise ArgumentError("statistic: expected None for 'magnitude', which needs no data")
         return k
     if statistic is not None:
-        _check_tensor("statistic", statistic)
+        memory.check_held("statistic", statistic)
     if statistic is None or statistic.dtype not in (torch.float32, torch.float64):
         got = None if statistic is None else statistic.dtype
         raise ArgumentError(f"statistic: expected a float32 or float64 tensor for {criterion!r}, got {got}")
@@ -148,21 +154,27 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     return k
 
 
-def check_scale(scale: float) -> None:
-    """What weights are multiplied by is a finite number."""
-    if not isinstance(scale, Real) or not math.isfinite(scale):
+def checked_scale(scale: float) -> float:
+    """What weights are multiplied by, a finite number, NumPy's too, as a float."""
+    try:
+        value = math.nan if isinstance(scale, bool) or not isinstance(scale, Real) else float(scale)
+    except OverflowError:  # an integer beyond every float
+        value = math.inf
+    if not math.isfinite(value):
         raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
+    return value
 
 
 def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
     """Old values have the form in which ``apply_sparse_`` returned them."""
-    _check_names("indices", indices, weights)
-    _check_names("old", old, weights)
+    check_names("indices", indices, weights)
+    check_names("old", old, weights)
     for name, weight in weights.items():
         kept, listed = old[name], indices[name]
         with naming(name):
-            _check_tensor("old", kept)
-            _check_tensor("indices", listed)
+            check_float("weight", weight, like=weight)
+            memory.check_held("old", kept)
+            memory.check_held("indices", listed)
         shape = listed.shape
         if kept.dtype != weight.dtype or kept.shape != shape or kept.device != weight.device:
             with naming(name):
@@ -182,13 +194,14 @@ class Elements(NamedTuple):
 
 def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> list[Elements]:
     """What the indices of each weight name in memory, device by device; waits once for each."""
-    _check_names("indices", indices, weights)
+    check_names("indices", indices, weights)
     groups: dict[torch.device, Elements] = {}
     for name, weight in weights.items():
         with naming(name):
             check_float("weight", weight, like=weight)
+            memory.check_writable("weight", weight)
             listed = indices[name]
-            _check_tensor("indices", listed)
+            memory.check_held("indices", listed)
             if listed.dim() != 1 or listed.dtype != torch.int64 or listed.device != weight.device:
                 got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
                 raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
@@ -197,28 +210,44 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
                 members.append(member)
     for group in groups.values():
         _check_ranges({name: (weights[name], indices[name]) for name in group.names if len(indices[name])})
+        memory.check_lists_apart(group.names, group.elements, group.offsets)
     return list(groups.values())
 
 
-def _check_names(argument: str, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> None:
+def _check_mapping(argument: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ArgumentError(f"{argument}: expected a mapping from names, got {type(given).__name__}")
+
+
+def check_names(argument: str, given: Mapping[str, object], weights: Mapping[str, object], of: str = "weights") -> None:
+    """Two mappings have the same keys."""
+    _check_mapping(of, weights)
+    _check_mapping(argument, given)
     if differing := given.keys() ^ weights.keys():
         raise ArgumentError(
-            f"{argument}: expected the names of the {len(weights)} weights, got {len(given)}; "
-            f"{min(differing)!r} is in one of the two only"
+            f"{argument}: expected the names of the {len(weights)} {of}, got {len(given)}; "
+            f"{min(differing, key=str)!r} is in one of the two only"
         )
 
 
 def _check_ranges(listed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Indices, some of each weight, lie within it."""
+    """Indices, some of each weight, lie within it, none twice: what a second write replaces is no old value."""
     if not listed:
         return
-    # All bounds of a device in one tensor: each read from it is a wait.
-    bounds = torch.stack([bound for _, indices in listed.values() for bound in indices.aminmax()]).tolist()
-    for (name, (weight, _)), lowest, highest in zip(listed.items(), bounds[::2], bounds[1::2], strict=True):
-        if lowest < 0 or highest >= weight.numel():
-            expected = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
-            with naming(name):
+    # All facts of a device in one tensor: each read from it is a wait.
+    facts = [
+        fact for _, indices in listed.values() for fact in (*indices.aminmax(), (indices[1:] > indices[:-1]).all())
+    ]
+    facts = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
+    for (name, (weight, indices)), lowest, highest, ascending in zip(
+        listed.items(), facts[::3], facts[1::3], facts[2::3], strict=True
+    ):
+        with naming(name):
+            if lowest < 0 or highest >= weight.numel():
+                expected = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
                 raise ArgumentError(f"indices: expected {expected}, got {lowest} to {highest}")
+            if not ascending and len(indices.unique()) < len(indices):
+                raise ArgumentError("indices: expected each weight once, got one twice; .unique() leaves them out")
 
 
 def _located(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

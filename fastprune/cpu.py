@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastprune import reference
+from fastprune import memory, reference
 from fastprune.sources import Source, dtype_name
 
 
@@ -51,6 +51,8 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
         len(spans),
         torch.get_num_threads(),
     )
+    for acc in accs.values():
+        memory.note_write(acc)
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
@@ -70,7 +72,9 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
         *wide.shape,
         torch.get_num_threads(),
     )
-    if sums is not acc:
+    if sums is acc:
+        memory.note_write(acc)
+    else:
         acc.copy_(sums)
 
 
@@ -121,7 +125,7 @@ def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], 
     for weight, where, values in zip(elements, offsets, old, strict=True):
         where, values = where.contiguous(), values.contiguous()
         _cpp.scatter(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), values.data_ptr())
-        torch.autograd.graph.increment_version(weight)  # a write through an address is not seen by autograd
+        memory.note_write(weight)
 
 
 def _cpp_dtype(tensor: Tensor) -> object:

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprune import reference
+from fastprune import memory, reference
 from fastprune.errors import ArgumentError, BackendError
 from fastprune.sources import Source, dtype_name
 
@@ -174,7 +174,7 @@ def _write(elements: Sequence[Tensor], offsets: list[Tensor], old: list[Tensor],
         else:
             extension.apply_sparse(weights, scale, *at)
     for weight in elements:
-        torch.autograd.graph.increment_version(weight)  # a write through an address is not seen by autograd
+        memory.note_write(weight)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprune import backends, checks, cpu, products, reference
+from fastprune import backends, checks, cpu, memory, products, reference
 from fastprune.errors import ArgumentError
 
 CRITERIA = reference.CRITERIA
@@ -49,6 +49,7 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | No
     """
     with torch.no_grad():
         acc, dy, x = checks.check_product(acc, dy, x)
+        memory.check_apart({"": acc}, {"dy": dy, "x": x})
         # A library's product where it takes the inputs as they are: with no examples to keep apart, a kernel of our
         # own has nothing to save. Where torch would convert 16-bit inputs first (a fifteenth of the rate by an H100's
         # data sheet), kernels/grad_sum.py serves. Torch uses TF32 only where the process has allowed it for the model.
@@ -119,7 +120,8 @@ def accumulate_gradients(
     """
     checks.check_accumulators(accs)
     if set(accs) == {"grad_sum"}:
-        checks.check_spans(starts, lengths, len(x))
+        checks.check_product(accs["grad_sum"], dy, x)
+        checks.check_spans(starts, lengths, len(x), disjoint=True)
         accumulate_grad_sum(accs["grad_sum"], dy, x, backend=backend)
     else:
         _accumulate_per_example(accs, dy, x, starts, lengths, backend)
@@ -141,6 +143,8 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None)
     checks.check_float("x", x, like=acc)
     if x.dim() != 2 or x.shape[1] != acc.shape[0]:
         raise ArgumentError(f"x: expected (n_tokens, {acc.shape[0]}) to fit acc, got {tuple(x.shape)}")
+    acc, x = acc.detach(), x.detach()
+    memory.check_apart({"": acc}, {"x": x})
     with torch.no_grad():
         match backends.choose(backend, "accumulate_act_sq_sum", acc, x):
             case "torch":
@@ -208,8 +212,10 @@ def top_scores_of_each(
     """
     together: dict[tuple[str, torch.device], dict[str, tuple[Tensor, Tensor | None]]] = {}
     checked = {}
-    for name, (weight, statistic) in matrices.items():
+    checks.check_names("ks", ks, matrices, of="matrices")
+    for name, pair in matrices.items():
         with checks.naming(name):
+            weight, statistic = checks.checked_pair(pair)
             checked[name] = checks.check_scores(weight, statistic, criterion, ks[name])
             server = backends.choose(backend, "top_scores", weight)
         together.setdefault((server, weight.device), {})[name] = (weight, statistic)
@@ -260,7 +266,7 @@ def apply_sparse_each_(
         ArgumentError: As :func:`apply_sparse_`, or the names differ.
         BackendError: As :func:`apply_sparse_`.
     """
-    checks.check_scale(scale)
+    scale = checks.checked_scale(scale)
     old: dict[str, Tensor] = {}
     with torch.no_grad():
         groups = checks.check_elements(weights, indices)
@@ -328,7 +334,8 @@ def _accumulate_per_example(
         products_of = {name: checks.check_product(acc, dy, x) for name, acc in accs.items()}
         accs = {name: acc for name, (acc, _, _) in products_of.items()}
         acc, dy, x = next(iter(products_of.values()))
-        spans = checks.check_spans(starts, lengths, len(x))
+        spans = checks.check_spans(starts, lengths, len(x), disjoint=len(accs) > 1)
+        memory.check_apart(accs, {"dy": dy, "x": x})
         match backends.choose(backend, operation, acc, dy, x):
             case "cpp" if cpu.has_gradient_kernel():
                 cpu.accumulate_per_example(accs, dy, x, spans)

@@ -1,7 +1,7 @@
 """What a compiled selection reads the scores of a matrix from, on a CPU and on a GPU alike.
 
 In: a weight, its statistic and a criterion that :mod:`fastprune.checks` has seen. Out: memory without gaps, strides and
-the name of a product; a square root, which compilers do not agree on in every bit, is taken here.
+the name of a product; a square root, on whose last bit libraries do not agree, is that of the reference.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastprune.reference import root
 
 _FORMULAS = {
     "signed": "negated_product",
@@ -51,7 +53,7 @@ class Source:
             return cls(weight, weight.new_empty(0, dtype=torch.float32), (0, 0), formula)
         statistic = statistic.detach()
         if criterion == "wanda":
-            statistic = statistic.to(torch.promote_types(weight.dtype, statistic.dtype)).sqrt()
+            statistic = root(statistic.to(torch.promote_types(weight.dtype, statistic.dtype)))
         statistic = statistic.expand(weight.shape)
         if weight.dim() == 2:
             return cls(weight, statistic, statistic.stride(), formula)

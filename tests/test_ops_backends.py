@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastprune
-from fastprune import backends, cuda, ops, products, reference
+from fastprune import backends, cuda, memory, ops, products, reference
 from fastprune.errors import ArgumentError, BackendError
 
 PER_EXAMPLE = ["accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
@@ -34,6 +34,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(backends, "status", lambda name: missing.get(name, "available"))
     monkeypatch.setattr(backends, "_too_old", lambda device: device == 1)
     monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    for check in ("check_held", "check_apart"):  # fake tensors have no memory to look at
+        monkeypatch.setattr(memory, check, lambda *tensors: None)
     monkeypatch.setattr(products, "forms_float32", lambda device, dtype: device.type == "cuda" and dtype.itemsize == 2)
     return missing
 

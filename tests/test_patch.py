@@ -189,7 +189,7 @@ def test_checkpoints_that_the_mask_does_not_fit_are_refused(model, tmp_path):
         refused(tmp_path, ArgumentError, load, file)
     refused(tmp_path, ArgumentError, "mask must be a PruneMask, got dict$", dict(mask))
     for scale in (math.nan, math.inf, "0", True):
-        refused(tmp_path, ArgumentError, "scale must be a finite number", mask, scale=scale)
+        refused(tmp_path, ArgumentError, "scale: expected a finite number", mask, scale=scale)
     patch_checkpoint(
         tmp_path / "in", PruneMask(mask, mask.shapes, {"fingerprint": "0"}), tmp_path / "out", strict=False
     )

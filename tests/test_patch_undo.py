@@ -231,7 +231,7 @@ def test_a_mask_that_does_not_fit_changes_nothing(model, folder):
     for error, message, call in (
         (MaskError, "fingerprint", lambda: fastprune.patch_in_place(folder, foreign, backup=True)),
         (ArgumentError, r"PruneMask\.load\('m'\)", lambda: fastprune.patch_in_place(folder, "m", backup=True)),
-        (ArgumentError, "scale must be", lambda: fastprune.patch_in_place(folder, mask, scale=math.nan)),
+        (ArgumentError, "scale: expected", lambda: fastprune.patch_in_place(folder, mask, scale=math.nan)),
         (NotFoundError, "folder .*none does not", lambda: fastprune.patch_in_place(folder / "none", mask)),
     ):
         with pytest.raises(error, match=message):

@@ -8,18 +8,17 @@ It must not know transformers, scores or gradients.
 
 from __future__ import annotations
 
-import math
 import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
 
 from fastprune import ops
-from fastprune.errors import ArgumentError, MaskError, ModelError
+from fastprune.checks import checked_scale
+from fastprune.errors import ArgumentError, FastpruneError, MaskError, ModelError
 from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
@@ -90,6 +89,9 @@ class Undo:
         records.append(self)
         try:
             ops.apply_sparse_each_({name: weights[name] for name in self._indices}, self._indices, scale)
+        except FastpruneError:  # which operations raise before they write anything
+            records.remove(self)
+            raise
         except BaseException:
             self._write_back({name: weights[name] for name in self._indices})
             records.remove(self)
@@ -137,25 +139,10 @@ def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dic
     expected = mask.metadata.get("fingerprint")
     if strict and expected is not None and expected not in _fingerprints(model, weights):
         raise MaskError(
-            f"the mask was made for a model with the fingerprint {expected[:12]}…, this one has "
+            f"the mask was made for a model with the fingerprint {str(expected)[:12]}…, this one has "
             f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
         )
     return weights, Undo(model, mask, weights)
-
-
-def checked_scale(scale: object) -> float:
-    """A finite real number, NumPy's too, as a float.
-
-    Raises:
-        ArgumentError: It is none.
-    """
-    try:
-        value = math.nan if isinstance(scale, bool) or not isinstance(scale, Real) else float(scale)
-    except OverflowError:  # an integer beyond every float
-        value = math.inf
-    if not math.isfinite(value):
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
-    return value
 
 
 def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

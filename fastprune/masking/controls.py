@@ -44,7 +44,7 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
         MaskError: ``like`` does not fit the model, or (``"magnitude"``) a matrix has too few weights outside ``like``.
         ModelError: A weight is not there to be read.
     """
-    if match not in MATCHES:
+    if not isinstance(match, str) or match not in MATCHES:
         raise ArgumentError(f"match must be one of {MATCHES}, got {match!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise ArgumentError(f"seed must be an integer, got {seed!r}")

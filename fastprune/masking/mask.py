@@ -9,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
-from fastprune.errors import ArtifactError, MaskError
+from fastprune.errors import ArgumentError, ArtifactError, MaskError
 from fastprune.masking.apply import Undo, applied, apply_mask_
 from fastprune.masking.storable import merged
+from fastprune.memory import check_held
 
 
 class PruneMask(Mapping[str, torch.Tensor]):
@@ -45,13 +47,20 @@ class PruneMask(Mapping[str, torch.Tensor]):
         metadata: Mapping[str, Any] | None = None,
         nominal: int | None = None,
     ) -> None:
+        for argument, given in (
+            ("indices", indices),
+            ("shapes", shapes),
+            ("metadata", {} if metadata is None else metadata),
+        ):
+            if not isinstance(given, Mapping):
+                raise MaskError(f"{argument}: expected a mapping, got {type(given).__name__}")
         if set(indices) != set(shapes):
-            odd = sorted(set(indices) ^ set(shapes))
+            odd = sorted(set(indices) ^ set(shapes), key=str)
             raise MaskError(f"indices and shapes must name the same matrices; odd ones: {odd[:3]}")
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: _checked_shape(name, shape) for name, shape in shapes.items()}
         self._indices = _checked(indices, self.shapes)
         self.metadata: dict[str, Any] = dict(metadata or {})
-        self.nominal: int = self.total if nominal is None else nominal
+        self.nominal: int = self.total if nominal is None else _whole_number("nominal", nominal)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._indices[name]
@@ -73,8 +82,15 @@ class PruneMask(Mapping[str, torch.Tensor]):
         return sum(map(len, self._indices.values()))
 
     def density(self, model: torch.nn.Module) -> float:
-        """Pruned weights as a fraction of all parameters of the model, embeddings included."""
-        return self.total / sum(parameter.numel() for parameter in model.parameters())
+        """Pruned weights as a fraction of all parameters of the model, embeddings included.
+
+        Raises:
+            ArgumentError: It is no module, or one without parameters.
+        """
+        size = sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
+        if not size:
+            raise ArgumentError(f"model: expected a torch.nn.Module with parameters, got {type(model).__name__}")
+        return self.total / size
 
     @cached_property
     def digest(self) -> str:
@@ -155,8 +171,6 @@ class PruneMask(Mapping[str, torch.Tensor]):
             )
 
     def _combine(self, other: PruneMask, operation: str, combine: Callable[..., torch.Tensor]) -> PruneMask:
-        if not isinstance(other, PruneMask):
-            return NotImplemented
         self.check_shapes(other)
         metadata: dict[str, Any] = {"kind": "algebra", "operation": operation, "parents": [self.digest, other.digest]}
         for key in ("model", "fingerprint"):
@@ -199,13 +213,33 @@ class PruneMask(Mapping[str, torch.Tensor]):
         )
 
 
+def _checked_shape(name: object, shape: object) -> tuple[int, ...]:
+    if not isinstance(name, str):
+        raise MaskError(f"shapes: expected names of parameters, got {name!r}")
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise MaskError(f"{name}: expected a shape, a tuple of integers, got {shape!r}")
+    return tuple(_whole_number(f"{name}: shape", size) for size in shape)
+
+
+def _whole_number(argument: str, value: object) -> int:
+    """An integer of 0 or more, NumPy's too, as one that goes into a file."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise MaskError(f"{argument}: expected an integer of 0 or more, got {value!r}")
+    return int(value)
+
+
 def _checked(indices: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     checked = {}
     for name, shape in shapes.items():
         given = indices[name]
-        if not isinstance(given, torch.Tensor) or given.dtype != torch.int64 or given.ndim != 1:
-            came = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
-            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {came}")
+        if not isinstance(given, torch.Tensor):
+            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {type(given).__name__}")
+        try:
+            check_held("indices", given)
+        except ArgumentError as error:
+            raise MaskError(f"{name}: {error}") from None
+        if given.dtype != torch.int64 or given.ndim != 1:
+            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {given.dtype} {tuple(given.shape)}")
         checked[name] = given.detach().clone(memory_format=torch.contiguous_format).cpu()  # the caller keeps the other
         array, numel = checked[name].numpy(), math.prod(shape)
         if len(array) and (array[0] < 0 or array[-1] >= numel or (array[1:] <= array[:-1]).any()):

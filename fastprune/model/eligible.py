@@ -1,8 +1,8 @@
 """Which weights are scored: the matrices of every Linear and every expert inside the decoder blocks.
 
-In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases, routers and the indexers
-of sparse attention, which have no gradient, are left out; a weight that ought to be scored but that no hook could see
-is an error, never skipped.
+In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases, routers, the indexers of
+sparse attention, which have no gradient, and matrices of no weights are left out; a weight that ought to be scored but
+that no hook could see is an error, never skipped.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
             if _is_linear(module):
                 owned.add(id(module.weight))
                 _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
-                if not _is_router(model, path, module):
+                # Nothing can be pruned where there are no weights, and no token rows be counted where a row is empty.
+                if module.weight.numel() and not _is_router(model, path, module):
                     matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
             elif _has_no_matrix(module):
                 owned |= {id(parameter) for parameter in module.parameters(recurse=False)}
@@ -129,7 +130,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                     _check_weight(f"{stem}.{attribute}", weight, 3, allow_meta)
                     matrices.extend(
                         Matrix(f"{stem}.{attribute}[{expert}]", index, module, module.is_transposed, attribute, expert)
-                        for expert in range(len(weight))
+                        for expert in range(len(weight) if weight.numel() else 0)
                     )
         for path, parameter in block.named_parameters():
             if (

@@ -1,0 +1,148 @@
+"""What a tensor's memory holds, and whether two tensors share it: asked before a raw address is taken.
+
+In: tensors as a caller has them. Out: nothing, or an :class:`~fastprune.errors.ArgumentError`. Some tensors hold no
+values (fake, meta, freed), others than they show (a lazy negation), or have several where a kernel counts on one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import ArgumentError
+
+# Those of a plain tensor and of a parameter; another one may return what it likes.
+_PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+
+def check_held(name: str, tensor: Tensor) -> None:
+    """A tensor whose storage holds its values where its strides say.
+
+    Raises:
+        ArgumentError: It is none; the message begins with ``name``.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if kind := _other_kind(tensor):
+        raise ArgumentError(f"{name}: expected a dense tensor with its values in memory, got {kind}")
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """A tensor that may be written: torch refuses one of inference mode outside of that mode."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ArgumentError(
+            f"{name}: expected a tensor that may be written, got one made under torch.inference_mode; .clone() it "
+            "outside of that mode, or make this call inside"
+        )
+
+
+def note_write(tensor: Tensor) -> None:
+    """Tell autograd of a write through an address, which it does not see."""
+    if not tensor.is_inference():  # of these it keeps no versions
+        torch.autograd.graph.increment_version(tensor)
+
+
+def check_apart(accs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    """No element of an accumulator is one of another accumulator, nor lies among those of an input.
+
+    Args:
+        accs: Of one shape and, along their columns, of unit stride; no two rows of one overlap.
+        inputs: What is read while accumulators are written.
+
+    Raises:
+        ArgumentError: Two share memory.
+    """
+    for (name, acc), (other_name, other) in itertools.combinations(accs.items(), 2):
+        if _meet(acc, other) and _share(acc, other):
+            raise ArgumentError(
+                f"accs: expected memory of its own for each, got one for {name!r} and {other_name!r}; what is added to "
+                "one would be added to the other"
+            )
+    for acc, (name, tensor) in itertools.product(accs.values(), inputs.items()):
+        if _meet(acc, tensor):
+            raise ArgumentError(f"acc: expected memory of its own, got that of {name}; .clone() one of them")
+
+
+def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
+    """No element in memory is listed for two weights: the second write would keep the first one's value as the old one.
+
+    Args:
+        names: Of the weights.
+        elements: A one-dimensional view of each weight's memory, all on one device.
+        offsets: int64, those that are listed of each.
+
+    Raises:
+        ArgumentError: An element is in the lists of two weights.
+    """
+    listed = sorted((*_ends(elements[i]), i) for i in range(len(names)) if len(offsets[i]))
+    meeting: set[int] = set()
+    furthest, owner = 0, 0
+    for start, end, i in listed:
+        if start < furthest:
+            meeting |= {owner, i}
+        if end > furthest:
+            furthest, owner = end, i
+    if not meeting:
+        return
+    addresses = torch.cat([_ends(elements[i])[0] + offsets[i] * elements[i].element_size() for i in meeting])
+    one_size = len({elements[i].element_size() for i in meeting}) == 1
+    if not one_size or len(addresses.unique()) < len(addresses):
+        some = " and ".join(repr(names[i]) for i in sorted(meeting)[:2])
+        raise ArgumentError(f"weights: expected no element in two lists, got {some}, which share memory")
+
+
+def _other_kind(tensor: Tensor) -> str | None:
+    """What a tensor is, if its values are not those in its storage."""
+    kind = type(tensor)
+    function = kind.__torch_function__
+    if (
+        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or getattr(function, "__func__", function) not in _PLAIN_FUNCTIONS
+    ):
+        return f"{kind.__name__}, a subclass with operations of its own"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "one inside a transform of torch.func"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return f"{tensor.layout} on {tensor.device}"
+    if tensor.is_neg():
+        return "a view that is to be negated; .resolve_neg() forms its values"
+    if tensor.is_conj():
+        return "a view that is to be conjugated; .resolve_conj() forms its values"
+    if tensor._is_zerotensor():
+        return "zeros without memory"
+    if tensor.numel():
+        start, end = _ends(tensor)
+        held = tensor.untyped_storage().nbytes()
+        if tensor.storage_offset() * tensor.element_size() + end - start > held:
+            return f"{tuple(tensor.shape)} in a storage that was cut to {held} bytes"
+    return None
+
+
+def _ends(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first element of a tensor that has any, and behind its last one."""
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory in which two tensors lie overlap; their elements may be different ones."""
+    if not a.numel() or not b.numel() or a.device != b.device:
+        return False
+    (a_start, a_end), (b_start, b_end) = _ends(a), _ends(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two accumulators as :func:`check_apart` takes them have an element in common."""
+    rows, columns = a.shape
+    step = max(a.stride(0), columns)
+    distance, rest = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    down, right = divmod(distance, step)
+    # Rows do not overlap, so an element that is `distance` further on lies in the row `down` below or in the next.
+    places = ((down, right), (down + 1, right - step))
+    return rest != 0 or any(abs(row) < rows and abs(column) < columns for row, column in places)
