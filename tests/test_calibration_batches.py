@@ -158,6 +158,7 @@ def test_without_a_mask_every_token_is_real():
         assert list(collect([given_batch], "x"))[1] == Example((4, 5, 0), (-100, 5, -100))
 
 
+@pytest.mark.filterwarnings("ignore:.*are other tokens than those at their places")
 def test_labels_may_differ_from_the_ids():
     got = collect(
         [

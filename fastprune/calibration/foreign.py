@@ -8,20 +8,30 @@ It must not know models; the size of the vocabulary is all it is told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastprune.calibration.batch_keys import unread_keys
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.sets import CalibrationLoader, CalibrationSet
-from fastprune.errors import CalibrationError
+from fastprune.errors import CalibrationError, FastpruneWarning
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_ENOUGH = 3  # labels that are all the next token's: no chance
+_STACKLEVEL = 5  # of a note in collect: it is about the line that calls score
 
 
-def collect(loader: Iterable[Mapping[str, Any]], name: str, vocab_size: int | None = None) -> CalibrationSet:
+def collect(
+    loader: Iterable[Mapping[str, Any]],
+    name: str,
+    vocab_size: int | None = None,
+    n_labels: int | None = None,
+    accepted: Collection[str] = (),
+) -> CalibrationSet:
     """Read a loader once and turn each row of each batch into an example.
 
     A set or a loader of :func:`load_calibration` passes through as it is; only the range of its ids is checked.
@@ -29,47 +39,80 @@ def collect(loader: Iterable[Mapping[str, Any]], name: str, vocab_size: int | No
     Args:
         loader: Iterable of mappings with ``input_ids (rows, tokens)`` and ``labels (rows, tokens)`` (-100 = not
             scored), and optionally ``attention_mask (rows, tokens)`` of 0 and 1; without it every token is real.
+            Values that are ``None`` are as absent.
         name: How messages call it, e.g. ``"harm_loader"``.
-        vocab_size: Ids and labels must be below; ``None`` leaves that open.
+        vocab_size: Ids must be below; ``None`` leaves that open.
+        n_labels: Labels must be below; ``None``: ``vocab_size``.
+        accepted: Names of the arguments that the model's forward takes; a batch that holds others of them than the
+            above is refused.
 
     Returns:
         The examples in the order of their rows. The first real token of a row is never scored: its label is dropped.
 
     Raises:
         CalibrationError: No batch, labels missing, shapes or dtypes that do not fit, ids out of range, a label on a
-            token that the mask leaves out, a mask with holes, packed rows, or a row without a scored token. The message
-            names ``name``, the batch and the row.
+            token that the mask leaves out, a mask with holes, packed rows, labels that are shifted already, a row
+            without a scored token, or a key that would change what is scored (see
+            :func:`fastprune.calibration.batch_keys.unread_keys`). The message names ``name``, the batch and the row.
+
+    Warns:
+        FastpruneWarning: Batches hold tensors that nothing needs, or labels that are mostly other tokens than those at
+            their places; once a loader.
     """
+    n_labels = vocab_size if n_labels is None else n_labels
     if isinstance(loader, CalibrationLoader):
         loader = loader.calibration
     if isinstance(loader, CalibrationSet):
-        _check_vocabulary(loader, name, vocab_size)
+        _check_vocabulary(loader, name, vocab_size, n_labels)
         return loader
+    examples: list[Example] = []
+    unread: dict[str, None] = {}  # in order, each once
+    for number, batch in enumerate(_iterator(loader, name)):
+        where = f"{name}, batch {number}"
+        input_ids, labels, attended = _tensors_of(batch, where)
+        examples.extend(_examples_of(input_ids, labels, attended, where, vocab_size, n_labels))
+        scored = _scored(labels, attended)
+        _check_unshifted(input_ids, labels, attended, scored, where)
+        unread.update(dict.fromkeys(unread_keys(batch, scored, where, accepted)))
+    if not examples:
+        raise CalibrationError(f"{name} yields no examples; at least one is needed")
+    if unread:
+        message = f"{name}: its batches hold {', '.join(unread)}, which scoring does not use"
+        warnings.warn(message, FastpruneWarning, stacklevel=_STACKLEVEL)
+    _note_other_tokens(examples, name)
+    return CalibrationSet(examples)
+
+
+def _iterator(loader: Any, name: str) -> Iterator[Any]:
     if isinstance(loader, (str, Path)):
         raise CalibrationError(
             f"{name} must be an iterable of batches, got a path; read it with load_calibration(...).loader()"
         )
     if isinstance(loader, Mapping):
+        kind = type(loader).__name__
+        if "input_ids" in loader:
+            raise CalibrationError(f"{name} must be an iterable of batches, got a single {kind}; pass [batch]")
         raise CalibrationError(
-            f"{name} must be an iterable of batches, got a single {type(loader).__name__}; pass [batch]"
+            f"{name} must be an iterable of batches, got a {kind} of {', '.join(map(str, loader)) or 'nothing'}; pass "
+            "a loader over one of these"
         )
     try:
-        iterator = iter(loader)
+        return iter(loader)
     except TypeError:
         raise CalibrationError(f"{name} must be an iterable of batches, got {type(loader).__name__}") from None
-    examples: list[Example] = []
-    for number, batch in enumerate(iterator):
-        examples.extend(_examples_of(batch, f"{name}, batch {number}", vocab_size))
-    if not examples:
-        raise CalibrationError(f"{name} yields no examples; at least one is needed")
-    return CalibrationSet(examples)
 
 
-def _examples_of(batch: Any, where: str, vocab_size: int | None) -> list[Example]:
-    input_ids, labels, attended = _tensors_of(batch, where)
+def _examples_of(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attended: torch.Tensor,
+    where: str,
+    vocab_size: int | None,
+    n_labels: int | None,
+) -> list[Example]:
     # a pad id outside the vocabulary is common and harmless: only what the model will see counts
     _check_range(input_ids, attended, "input_ids", where, vocab_size)
-    _check_range(labels, labels != UNSCORED, "labels", where, vocab_size)
+    _check_range(labels, labels != UNSCORED, "labels", where, n_labels)
     stray = (labels != UNSCORED) & ~attended
     if stray.any():
         row, column = torch.nonzero(stray)[0].tolist()
@@ -89,9 +132,47 @@ def _examples_of(batch: Any, where: str, vocab_size: int | None) -> list[Example
     return examples
 
 
+def _scored(labels: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Where a label counts: on attended tokens, the first of each row left out."""
+    return (labels != UNSCORED) & attended & (attended.cumsum(1) > 1)
+
+
+def _check_unshifted(
+    input_ids: torch.Tensor, labels: torch.Tensor, attended: torch.Tensor, scored: torch.Tensor, where: str
+) -> None:
+    """Refuse labels that are the next token's: shifted once more, they would ask for the token after the next."""
+    compared = scored[:, :-1] & attended[:, 1:]
+    found = labels[:, :-1][compared]
+    if (
+        len(found) >= _ENOUGH
+        and torch.equal(found, input_ids[:, 1:][compared])
+        and not torch.equal(found, input_ids[:, :-1][compared])
+    ):
+        raise CalibrationError(
+            f"{where}: labels: expected at each place the id of the token there, got that of the next token; give "
+            "labels that are not shifted, the shift is made here"
+        )
+
+
+def _note_other_tokens(examples: Sequence[Example], name: str) -> None:
+    pairs = [pair for each in examples for pair in zip(each.input_ids, each.labels, strict=True) if pair[1] != UNSCORED]
+    other = sum(token != label for token, label in pairs)
+    if 2 * other > len(pairs):
+        warnings.warn(
+            f"{name}: {other} of {len(pairs)} labels are other tokens than those at their places; expected the same, "
+            "as for causal language models (masked language modeling, mlm=True, hides the tokens that it asks for)",
+            FastpruneWarning,
+            stacklevel=_STACKLEVEL + 1,
+        )
+
+
 def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not isinstance(batch, Mapping):
-        raise CalibrationError(f"{where}: expected a mapping with input_ids and labels, got {type(batch).__name__}")
+        found = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        way_out = "; pass a CalibrationSet of the examples" if isinstance(found, Example) else ""
+        raise CalibrationError(
+            f"{where}: expected a mapping with input_ids and labels, got {type(batch).__name__}{way_out}"
+        )
     for key in ("input_ids", "labels"):
         if batch.get(key) is None:
             raise CalibrationError(f"{where}: {key} is missing; found {sorted(map(str, batch))}")
@@ -118,7 +199,10 @@ def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, tor
 
 def _integers(value: Any, key: str, where: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
-        raise CalibrationError(f"{where}: {key} must be a tensor, got {type(value).__name__}")
+        raise CalibrationError(
+            f"{where}: {key} must be a tensor, got {type(value).__name__}; a collator makes tensors of rows "
+            '(return_tensors="pt")'
+        )
     if value.dtype not in _INTEGERS and not (key == "attention_mask" and value.dtype == torch.bool):
         raise CalibrationError(f"{where}: {key} must be int64, got {value.dtype}")
     return value.detach().to(device="cpu", dtype=torch.int64)
@@ -169,14 +253,13 @@ def _check_range(
         raise CalibrationError(_out_of_range(f"{where}, row {row}", key, int(ids[row, column]), vocab_size))
 
 
-def _check_vocabulary(calibration: CalibrationSet, name: str, vocab_size: int | None) -> None:
+def _check_vocabulary(calibration: CalibrationSet, name: str, vocab_size: int | None, n_labels: int | None) -> None:
     for number, example in enumerate(calibration.examples):
-        for key, ids in (("input_ids", example.input_ids), ("labels", [i for i in example.labels if i != UNSCORED])):
+        labels = [label for label in example.labels if label != UNSCORED]
+        for key, ids, limit in (("input_ids", example.input_ids, vocab_size), ("labels", labels, n_labels)):
             low, high = min(ids), max(ids)
-            if low < 0 or (vocab_size is not None and high >= vocab_size):
-                raise CalibrationError(
-                    _out_of_range(f"{name}, example {number}", key, low if low < 0 else high, vocab_size)
-                )
+            if low < 0 or (limit is not None and high >= limit):
+                raise CalibrationError(_out_of_range(f"{name}, example {number}", key, low if low < 0 else high, limit))
 
 
 def _out_of_range(where: str, key: str, value: int, vocab_size: int | None) -> str:

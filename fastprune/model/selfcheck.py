@@ -26,6 +26,7 @@ from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.modulecheck import TOLERANCE, ModuleCheck, relative_error
 from fastprune.model.view import Batch, BlockArguments, BlockView
+from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 from fastprune.model.weights import Weights
 from fastprune.model.whole import WholeView
 
@@ -120,9 +121,10 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
 def _probe(view: BlockView) -> Batch:
     """Two rows of fixed pseudo-random tokens, padded as the engine pads them. The loss is of one row alone."""
     generator = torch.Generator().manual_seed(0)
+    known = min(readable_tokens(view.model), predictable_tokens(view.model))  # to read, and to ask for
     examples = []
     for length in _LENGTHS:
-        ids = torch.randint(0, view.vocab_size, (length,), generator=generator).tolist()
+        ids = torch.randint(0, known, (length,), generator=generator).tolist()
         examples.append(Example(input_ids=tuple(ids), labels=(-100, *ids[1:])))
     micro_batch = micro_batches(examples, batch_tokens=max(_LENGTHS) * len(_LENGTHS))[0]
     batch = Batch.from_micro_batch(micro_batch, view.device)

@@ -23,6 +23,7 @@ from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import unwrap
 from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.experts import one_by_one
+from fastprune.model.vocabulary import predictable_tokens
 from fastprune.model.weights import Weights
 
 
@@ -117,11 +118,6 @@ class View:
         self._experts = list({matrix.module: None for matrix in self.matrices if matrix.expert is not None})
         self.n_blocks = len(decoder_blocks(self.model)[1])
         self.accepted = set(inspect.signature(self.model.forward).parameters)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of rows of the input embedding: the token ids that the model can read."""
-        return self.model.get_input_embeddings().weight.shape[0]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
@@ -298,7 +294,7 @@ class BlockView(View):
         states = hidden.flatten(0, 1)[scored]
         gradient = torch.zeros_like(states)
         losses: list[torch.Tensor] = []
-        step = tokens_per_chunk(self.vocab_size, on_gpu=self.device.type == "cuda")
+        step = tokens_per_chunk(predictable_tokens(self.model), on_gpu=self.device.type == "cuda")
         for start in range(0, len(states), step):
             part = slice(start, start + step)
             chunk = states[part].requires_grad_(True)

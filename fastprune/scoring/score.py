@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from fastprune.model.positions import rotary_conflict, table_size, trained_lengt
 from fastprune.model.selfcheck import checked_view
 from fastprune.model.state import exclusive, quiet
 from fastprune.model.view import BlockView
+from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 from fastprune.model.weights import EMBEDDING, HEAD, Resident, Streamed, Weights
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.criteria import parse_criteria, statistics_of
@@ -307,8 +309,10 @@ def _fraction(argument: str, value: float) -> float:
 
 
 def _scoring_set(role: str, loader: Iterable, criteria: tuple[str, ...], model: torch.nn.Module) -> ScoringSet:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    examples: CalibrationSet = collect(loader, f"{role}_loader", vocab_size)
+    accepted = inspect.signature(model.forward).parameters
+    examples: CalibrationSet = collect(
+        loader, f"{role}_loader", readable_tokens(model), predictable_tokens(model), accepted
+    )
     _check_lengths(f"{role}_loader", examples, model)
     budget = getattr(loader, "batch_tokens", MICRO_BATCH_TOKENS)
     return ScoringSet(role, examples, budget, statistics_of(criteria))
