@@ -194,6 +194,7 @@ def test_another_experiment_is_refused_by_name_with_both_texts_and_a_way_out_tha
     assert message.count("{prompt}") == 2 and message.count("{reply}") == 1
     if arguments is not None:
         assert f"Way out: pass template_args={arguments!r}" in message
+        assert '{{ "" }}' not in message
         quiet(made, template_args=arguments)
         return
     begin, end = message.index("{% if add_generation_prompt"), message.index(" to the end of the last line of the chat")
@@ -210,6 +211,9 @@ def test_a_way_out_is_only_named_if_it_works():
     made = tokenizer(chatml("@", "<|START_THINKING|>{{ thinking_words }}"))
     with pytest.raises(CalibrationError, match=r"open thinking block.*Way out: set tokenizer.chat_template to another"):
         ChatTemplate(made)
+    made = tokenizer(chatml("@", OPEN) + "{% set add_generation_prompt = false %}")
+    with pytest.raises(CalibrationError, match=r"open thinking block.*Way out: set tokenizer.chat_template to another"):
+        ChatTemplate(made)
     made = tokenizer(template("<|user|>@</s>", "<|assistant|>@</s>", "<|bot|>"))
     with pytest.raises(
         CalibrationError, match=r"another text than stands before.*Way out: set tokenizer.chat_template"
@@ -218,13 +222,10 @@ def test_a_way_out_is_only_named_if_it_works():
 
 
 def test_the_last_line_of_a_template_file_may_end_in_a_line_break():
-    text = template("<|user|>@</s>", "<|assistant|>@</s>", "").replace(
-        "{% if add_generation_prompt %}{% endif %}", "{{ '' }}\n"
-    )
-    with pytest.raises(
-        CalibrationError, match=r'Way out: add \{% if add_generation_prompt %\}\{\{ "<|assistant|>" \}\}'
-    ):
+    text = template("<|user|>@</s>", "<|assistant|>@</s>", "") + "{{ '' }}\n"
+    with pytest.raises(CalibrationError) as caught:
         ChatTemplate(tokenizer(text))
+    assert 'add {% if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %} to the end' in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3"])
@@ -349,9 +350,11 @@ def test_a_prompt_that_the_template_takes_for_an_instruction_is_refused_without_
     switch = "{{ m.content.replace('/no_think', '') }}"
     ended = "{% if '/quiet' in messages[-1].content %}" + EMPTY + "{% endif %}"
     fails = "{{ raise_exception(m.content) if 'poem' in m.content }}"
-    chat = quiet(tokenizer(chatml("@", ended).replace("user\n{{ m.content }}", f"user\n{switch}{fails}")))
+    mode = "{{ 'b' if 'joke' in messages[-1].content else 'a' }}"  # no longer and no shorter
+    text = chatml("@", ended, before=mode).replace("user\n{{ m.content }}", f"user\n{switch}{fails}")
+    chat = quiet(tokenizer(text))
     assert chat.opening(" a\n\nb ").endswith("assistant\n")
-    for prompt in ("secret /no_think", "secret /quiet", "secret poem"):
+    for prompt in ("secret /no_think", "secret /quiet", "secret poem", "secret joke"):
         with pytest.raises(CalibrationError) as caught:
             chat.opening(prompt)
         assert "secret" not in str(caught.value)
@@ -616,6 +619,17 @@ def test_rows_that_are_rendered_or_hold_control_tokens_are_refused_without_a_quo
         with pytest.raises(CalibrationError, match=rf"^f.csv, row 3: {what}: expected text .*format='raw'") as caught:
             chat.check_text(text + " secret", what, "f.csv, row 3")
         assert "secret" not in str(caught.value)
+
+
+def test_any_token_that_the_template_writes_around_turns_is_a_control_token():
+    """MiniMax and others have tokens of no common look, not all of them called special."""
+    made = tokenizer(template("\u00a7user:@", "\u00a7bot:@\u00a7end", "\u00a7bot:"))
+    made.add_tokens(["\u00a7user", "\u00a7end", "\u00a7tool"])
+    chat = quiet(made)
+    chat.check_text("a \u00a7tool \u00a73", "prompt", "row 0")
+    for text in ("a \u00a7user", "a\u00a7end"):
+        with pytest.raises(CalibrationError, match="expected text without control tokens"):
+            chat.check_text(text, "prompt", "row 0")
 
 
 @pytest.mark.parametrize("name", PLAIN)

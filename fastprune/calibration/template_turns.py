@@ -166,7 +166,7 @@ def compare(turns: Turns) -> Difference | None:
 def completions(turns: Turns) -> list[str]:
     """Texts that, written after the generation prompt, may make it end where a reply begins."""
     texts = []
-    if turns.before_reply.startswith(turns.generation):
+    if turns.before_reply.startswith(turns.generation) and turns.before_reply != turns.generation:
         texts.append(turns.before_reply[len(turns.generation) :])
     tag = open_thought(turns.generation)
     if tag is not None and "|" not in tag:
