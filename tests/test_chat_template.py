@@ -6,7 +6,6 @@ The templates here are small ones with the behavior of those of the model famili
 from __future__ import annotations
 
 import json
-import time
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -208,6 +207,10 @@ def test_another_experiment_is_refused_by_name_with_both_texts_and_a_way_out_tha
 
 def test_a_way_out_is_only_named_if_it_works():
     """A variable that is only called like a switch is none; a tag that cannot be closed leaves no way."""
+    made = tokenizer(SMOLLM3 + "{{ '' if think_words }}")
+    with pytest.raises(CalibrationError, match=r"Way out: pass template_args=\{'enable_thinking': False\}") as caught:
+        ChatTemplate(made)
+    assert "think_words" not in str(caught.value)
     made = tokenizer(chatml("@", "<|START_THINKING|>{{ thinking_words }}"))
     with pytest.raises(CalibrationError, match=r"open thinking block.*Way out: set tokenizer.chat_template to another"):
         ChatTemplate(made)
@@ -632,6 +635,14 @@ def test_any_token_that_the_template_writes_around_turns_is_a_control_token():
             chat.check_text(text, "prompt", "row 0")
 
 
+def test_words_that_a_template_writes_around_turns_are_no_markers():
+    made = tokenizer(template("User @\n", "Bot @\n", "Bot "))
+    made.add_tokens(["Bot"])  # some tokenizers have added words
+    chat = quiet(made)
+    for text in ("Users of Bots", "User", "Bot"):
+        chat.check_text(text, "prompt", "row 0")
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_ordinary_texts_pass(name):
     text, arguments = PLAIN[name]
@@ -658,19 +669,13 @@ def test_a_reply_may_hold_a_thought_unless_the_template_has_just_ended_one():
             chat.check_text(thought, what, "row 0")
 
 
-def test_checking_many_rows_takes_no_time():
-    """10,000 rows of 2,000 characters are searched as strings; tokenising them would take a hundred times as long."""
+def test_checking_a_row_tokenises_nothing():
     made = tokenizer(chatml())
-    made.add_tokens([AddedToken(f"<|reserved_{place}|>", special=True) for place in range(250)])
     chat = quiet(made)
-    text = "It is said that a < b, and so on and so forth. " * 42
     calls = []
     made.__class__ = type("Counting", (type(made),), {"__call__": lambda self, *a, **k: calls.append(a)})
-    began = time.perf_counter()
-    for _ in range(100):
-        chat.check_text(text, "response", "row 0")
+    chat.check_text("It is said that a < b, and so on. " * 40, "response", "row 0")
     assert not calls
-    assert time.perf_counter() - began < 5  # two orders above what it takes: only a tokeniser would be slower
 
 
 def test_the_shipped_tokenizer_passes_without_a_note():

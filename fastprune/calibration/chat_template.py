@@ -88,7 +88,7 @@ class ChatTemplate:
         self.end_of_turn = _up_to_first(self.control_ids, _tokens(tokenizer, self.closing))
         self.facts = {
             "template_sha256": source.sha256,
-            "template_args": arguments,
+            "template_args": dict(arguments),
             "system_sha256": None if system is None else hashlib.sha256(system.encode("utf-8")).hexdigest(),
             "default_system": _default_system(self._render, self._turns.head) if system is None else None,
             "date": FROZEN_DATE.isoformat() if source.asks_clock else None,
@@ -247,7 +247,7 @@ def _check_generation_prompt(turns: Turns, render: _Renderer, source: TemplateSo
     if difference.missing_thought and thinks:
         message += "; responses have to hold their thoughts themselves"
     elif difference.refused:
-        ways = [*_switched(render, switches, difference, thinks), *_completed(turns, render)]
+        ways = [*_switched(render, switches, difference, thinks), *_completed(turns, render, difference)]
         raise CalibrationError(
             f"{message}. Way out: {'; or '.join(ways or ['set tokenizer.chat_template to another'])}"
         )
@@ -270,26 +270,28 @@ def _switched(render: _Renderer, switches: list[str], difference: Difference, th
     for name in switches:
         for value in _OFF:
             turns = render.variant(arguments={name: value})
-            if turns is not None and not _refused(turns):
+            if _mends(turns, difference):
                 yield f"pass template_args={render.arguments | {name: value}!r}"
                 if difference.missing_thought and not thinks:
                     yield f"template_args={render.arguments | {name: True}!r} for responses that hold their thoughts"
                 break
 
 
-def _completed(turns: Turns, render: _Renderer) -> Iterator[str]:
+def _completed(turns: Turns, render: _Renderer, difference: Difference) -> Iterator[str]:
     """An addition to the template, tried out, with which the generation prompt ends where a reply begins."""
     for text in completions(turns):
         addition = f"{{% if add_generation_prompt %}}{{{{ {json.dumps(text, ensure_ascii=False)} }}}}{{% endif %}}"
-        completed = render.variant(addition=addition)
-        if completed is not None and not _refused(completed):
+        if _mends(render.variant(addition=addition), difference):
             yield f"add {addition} to the end of the last line of the chat template"
             return
 
 
-def _refused(turns: Turns) -> bool:
-    difference = compare(turns)
-    return difference is not None and difference.refused
+def _mends(turns: Turns | None, difference: Difference) -> bool:
+    """Whether with these turns nothing is refused, and a thinking block that was missing is there."""
+    if turns is None or (difference.missing_thought and not turns.thought_written):
+        return False
+    left = compare(turns)
+    return left is None or not left.refused
 
 
 def _same_tokens(turns: Turns, tokenizer: Any) -> bool:

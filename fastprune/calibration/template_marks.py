@@ -40,11 +40,11 @@ class Marks:
         texts |= {text for text in special if text in turns.head or not _PLAIN.fullmatch(text)}
         names = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token")
         texts |= {text for text in (getattr(tokenizer, name, None) for name in names) if text}
-        # by first character: most rows hold none of these characters, or one
+        # by their first two characters: few rows hold any of these pairs
         self._controls: dict[str, list[str]] = {}
         for text in sorted(texts):
             if text.strip() and not text.isalnum() and not is_thought_tag(text):
-                self._controls.setdefault(text[0], []).append(text)
+                self._controls.setdefault(text[:2], []).append(text)
 
         begins = {user_header, turns.head, turns.before_reply, turns.generation.removeprefix(turns.pending)}
         begins = {text.strip().removeprefix(tokenizer.bos_token or "").strip() for text in begins}
@@ -53,8 +53,8 @@ class Marks:
 
     def control(self, text: str) -> str | None:
         """A control token or marker that ``text`` holds."""
-        for first, controls in self._controls.items():
-            if first in text:
+        for beginning, controls in self._controls.items():
+            if beginning in text:
                 for control in controls:
                     if control in text:
                         return control
