@@ -109,6 +109,12 @@ def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dic
         ("(resume=, TMPDIR)", "(--resume, TMPDIR)"),
         ("longer than max_length=6 tokens", "longer than --max-length 6 tokens"),
         ("use format='raw' or set tokenizer.chat_template", "use --format raw or set tokenizer.chat_template"),
+        (
+            "pass template_args={'enable_thinking': False}; or",
+            "pass --template-args '{\"enable_thinking\": false}'; or",
+        ),
+        ('give finish="length" (or a column finish)', "give --finish length (or a column finish)"),
+        ('bos=False, system=""', "--bos false, --system ''"),
         ("/runs/q=0.1/a.safetensors and step=1 stay", "/runs/q=0.1/a.safetensors and step=1 stay"),
     ],
 )

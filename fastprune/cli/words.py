@@ -6,11 +6,19 @@ know what the messages are about.
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import re
+import shlex
 
-_NAMES = ("p", "q", "p_max", "q_max", "slice", "max_length", "format", "segments", "boundaries", "resume")
-# Alone between blanks or punctuation: what is part of a path stays as it is.
-_ARGUMENT = re.compile(rf"(?<![^\s(])({'|'.join(_NAMES)})=('\w+'|\d[\d.e-]*|)(?=[\s,;:)]|$)")
+_NAMES = (
+    *("p", "q", "p_max", "q_max", "slice", "max_length", "format", "segments", "boundaries", "resume"),
+    *("bos", "finish", "system", "template_args"),
+)
+# Alone between blanks or punctuation: what is part of a path stays as it is. A value is a word, a number or a mapping.
+_VALUE = r"'\w*'|\"\w*\"|\{[^{}]*\}|True\b|False\b|\d[\d.e-]*|"
+_ARGUMENT = re.compile(rf"(?<![^\s(])({'|'.join(_NAMES)})=({_VALUE})(?=[\s,;:)]|$)")
 
 
 def as_options(message: object) -> str:
@@ -19,5 +27,12 @@ def as_options(message: object) -> str:
 
 
 def _option(found: re.Match[str]) -> str:
-    name, value = found[1].replace("_", "-"), found[2].strip("'")
+    name, value = found[1].replace("_", "-"), found[2]
+    if value.startswith("{"):
+        with contextlib.suppress(ValueError, SyntaxError):  # not a mapping as Python writes it: shown as it came
+            value = shlex.quote(json.dumps(ast.literal_eval(value)))
+    elif value in ("True", "False"):
+        value = value.lower()
+    else:
+        value = value.strip("'\"") or value.replace('"', "'")
     return f"{'-' if len(name) == 1 else '--'}{name} {value}".rstrip()
