@@ -46,7 +46,8 @@ def test_every_example_is_in_one_micro_batch_and_the_budget_is_kept(examples, bu
             assert tuple(batch.input_ids[row, :n].tolist()) == examples[index].input_ids
             assert tuple(batch.labels[row, :n].tolist()) == examples[index].labels
             assert batch.attention_mask[row].tolist() == [1] * n + [0] * (width - n)
-            assert (batch.input_ids[row, n:] == 0).all() and (batch.labels[row, n:] == -100).all()
+            assert (batch.input_ids[row, n:] == examples[index].input_ids[-1]).all()
+            assert (batch.labels[row, n:] == -100).all()
             seen.append(index)
     assert sorted(seen) == list(range(len(examples)))
 

@@ -69,7 +69,9 @@ class Example:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Examples that go through the model together, right-padded with id 0.
+    """Examples that go through the model together, padded on the right with each row's own last token.
+
+    No other token of the vocabulary is shown to the model: the row of one that no example has may hold anything.
 
     Attributes:
         input_ids: ``(rows, tokens)`` int64.
@@ -136,10 +138,11 @@ def check_batch_tokens(batch_tokens: int) -> None:
 def _pad(examples: Sequence[Example], indices: list[int]) -> MicroBatch:
     lengths = torch.tensor([len(examples[i]) for i in indices], dtype=torch.int64)
     shape = (len(indices), int(lengths.max()))
-    input_ids = torch.zeros(shape, dtype=torch.int64)
+    input_ids = torch.empty(shape, dtype=torch.int64)
     labels = torch.full(shape, UNSCORED, dtype=torch.int64)
     for row, index in enumerate(indices):
         input_ids[row, : lengths[row]] = torch.tensor(examples[index].input_ids)
+        input_ids[row, lengths[row] :] = examples[index].input_ids[-1]
         labels[row, : lengths[row]] = torch.tensor(examples[index].labels)
     attention_mask = (torch.arange(shape[1]) < lengths[:, None]).to(torch.int64)
     return MicroBatch(input_ids, labels, attention_mask, lengths, indices)

@@ -20,8 +20,6 @@ from fastprune.calibration import Encoder, Row, read_texts_or_rows
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
 
-PAD = 0  # padding is masked, so any id will do, and 0 is one that every embedding has
-
 
 def generate(
     model: Any,
@@ -159,8 +157,9 @@ def _continue_batch(
 
 
 def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding is masked; it is the row's own last token, for the embedding of another one may hold NaN."""
     width = max(map(len, contexts))
-    ids = torch.tensor([[PAD] * (width - len(c)) + c for c in contexts], dtype=torch.int64)
+    ids = torch.tensor([c[-1:] * (width - len(c)) + c for c in contexts], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], dtype=torch.int64)
     return ids.to(device), mask.to(device)
 

@@ -1,16 +1,18 @@
 """Before a long pass: does this model, taken apart, compute what it computes as a whole?
 
-In: a model's weights. Out: its view, or the whole-model view with a warning, or an error. Two short rows are driven
-both ways, through the blocks and through the untouched model; logits and the gradients of one weight, and of one expert
-where there are any, are compared, each segment's output when it runs for the second time, and what comes out when other
-tokens pad the shorter row. Catches what reading code cannot: blocks that share state, padding that leaks, tokens that
-see later ones, experts that are run another way, rows that see each other and Linears that do more than multiply
-(:mod:`fastprune.model.modulecheck`). The model itself is used, which costs a few passes over about ten tokens; of a
-streamed model the blocks of the first segment alone, as they are in memory then.
+In: a model's weights, and the examples of the pass. Out: its view, or the whole-model view with a warning, or an error.
+Two short rows are driven both ways, through the blocks and through the untouched model; logits and the gradients of one
+weight, and of one expert where there are any, are compared, and each segment's output when it runs for the second time,
+with other tokens in the place of the padding. Catches what reading code cannot: blocks that share state, padding that
+leaks, tokens that see later ones (:mod:`fastprune.model.causality`), experts that are run another way, rows that see
+each other and Linears that do more than multiply (:mod:`fastprune.model.modulecheck`). The model itself is used, which
+costs a few passes over about ten tokens; of a streamed model the blocks of the first segment alone, as they are in
+memory then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
@@ -18,29 +20,38 @@ from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSe
 import torch
 from torch import nn
 
-from fastprune.calibration import Example, micro_batches
+from fastprune.calibration import Example
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
 from fastprune.interrupts import uninterrupted
 from fastprune.model.capture import Capture
+from fastprune.model.causality import (
+    NotScorableError,
+    exceeded_window,
+    long_row,
+    refuse_later_tokens,
+    refuse_later_tokens_of_long_rows,
+    refuse_without_mask,
+)
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.modulecheck import TOLERANCE, ModuleCheck, relative_error
-from fastprune.model.view import Batch, BlockArguments, BlockView
-from fastprune.model.vocabulary import predictable_tokens, readable_tokens
+from fastprune.model.probe import (
+    EARLY,
+    LENGTHS,
+    LOUD,
+    batch_of,
+    draw,
+    other_padding,
+    padded_otherwise,
+    probe,
+    tokens_of,
+)
+from fastprune.model.view import Batch, BlockArguments, BlockView, View
 from fastprune.model.weights import Weights
 from fastprune.model.whole import WholeView
 
-_LENGTHS = (4, 6)
-_LOUD = 1  # the row that the loss is of; the other one's gradients are zero unless rows are mixed
-_EARLY = 3  # tokens of that row whose logits are asked what they depend on
-# Largest accepted share of what earlier logits depend on that lies in later tokens: exactly nothing in a causal model.
-_LATER = 1e-6
 # Whatever an architecture's code raises when it is given what it does not expect.
 _ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
-
-
-class NotScorableError(ModelError):
-    """No view of the model can help."""
 
 
 class _Gradients(dict[str, torch.Tensor]):
@@ -57,7 +68,9 @@ class _Gradients(dict[str, torch.Tensor]):
         self[matrix.name] = left.float().T @ right.float()
 
 
-def checked_view(weights: Weights, parts: Sequence[range], segments: int | None) -> BlockView | WholeView:
+def checked_view(
+    weights: Weights, parts: Sequence[range], segments: int | None, examples: Sequence[Example] = ()
+) -> BlockView | WholeView:
     """Build the view of a model and check it.
 
     Args:
@@ -65,6 +78,8 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
             embedding, head and the blocks of ``parts`` have to be held.
         parts: Runs of blocks, from the first one on, as the pass will go through them; the check covers these.
         segments: What the caller asked for; more than one rules the whole-model view out.
+        examples: All that the pass will see. The check's tokens are theirs, for what the embedding holds of others does
+            not matter; the longest of them says which windows of attention are exceeded.
 
     Returns:
         The block view if it agrees with the untouched model, otherwise the whole-model view (with a FastpruneWarning).
@@ -74,15 +89,21 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
             cannot be scored at all.
     """
     view = BlockView(weights)
-    batch = _probe(view)
+    tokens = tokens_of(view, examples)
+    batch, alone = probe(view, tokens)
+    window = exceeded_window(view.model.config, longest := max(map(len, examples), default=0))
     covered = [matrix for matrix in view.matrices if matrix.block < parts[-1].stop]
-    modules = ModuleCheck(covered, batch.input_ids.shape, _LOUD)
+    modules = ModuleCheck(covered, batch.input_ids.shape, LOUD)
     counted_otherwise = False
     try:
         with view.truncated(parts[-1].stop), modules:
             reference = _reference(view, batch, parts[-1].stop)
+            _refuse_later_tokens_without_mask(view, alone)
             counted_otherwise = _counts_otherwise(view, batch)
             reason = _disagreement(view, batch, *reference, parts)
+        if window is not None and reason is None:
+            row = batch_of(view, [draw(tokens, long_row(window, longest))])
+            refuse_later_tokens_of_long_rows(view, row, window, parts[-1].stop)
     except NotScorableError:
         raise
     except FastpruneError as error:
@@ -110,32 +131,16 @@ def checked_view(weights: Weights, parts: Sequence[range], segments: int | None)
         )
     whole = WholeView(weights)
     _refuse_use_of_padding(whole, batch)
+    _refuse_later_tokens_without_mask(whole, alone)
+    if window is not None:
+        row = batch_of(view, [draw(tokens, long_row(window, longest))])
+        _refuse_later_tokens_without_mask(whole, row, window + 1)
     warnings.warn(
         f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
         FastpruneWarning,
         stacklevel=3,
     )
     return whole
-
-
-def _probe(view: BlockView) -> Batch:
-    """Two rows of fixed pseudo-random tokens, padded as the engine pads them. The loss is of one row alone."""
-    generator = torch.Generator().manual_seed(0)
-    known = min(readable_tokens(view.model), predictable_tokens(view.model))  # to read, and to ask for
-    examples = []
-    for length in _LENGTHS:
-        ids = torch.randint(0, known, (length,), generator=generator).tolist()
-        examples.append(Example(input_ids=tuple(ids), labels=(-100, *ids[1:])))
-    micro_batch = micro_batches(examples, batch_tokens=max(_LENGTHS) * len(_LENGTHS))[0]
-    batch = Batch.from_micro_batch(micro_batch, view.device)
-    batch.token_weights[batch.rows_of_scored != _LOUD] = 0.0
-    return batch
-
-
-def _padded_otherwise(batch: Batch) -> Batch:
-    """The same rows, with other tokens in the place of the padding."""
-    ids = torch.where(batch.attention_mask.bool(), batch.input_ids, batch.input_ids.flip(1))
-    return dataclasses.replace(batch, input_ids=ids)
 
 
 def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
@@ -153,33 +158,54 @@ def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
     return relative_error(given[attended], own[attended]) > 1e-6
 
 
-def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
-    """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any."""
-    # The first experts module: what enters it has the same bits both ways, so the same tokens reach each expert;
-    # further up, rounding may send a token elsewhere.
-    fused = next((matrix for matrix in view.matrices if matrix.expert is not None and matrix.block < depth), None)
-    firsts = [view.matrices[0], *([fused] if fused is not None else [])]
-    parameters = [matrix.parameter for matrix in firsts]
+@contextlib.contextmanager
+def _leaves_behind_embedding(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Every output of the input embedding becomes a leaf, so that gradients go through every module of the blocks."""
     leaves: list[torch.Tensor] = []
 
     def start_here(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         leaves.append(output.detach().requires_grad_(True))
         return leaves[-1].clone()  # some models scale embeddings in place
 
-    # So that the gradient goes through every module, those below the first matrix's output too.
-    handle = view.model.get_input_embeddings().register_forward_hook(start_here)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    handle = model.get_input_embeddings().register_forward_hook(start_here)
     try:
-        logits = _untouched(view, batch, depth)
-        _refuse_later_tokens(view, batch, logits, leaves)
-        loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
-        gradients = torch.autograd.grad(loss, [*parameters, *leaves])
+        yield leaves
     finally:
         with uninterrupted():
             handle.remove()
+
+
+def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
+    """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any.
+
+    Raises:
+        NotScorableError: The loss of a row's first tokens depends on those behind them.
+    """
+    # The first experts module: what enters it has the same bits both ways, so the same tokens reach each expert;
+    # further up, rounding may send a token elsewhere.
+    fused = next((matrix for matrix in view.matrices if matrix.expert is not None and matrix.block < depth), None)
+    firsts = [view.matrices[0], *([fused] if fused is not None else [])]
+    parameters = [matrix.parameter for matrix in firsts]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with _leaves_behind_embedding(view.model) as leaves:
+            logits = _untouched(view, batch, depth)
+        if not leaves:
+            raise NotScorableError(
+                f"model: {type(view.model).__name__} does not call its input embedding, so what a token's logits "
+                "depend on cannot be known"
+            )
+        loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
+        gradients = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
+    finally:
+        with uninterrupted():
             for parameter in parameters:
                 parameter.requires_grad_(False)
+    for matrix, gradient in zip(firsts, gradients, strict=False):
+        if gradient is None:
+            raise ModelError(f"no gradient reaches {matrix.name} in the untouched model")
+    refuse_later_tokens(view.model, gradients[len(parameters) :], batch.input_ids.shape, LOUD, EARLY)
     chosen = {view.matrices[0]: view.matrices[0].part_of(gradients[0])}
     if fused is not None:
         experts = [matrix for matrix in view.matrices if matrix.parameter is fused.parameter]
@@ -187,6 +213,13 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
         busiest = experts[int(norms.argmax())]
         chosen[busiest] = busiest.part_of(gradients[1])
     return logits, chosen
+
+
+def _refuse_later_tokens_without_mask(view: View, alone: Batch, early: int = EARLY) -> None:
+    """Raise if the logits of a row's first tokens depend on those behind them where no row is padded."""
+    with _leaves_behind_embedding(view.model) as leaves:
+        asked = view.causal_forward(alone)[0, :early].float().sum()
+    refuse_without_mask(view.model, torch.autograd.grad(asked, leaves, allow_unused=True), alone.input_ids.shape, early)
 
 
 def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
@@ -201,29 +234,9 @@ def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
 
 def _itself_fails(model: nn.Module, error: Exception) -> NotScorableError:
     return NotScorableError(
-        f"model: {type(model).__name__} itself fails on rows of {' and '.join(map(str, _LENGTHS))} tokens "
+        f"model: {type(model).__name__} itself fails on rows of {' and '.join(map(str, LENGTHS))} tokens "
         f"({type(error).__name__}: {error}), so it cannot be scored"
     )
-
-
-def _refuse_later_tokens(view: BlockView, batch: Batch, logits: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
-    """Raise if the logits of earlier tokens depend on later ones: each token's loss would see its own answer."""
-    if not leaves:
-        raise NotScorableError(
-            f"model: {type(view.model).__name__} does not call its input embedding, so what a token's logits depend on "
-            "cannot be known"
-        )
-    early = logits[_LOUD, :_EARLY].float().sum()
-    for gradient in torch.autograd.grad(early, leaves, retain_graph=True, allow_unused=True):
-        if gradient is None or gradient.shape[:2] != batch.input_ids.shape:
-            continue
-        later = float(gradient[_LOUD, _EARLY:].float().norm())
-        if later > _LATER * float(gradient.float().norm()):  # not so where the model itself gives NaN
-            raise NotScorableError(
-                f"model: expected a causal language model; in {type(view.model).__name__} a token's logits depend on "
-                "the tokens behind it, so a loss of predicting them means nothing (a masked language model? a config "
-                "with is_decoder=False?)"
-            )
 
 
 @torch.no_grad()
@@ -236,12 +249,12 @@ def _refuse_use_of_padding(whole: WholeView, batch: Batch) -> None:
     try:
         found = whole.causal_forward(batch)[attended]
         masked = whole.forward(batch.input_ids, batch.attention_mask, batch.position_ids)[attended]
-        padded_otherwise = whole.causal_forward(_padded_otherwise(batch))[attended]
+        otherwise = whole.causal_forward(padded_otherwise(batch))[attended]
     except _ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise _itself_fails(whole.model, error) from error
-    for what, other in (("the mask of the padding behind a text", masked), ("the padding itself", padded_otherwise)):
+    for what, other in (("the mask of the padding behind a text", masked), ("the padding itself", otherwise)):
         error = relative_error(found, other)
         if error > TOLERANCE[whole.matrices[0].weight.dtype]:
             raise NotScorableError(
@@ -281,8 +294,10 @@ def _disagreement(
     attended = batch.attention_mask.bool()
 
     # As the engine does: forward from boundary to boundary, then each segment again from the boundary below it. What a
-    # block leaves behind, or hands to another segment past the hidden states, shows in the gradient.
+    # block leaves behind, or hands to another segment past the hidden states, shows in the gradient. The second time
+    # other tokens are in the place of the padding, which shows what sees them.
     with torch.no_grad():
+        other, other_arguments = view.prologue(padded_otherwise(batch))
         hidden, arguments = view.prologue(batch)
         if parts[-1].stop < view.n_blocks and (shared := _shared_container(arguments)):
             return f"all blocks are given one {shared}, in which a later one may find what an earlier one left"
@@ -293,20 +308,26 @@ def _disagreement(
     sink, downstream = _Gradients(), None
     for part in reversed(parts):
         expected = boundaries.pop()
-        entering = boundaries[-1].detach().requires_grad_(True)
+        entering = other if part.start == 0 else other_padding(boundaries[-1], attended)
+        entering = entering.detach().requires_grad_(True)
         watched = [matrix for matrix in gradients if matrix.block in part]
         with Capture(watched, sink) as capture, capture.micro_batch(batch.input_ids.shape):
-            leaving = view.run(part.start, part.stop, entering, arguments)
-            # Errors of two segments may cancel in what is below them, and a norm may hide a factor.
-            if (error := relative_error(leaving, expected)) > tolerance:
-                return (
-                    f"what leaves block {part.stop - 1} differs by {error:.1e} (relative) when it is computed again "
-                    "from the same input"
-                )
+            leaving = view.run(part.start, part.stop, entering, other_arguments)
             if downstream is None:
                 _, downstream = view.losses_and_gradient(leaving, batch, 1.0)
             torch.autograd.backward(leaving, downstream)
         downstream = entering.grad
+        # Errors of two segments may cancel in what is below them, and a norm may hide a factor.
+        text = attended.to(leaving.device)
+        if (error := relative_error(leaving[text], expected[text])) > tolerance:
+            with torch.no_grad():
+                again = view.run(part.start, part.stop, boundaries[-1], arguments)
+            if (repeated := relative_error(again[text], expected[text])) > tolerance:
+                return (
+                    f"what leaves block {part.stop - 1} differs by {repeated:.1e} (relative) when it is computed "
+                    "again from the same input"
+                )
+            return f"other tokens in the place of the padding change the text by {error:.1e} (relative): it sees them"
     with torch.no_grad():
         divided = view.epilogue(left)
     if (error := relative_error(divided, logits[attended])) > tolerance:
@@ -317,11 +338,4 @@ def _disagreement(
             return f"no token reached {matrix.name}, although its gradient in the untouched model is not zero"
         if (error := relative_error(found, gradient)) > tolerance:
             return f"the gradient of {matrix.name} differs by {error:.1e} (relative) from the untouched model's"
-    with torch.no_grad():
-        hidden, arguments = view.prologue(_padded_otherwise(batch))
-        for part in parts:
-            hidden = view.run(part.start, part.stop, hidden, arguments)
-        error = relative_error(hidden[attended.to(hidden.device)], left)
-    if error > tolerance:
-        return f"other tokens in the place of the padding change the text by {error:.1e} (relative): it sees them"
     return None

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
+from fastprune.errors import ScoringError
 from fastprune.model.capture import Capture
 from fastprune.model.eligible import Matrix
 from fastprune.model.view import Batch, BlockArguments, BlockView
@@ -24,6 +25,7 @@ from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
 from fastprune.model.whole import WholeView
 from fastprune.scoring.hidden import HiddenStates
 from fastprune.scoring.journal import Journal
+from fastprune.scoring.overflow import NotFiniteError, overflow
 from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
@@ -228,7 +230,10 @@ class Pass:
                 losses = torch.zeros(2, dtype=torch.float64, device=self._view.device)
                 with Capture(matrices, statistics) as capture:
                     for item in self._work[group.role]:
-                        self._one_micro_batch(number, item, capture, statistics, losses)
+                        try:
+                            self._one_micro_batch(number, item, capture, statistics, losses)
+                        except NotFiniteError as error:
+                            raise self._in_words(error, item) from None
                         bar.update()
                     statistics.finish(self._scale)
                 if on_losses is not None and statistics.wants_gradients and number == len(self._parts) - 1:
@@ -254,7 +259,10 @@ class Pass:
         with capture.micro_batch(item.batch.input_ids.shape):
             with torch.set_grad_enabled(with_gradient):
                 leaving = self._view.run(part.start, part.stop, entering, item.arguments)
+            if isinstance(self._view, BlockView):  # of a whole model they are the logits, which the loss is of
+                statistics.outputs(part.stop - 1, leaving)
             if not with_gradient:
+                statistics.end(None)
                 return
             if number == len(self._parts) - 1:
                 of_tokens, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
@@ -270,3 +278,12 @@ class Pass:
             statistics.end(entering.grad)
             if number:
                 self._gradients.put(f"gradient-{number}", item.number, entering.grad)
+
+    def _in_words(self, error: NotFiniteError, item: _Work) -> ScoringError:
+        """The error as a caller gets it, which says so if it was an overflow of a float16 model."""
+        if self._scale == 1.0:
+            return ScoringError(str(error))
+        # The hidden states that it began from may be gone: the prologue gives them once more.
+        with self._weights.held((EMBEDDING,)), torch.no_grad():
+            entering, arguments = self._view.prologue(item.batch)
+        return overflow(error, self._view, self._weights, self._parts, entering, arguments, item.batch)

@@ -188,12 +188,13 @@ def score(
         chosen = _plan(weights, sets, ranks, segments, _tier(boundaries, resume), budgets)
         stack.enter_context(quiet(weights.model))
         parts = split_blocks(chosen.n_blocks, chosen.segments)
+        examples = [example for group in sets for example in group.examples]
         if weights.streamed:
             first = (EMBEDDING, *needs(parts, 0, backward=len(parts) == 1))
             with weights.held((EMBEDDING, HEAD, *parts[0]), then=first):
-                view = checked_view(weights, parts[:1], segments)
+                view = checked_view(weights, parts[:1], segments, examples)
         else:
-            view = checked_view(weights, parts, segments)
+            view = checked_view(weights, parts, segments, examples)
         parts = parts if isinstance(view, BlockView) else [range(view.n_blocks)]
         key["segments"] = len(parts)
         ranks.check_same({"segments": len(parts)})  # a check that fails on one of them alone

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from fastprune import ops
-from fastprune.errors import ScoringError
 from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.view import Batch
 from fastprune.scoring.criteria import GRADIENT_STATISTICS
+from fastprune.scoring.overflow import NotFiniteError
 
 
 class SegmentStatistics:
@@ -62,6 +62,7 @@ class SegmentStatistics:
         self._attended = (~self._padding).nonzero()[:, 0] if self._padding is not None else None
         self._checks: dict[int, tuple[str, torch.Tensor]] = {}
         self._losses: torch.Tensor | None = None
+        self._outputs: tuple[int, torch.Tensor] | None = None
 
     def inputs(self, matrix: Matrix, x: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add the squares of one matrix's inputs, ``(n_tokens, in_features)``."""
@@ -99,33 +100,61 @@ class SegmentStatistics:
         """Have the losses ``(rows,)`` of the micro-batch checked at its end, before its gradients."""
         self._losses = losses
 
-    def end(self, leaving: torch.Tensor) -> None:
+    def outputs(self, block: int, leaving: torch.Tensor) -> None:
+        """Have the hidden states that leave a block, ``(rows, tokens, hidden)``, checked where inputs are summed.
+
+        An infinite input has an infinite sum of squares, and no loss shows it behind the last scored token.
+        """
+        if self.wants_inputs:
+            text = torch.arange(leaving.shape[1]) < self._lengths.unsqueeze(1)
+            masked = leaving.detach().masked_fill(~text.to(leaving.device).unsqueeze(-1), 0.0)
+            self._outputs = block, self._sums(masked)
+
+    def end(self, leaving: torch.Tensor | None) -> None:
         """Check the micro-batch that is over; all at once, since each look waits for the device.
 
         Args:
-            leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary.
+            leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary; ``None`` without
+                gradients.
 
         Raises:
-            ScoringError: A loss or gradient was not finite; names the example and the block.
+            NotFiniteError: A loss, a gradient or what leaves the segment was not finite; names the example and the
+                block.
         """
-        if not self._checks:
+        if self.wants_gradients and not self._checks:
             return  # no matrix was used, which the capture refuses by name
-        checks = [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
-        values = [sums for _, sums in checks] + ([self._losses] if self._losses is not None else [])
-        bad = ~torch.stack([each.to(leaving.device, torch.float32) for each in values]).isfinite().cpu()
+        found: list[tuple[str, torch.Tensor]] = []
+        if self._losses is not None:
+            found.append(("loss", self._losses))
+        if self._outputs is not None:
+            found.append(("outputs", self._outputs[1]))
+        if leaving is not None:  # in the order of the backward pass: the first is where it began
+            found += [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
+        if not found:
+            return
+        device = found[-1][1].device
+        bad = ~torch.stack([sums.to(device, torch.float32) for _, sums in found]).isfinite().cpu()
         if not bool(bad.any()):
             return
-        if self._losses is not None and bool(bad[-1].any()):
-            row = int(bad[-1].nonzero()[0])
-            raise ScoringError(
-                f"{self._names[row]}: its loss is {self._losses[row].item()}; the model gives its response no finite "
-                "probability (look at the weights for NaN, and at the example's text)"
+        place, row = bad.nonzero()[0].tolist()
+        what, name = found[place][0], self._names[row]
+        if what == "loss":
+            message = (
+                f"{name}: its loss is {self._losses[row].item()}; the model gives its response no finite probability "
+                "(look at the weights for NaN, and at the example's text)"
             )
-        call, row = bad.nonzero()[0].tolist()  # the first in the order of the backward pass: where it began
-        raise ScoringError(
-            f"{self._names[row]}: the gradient that reached {checks[call][0]} is not finite; "
-            "look at this example's text, or load the model in float32 or bfloat16"
+            raise NotFiniteError(message, name, row)
+        if what == "outputs":
+            message = (
+                f"{name}: what leaves block {self._outputs[0]} is not finite (look at the weights for NaN, and at the "
+                "example's text)"
+            )
+            raise NotFiniteError(message, name, row)
+        message = (
+            f"{name}: the gradient that reached {what} is not finite; look at this example's text, or load the model "
+            "in float32 or bfloat16"
         )
+        raise NotFiniteError(message, name, row, gradient_at=what)
 
     def finish(self, scale: float) -> None:
         """Make the sums final: take a loss scale out again (a factor in gradients, its square in squares)."""

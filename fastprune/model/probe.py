@@ -1,0 +1,60 @@
+"""The short rows on which a model is checked before the pass.
+
+In: a view, and the examples of the pass. Out: batches of fixed pseudo-random tokens that the model knows,
+padded as the engine pads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from fastprune.calibration import Example, micro_batches
+from fastprune.model.view import Batch, View
+from fastprune.model.vocabulary import predictable_tokens, readable_tokens
+
+LENGTHS = (4, 6)
+LOUD = 1  # the row that the loss is of; the other one's gradients are zero unless rows are mixed
+EARLY = 3  # tokens of that row that the loss is of: what it depends on behind them is another token's answer
+_FEW = 8  # kinds of tokens in the examples, below which others are taken too
+
+
+def tokens_of(view: View, examples: Sequence[Example]) -> torch.Tensor:
+    """Ids that can be read and asked for; those of the examples, unless they are of too few kinds."""
+    known = min(readable_tokens(view.model), predictable_tokens(view.model))
+    used = sorted({token for example in examples for token in example.input_ids if token < known})
+    return torch.tensor(used) if len(used) >= min(_FEW, known) else torch.arange(known)
+
+
+def draw(tokens: torch.Tensor, length: int) -> list[int]:
+    """Fixed pseudo-random tokens."""
+    return tokens[torch.randint(len(tokens), (length,), generator=torch.Generator().manual_seed(length))].tolist()
+
+
+def batch_of(view: View, rows: Sequence[Sequence[int]]) -> Batch:
+    """Rows by rising length, padded as the engine pads them."""
+    examples = [Example(input_ids=tuple(ids), labels=(-100, *ids[1:])) for ids in rows]
+    (micro_batch,) = micro_batches(examples, batch_tokens=max(map(len, rows)) * len(rows))
+    return Batch.from_micro_batch(micro_batch, view.device)
+
+
+def probe(view: View, tokens: torch.Tensor) -> tuple[Batch, Batch]:
+    """Two short rows, and the longer one of them alone. The loss is of the first tokens of that one."""
+    rows = [draw(tokens, length) for length in LENGTHS]
+    batch, alone = batch_of(view, rows), batch_of(view, rows[LOUD:])
+    places = batch.scored - LOUD * batch.input_ids.shape[1]
+    batch.token_weights[(places < 0) | (places >= EARLY)] = 0.0
+    return batch, alone
+
+
+def padded_otherwise(batch: Batch) -> Batch:
+    """The same rows, with other tokens in the place of the padding."""
+    ids = torch.where(batch.attention_mask.bool(), batch.input_ids, batch.input_ids.flip(1))
+    return dataclasses.replace(batch, input_ids=ids)
+
+
+def other_padding(hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    """Hidden states between blocks, with those of other tokens in the place of the padding."""
+    return torch.where(attended.to(hidden.device).unsqueeze(-1), hidden, hidden.flip(1))

@@ -1,0 +1,117 @@
+"""Where a float16 model left the range of its dtype, for the error that says so.
+
+In: a micro-batch that gave something that is not finite. Out: the first block whose output is not, if its input and its
+weights are. The blocks run once more, one by one; nothing of this costs a pass anything that is finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from fastprune.errors import ScoringError
+from fastprune.model.eligible import decoder_blocks
+from fastprune.model.view import Batch, BlockArguments, BlockView
+from fastprune.model.weights import Weights
+from fastprune.model.whole import WholeView
+
+WAY_OUT = 'run the model in bfloat16 or float32 (of a checkpoint folder: dtype="bfloat16")'
+
+
+class NotFiniteError(ScoringError):
+    """A loss, a gradient or an activation of one example is not finite.
+
+    Attributes:
+        name: Of the example.
+        row: Of the example in its micro-batch.
+        gradient_at: Where its gradient is the first that is not finite on the way back; ``None``: it was the forward.
+    """
+
+    def __init__(self, message: str, name: str, row: int, gradient_at: str | None = None) -> None:
+        super().__init__(message)
+        self.name, self.row, self.gradient_at = name, row, gradient_at
+
+
+def overflow(
+    error: NotFiniteError,
+    view: BlockView | WholeView,
+    weights: Weights,
+    parts: Sequence[range],
+    entering: torch.Tensor,
+    arguments: BlockArguments | Batch,
+    batch: Batch,
+) -> ScoringError:
+    """The error of a float16 model in its own words: an overflow, or as it was where a weight is not finite itself.
+
+    Args:
+        error: What was found.
+        view: The model.
+        weights: Where its weights come from.
+        parts: Runs of blocks.
+        entering: ``(rows, tokens, hidden)`` states that enter block 0.
+        arguments: The blocks' other arguments.
+        batch: The micro-batch.
+    """
+    if error.gradient_at is not None:
+        return ScoringError(
+            f"{error.name}: the gradient that reached {error.gradient_at} overflowed float16; {WAY_OUT}"
+        )
+    states = (
+        _of_whole(view, batch) if isinstance(view, WholeView) else _of_blocks(view, weights, parts, entering, arguments)
+    )
+    place, finite_weights = "the final norm or the head", _all_finite(_outside_blocks(view.model))
+    for index, block, hidden in states:
+        if not bool(hidden[error.row, : int(batch.lengths[error.row])].isfinite().all()):
+            place, finite_weights = f"block {index}", block is not None and _all_finite(block.parameters())
+            break
+    if not finite_weights:
+        return ScoringError(str(error))
+    return ScoringError(f"{error.name}: its activations overflowed float16 in {place}, first of all; {WAY_OUT}")
+
+
+_State = tuple[int, nn.Module | None, torch.Tensor]
+
+
+@torch.no_grad()
+def _of_blocks(
+    view: BlockView, weights: Weights, parts: Sequence[range], entering: torch.Tensor, arguments: BlockArguments
+) -> Iterator[_State]:
+    """What enters the first block (as of none), and what leaves each."""
+    hidden = entering.detach()
+    yield -1, None, hidden
+    for part in parts:
+        with weights.held(tuple(part)):
+            for index in part:
+                hidden = view.run(index, index + 1, hidden, arguments)
+                yield index, view.blocks[index], hidden
+
+
+@torch.no_grad()
+def _of_whole(view: WholeView, batch: Batch) -> list[_State]:
+    states: list[_State] = []
+
+    def note(index: int, block: nn.Module, output: object) -> None:
+        states.append((index, block, output if isinstance(output, torch.Tensor) else output[0]))
+
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(decoder_blocks(view.model)[1]):
+            handle = block.register_forward_hook(lambda block, args, output, index=index: note(index, block, output))
+            hooks.callback(handle.remove)
+        view.causal_forward(batch)
+    return states
+
+
+def _outside_blocks(model: nn.Module) -> list[nn.Parameter]:
+    """Weights behind the blocks: not the embedding, which may hold anything for tokens that no example has."""
+    inside = {id(each) for each in decoder_blocks(model)[1].parameters()}
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    embedding = model.get_input_embeddings().weight
+    others = [each for each in model.parameters() if id(each) not in inside]
+    return [each for each in others if each is not embedding or each is head]
+
+
+def _all_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    return all(bool(each.isfinite().all()) for each in parameters if not each.is_meta)
