@@ -55,6 +55,7 @@ NAMED = {
     "num_hidden_layers": [0, 10**9, [4], None, 4.5],
     "vocab_size": [-1, 10**12, {}],
     "num_labels": [10**9],
+    "num_experts": [10**9],
     "max_position_embeddings": [10**12, "x"],
     "dtype": ["floaty", [1], 3],
     "torch_dtype": ["nn"],

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from fastprune.errors import ModelError
 from fastprune.model.config_file import refused
@@ -40,26 +39,37 @@ def build_on_meta(config: object, max_tensors: int = _MAX_TENSORS, max_weights: 
     """
     from transformers import AutoModelForCausalLM
 
-    builder, tensors, weights = threading.get_ident(), 0, 0
+    with refused("model: the config cannot be built as a causal language model"):
+        with torch.device("meta"), _Counted(max_tensors, max_weights) as counted:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        counted.tensors, counted.weights = 0, 0
+        for parameter in model.parameters():  # those that were not made empty too
+            counted.add(parameter)
+    return model
 
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal tensors, weights
-        if threading.get_ident() != builder or parameter is None:
-            return
-        tensors, weights = tensors + 1, weights + parameter.numel()
-        if tensors > max_tensors or weights > max_weights:
+
+class _Counted(TorchFunctionMode):
+    """Ends building where there are more parameters than allowed; of this thread, unlike a hook of torch's modules."""
+
+    def __init__(self, max_tensors: int, max_weights: float) -> None:
+        super().__init__()
+        self.max_tensors, self.max_weights = max_tensors, max_weights
+        self.tensors = self.weights = 0
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.empty:  # what parameters are made with, and masks and tables are not
+            self.add(made)
+        return made
+
+    def add(self, parameter: torch.Tensor) -> None:
+        self.tensors, self.weights = self.tensors + 1, self.weights + parameter.numel()
+        if self.tensors > self.max_tensors or self.weights > self.max_weights:
             raise ModelError(
-                f"model: the config asks for more weights than it can have here (stopped at {tensors:,} tensors with "
-                f"{weights:,} numbers, the last is {name} of a {type(module).__name__}, "
-                f"{tuple(parameter.shape)}); does config.json belong to the weights?"
+                f"model: the config asks for more weights than it can have here (stopped at {self.tensors:,} tensors "
+                f"with {self.weights:,} numbers, the last of the shape {tuple(parameter.shape)}); does config.json "
+                "belong to the weights?"
             )
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        with refused("model: the config cannot be built as a causal language model"), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    finally:
-        hook.remove()
 
 
 def check_size(config: object, stored: Mapping[str, Stored], folder: str | Path) -> None:

@@ -25,7 +25,9 @@ _MAX_BYTES = 16 * 2**20  # the largest published configs have some hundred kilob
 _LARGEST = 2**31 - 1
 # Published models have up to 126 blocks. Configs make lists of this length before any weight is known to be there.
 _MAX_LAYERS = 512
-_MAX_LABELS = 2**20
+# Of published models up to 512 in a block, each of which a plan lists as matrices of its own.
+_MAX_EXPERTS = 4096
+_BOUNDS = {"layer": _MAX_LAYERS, "layers": _MAX_LAYERS, "_experts": _MAX_EXPERTS, "num_labels": 2**20}
 
 _POSITIVE = {
     "vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "num_layers", "n_layer", "n_layers",
@@ -110,7 +112,7 @@ def _check_entry(place: str, key: str, value: Any) -> None:
         raise ModelError(f"{place}: expected a number, got NaN")
     elif isinstance(value, int) and not isinstance(value, bool) and (key in _SIZES or key.endswith(_SIZE_ENDINGS)):
         low = 1 if key in _POSITIVE else -1  # -1 is some configs' word for none
-        high = _MAX_LABELS if key == "num_labels" else _MAX_LAYERS if key.endswith(("layer", "layers")) else _LARGEST
+        high = next((bound for ending, bound in _BOUNDS.items() if key.endswith(ending)), _LARGEST)
         if not low <= value <= high:
             raise ModelError(f"{place}: expected a size of {max(0, low)} … {high}, got {_shown(value)}")
 
