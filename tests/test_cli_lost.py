@@ -66,7 +66,7 @@ SCORE = ("score", "model", "--harm", "harm.jsonl", "--format", "chat", "--q-max"
         (SCORE, "mask.safetensors", "a scores file to replace, got mask.safetensors, a mask file"),
         (SELECT, "hard.safetensors", "another file than the inputs"),
         (SELECT, "link.safetensors", "another file than the inputs"),
-        (SELECT, "/dev/null", "a mask file to replace, got /dev/null, which fastprune did not write"),
+        (SELECT, "pipe", "a mask file to replace, got pipe, which fastprune did not write"),
         ((*SCORE, "--resume", "journal"), "journal/scores.safetensors", "outside of the journal journal"),
         ((*SCORE, "--resume", "journal"), "through/scores.safetensors", "outside of the journal journal"),
     ],
@@ -80,12 +80,13 @@ def test_an_output_costs_nothing(words: tuple, out: str, message: str, work: Pat
     shutil.copy("scores.safetensors", "other.safetensors")
     os.link("scores.safetensors", "hard.safetensors")
     (work / "link.safetensors").symlink_to("scores.safetensors")
+    os.mkfifo("pipe")  # as /dev/null: no regular file, and a rename would take its place
     before = contents(work)
     assert run(*words, "--out", out) == 1
     error = capsys.readouterr().err
     assert error.startswith("fastprune: error: out: expected ")
     assert re.search(message, error), error
-    assert contents(work) == before and Path("/dev/null").is_char_device()
+    assert contents(work) == before and Path("pipe").is_fifo()
 
 
 def test_a_finished_command_can_run_again(work: Path) -> None:

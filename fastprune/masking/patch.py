@@ -93,6 +93,7 @@ def patch_checkpoint(
     edits = edits_of(changes, scale)
     found: dict[Path, Hashes] = {}
     with claimed(target, "out_dir"):
+        _check_empty(target)  # another process may have finished it since
         needed = sum((source / file).stat().st_size for file in [*shards, *files])
         check_space(target.absolute().parent, needed, f"out_dir {target}")
         with _replacing_folder(target) as work:
