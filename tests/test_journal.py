@@ -258,7 +258,7 @@ def test_an_error_leaves_a_journal_that_can_be_resumed(folder: Path, tmp_path: P
         patched.setattr(
             BlockView,
             "losses_and_gradient",
-            lambda self, hidden, batch, *rest: (torch.full((len(hidden),), torch.nan), hidden),
+            lambda self, hidden, batch, *rest: (torch.full((len(batch.targets),), torch.nan), hidden),
         )
         patched.setattr(
             sys.modules["fastprune.scoring.score"], "checked_view", lambda weights, *rest: BlockView(weights)

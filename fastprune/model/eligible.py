@@ -219,11 +219,11 @@ def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> b
 
 
 def _check_unshared(matrices: list[Matrix]) -> None:
-    seen: dict[tuple[int, int | None], str] = {}
+    seen: dict[tuple[int, int, int | None], str] = {}
     for matrix in matrices:
-        # By its memory: two parameters may hold one tensor.
-        address = id(matrix.parameter) if matrix.parameter.is_meta else matrix.parameter.data_ptr()
-        first = seen.setdefault((address, matrix.expert), matrix.name)
+        # By its memory, which two parameters may share; a weight without values, on meta or fake, has no address.
+        place = matrix.parameter.untyped_storage()._cdata, matrix.parameter.storage_offset()
+        first = seen.setdefault((*place, matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(
                 f"model: {first} and {matrix.name} are one shared weight; its per-example gradient cannot be split"
