@@ -31,7 +31,10 @@ class Dispatching(torch.Tensor):
         (lambda: PruneMask({"w": ONE}, ["w"]), "shapes: expected a mapping, got list"),
         (lambda: PruneMask({"w": ONE}, {"w": SHAPE}, "text"), "metadata: expected a mapping, got str"),
         (lambda: PruneMask({"w": ONE}, {"w": SHAPE}, [3]), "metadata: expected a mapping, got list"),
-        (lambda: PruneMask({"w": ONE, 1: ONE}, {"v": SHAPE, 2: SHAPE}), "indices and shapes must name the same matrices; odd ones"),
+        (
+            lambda: PruneMask({"w": ONE, 1: ONE}, {"v": SHAPE, 2: SHAPE}),
+            "indices and shapes must name the same matrices; odd ones",
+        ),
         (lambda: PruneMask({1: ONE}, {1: SHAPE}), "shapes: expected names of parameters, got 1"),
         (lambda: PruneMask({"w": ONE}, {"w": 6}), "w: expected a shape, a tuple of integers, got 6"),
         (lambda: PruneMask({"w": ONE}, {"w": None}), "w: expected a shape, a tuple of integers, got None"),

@@ -21,6 +21,7 @@ from fastprune.checks import checked_scale
 from fastprune.errors import ArgumentError, FastpruneError, MaskError, ModelError
 from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
+from fastprune.model.admission import check_stored
 from fastprune.model.fingerprint import Overlay, fingerprint
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bo
             try:
                 with uninterrupted():  # a second Ctrl-C, say, while the first one takes the mask off
                     undo.restore_(model)
-            except MaskError as error:
+            except (MaskError, ModelError) as error:
                 error.undo = undo
                 error.add_note("the mask is still on the model; this error's attribute `undo` holds the old values")
                 raise
@@ -154,8 +155,8 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
     Raises:
         MaskError: A parameter is missing or of another shape.
-        ModelError: A parameter is on the meta device, expanded, sharded, or not of a float type; or an adapter is
-            merged.
+        ModelError: A parameter is on the meta device, expanded, sharded, not of a float type, or formed anew in each
+            forward (pruned by torch, parametrized); or an adapter is merged.
         ArgumentError: It is no module.
     """
     if not isinstance(model, torch.nn.Module):
@@ -166,6 +167,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     missing = [name for name in shapes if split_name(name)[0] not in parameters]
     if missing:
+        _check_stored(model, missing)
         raise MaskError(
             f"the model lacks {len(missing)} of the {len(shapes)} matrices of the mask, the first is {missing[0]}"
         )
@@ -187,6 +189,16 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
             raise ModelError(f"{name} is an expanded tensor, several of its weights are one; call .contiguous() on it")
         found[name] = weight
     return found
+
+
+def _check_stored(model: torch.nn.Module, names: list[str]) -> None:
+    """Say why the model has no parameters of these names, if modules of theirs form them."""
+    modules = {plain_name(path): module for path, module in model.named_modules()}
+    for name in names:
+        path, _, attribute = split_name(name)[0].rpartition(".")
+        # Without asking for the weight: forming it may change the module's state.
+        if path in modules and (attribute in vars(modules[path]) or hasattr(type(modules[path]), attribute)):
+            check_stored(modules[path], attribute, name)
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -1,4 +1,6 @@
-"""Models that cannot be scored as they were loaded: quantised and offloaded ones. Every error says the way out.
+"""Models that cannot be scored as they are: quantised and offloaded ones, and weights that are formed in each forward.
+
+Every error says the way out.
 
 In: a config, or a resident model. Out: nothing, or an error. No quantisation package is imported: what they leave in a
 config, in names and in dtypes is enough to know them. A quantised weight has no gradient, and zeroing it means
@@ -13,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from fastprune.errors import ModelError
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _PACKED_NAMES = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
+_NORM_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # hooks of torch's
 _DEQUANTISING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
 
@@ -89,6 +93,35 @@ def check_resident(model: nn.Module) -> None:
             "through them would be lost. Load the whole model (no device_map that offloads to CPU or disk) or pass the "
             "path of the checkpoint folder"
         )
+
+
+def check_stored(module: nn.Module, attribute: str, name: str) -> None:
+    """Raise ModelError if a module forms a weight anew in each forward: what is written to it would be lost.
+
+    Args:
+        module: The module that multiplies by the weight.
+        attribute: Its name for the weight.
+        name: Name of the weight in the model, for the message.
+    """
+    if attribute in module._parameters:
+        return
+    what, way_out = "no parameter of its module, but formed by its code", "make it an nn.Parameter"
+    if parametrize.is_parametrized(module, attribute):
+        what = f"parametrized ({', '.join(type(each).__name__ for each in module.parametrizations[attribute])})"
+        way_out = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
+    for hook in module._forward_pre_hooks.values():
+        if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != attribute:
+            continue
+        kind = type(hook).__name__
+        if isinstance(hook, prune.BasePruningMethod):
+            what = f"pruned by torch.nn.utils.prune ({kind}), which keeps {attribute}_orig and {attribute}_mask"
+            way_out = f"torch.nn.utils.prune.remove(module, {attribute!r})"
+        elif kind in _NORM_REMOVERS:
+            what, way_out = f"normalized ({kind})", f"torch.nn.utils.{_NORM_REMOVERS[kind]}(module, {attribute!r})"
+    raise ModelError(
+        f"model: {name} is {what}; it is formed anew in each forward, so it can be neither scored nor written. "
+        f"{way_out} gives a plain weight"
+    )
 
 
 def _way_out(method: str) -> str:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
-from fastprune.model.admission import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident
+from fastprune.model.admission import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident, check_stored
 from fastprune.model.experts import follows_interface, fused_weights
 
 
@@ -113,9 +113,10 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
         for path, module in block.named_modules():
             stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
             # What is around a compiled module has all of its attributes, and is not it.
-            if is_compiled(module) or id(getattr(module, "weight", None)) in not_scored:
+            if is_compiled(module) or id(module._parameters.get("weight")) in not_scored:
                 continue
             if _is_linear(module):
+                check_stored(module, "weight", f"{stem}.weight")
                 owned.add(id(module.weight))
                 _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
                 # Nothing can be pruned where there are no weights, and no token rows be counted where a row is empty.
@@ -125,6 +126,7 @@ def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Mat
                 owned |= {id(parameter) for parameter in module.parameters(recurse=False)}
             elif follows_interface(module):
                 for attribute in fused_weights(module):
+                    check_stored(module, attribute, f"{stem}.{attribute}")
                     weight, bias = (getattr(module, name, None) for name in (attribute, f"{attribute}_bias"))
                     owned |= {id(weight), id(bias)}
                     _check_weight(f"{stem}.{attribute}", weight, 3, allow_meta)
@@ -219,7 +221,9 @@ def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> b
 def _check_unshared(matrices: list[Matrix]) -> None:
     seen: dict[tuple[int, int | None], str] = {}
     for matrix in matrices:
-        first = seen.setdefault((id(matrix.parameter), matrix.expert), matrix.name)
+        # By its memory: two parameters may hold one tensor.
+        address = id(matrix.parameter) if matrix.parameter.is_meta else matrix.parameter.data_ptr()
+        first = seen.setdefault((address, matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(
                 f"model: {first} and {matrix.name} are one shared weight; its per-example gradient cannot be split"
