@@ -108,7 +108,7 @@ def test_a_model_that_takes_padding_for_text_in_cached_steps_is_refused_in_batch
 
     @functools.wraps(plain)
     def forgetful(**inputs: torch.Tensor) -> object:
-        if inputs.get("past_key_values") is not None:
+        if inputs.get("cache", inputs.get("past_key_values")) is not None:
             inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
         return plain(**inputs)
 

@@ -25,7 +25,7 @@ class Same(nn.Module):
 class Doubled(nn.Linear):
     """Its weight is a property."""
 
-    weight = property(lambda self: 2 * self.half)
+    weight = property(lambda self: 2 * self.held)
 
 
 def doubled(model: nn.Module) -> None:
@@ -33,7 +33,7 @@ def doubled(model: nn.Module) -> None:
     nn.Module.__init__(model.model.layers[0].mlp.up_proj)
     linear = model.model.layers[0].mlp.up_proj
     linear.in_features, linear.out_features, linear.bias = 16, 24, None
-    linear.half = nn.Parameter(torch.randn(24, 16))
+    linear.held = nn.Parameter(torch.randn(24, 16))
 
 
 def plain_tensor(linear: nn.Linear) -> None:

@@ -46,6 +46,8 @@ class Forward:
         self.max_tokens = trained_length(model)
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
+        # Of arguments and outputs alike; transformers has called it `cache` since 5.24 and drops the old name in 5.40.
+        self._cache = next((name for name in ("cache", "past_key_values") if name in self._takes), "past_key_values")
         self._padding_checked = 0
         self._watched: tuple[int, torch.Tensor] | None = None  # a row, and what it was when it was compared
 
@@ -78,7 +80,7 @@ class Forward:
         """
         keywords: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         if past is not None:
-            keywords["past_key_values"] = past
+            keywords[self._cache] = past
         if "position_ids" in self._takes:
             positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
             if ends is not None:
@@ -92,7 +94,7 @@ class Forward:
             self._check_padding(input_ids, attention_mask, logits)
         elif self._watched is not None:
             self._check_cache(input_ids, logits)
-        return logits, getattr(output, "past_key_values", None)
+        return logits, getattr(output, self._cache, None)
 
     def check_positions(self) -> None:
         """Raise ModelError if the model's own positions are others than those from 0 on, which rows are given here."""
