@@ -119,13 +119,13 @@ def check_room(out: Path, model: Path, fractions: list[float]) -> None:
     Raises:
         DiskError: Says what is needed and what there is.
     """
-    from fastprune.model.eligible import eligible_matrices
-    from fastprune.model.skeleton import skeleton
+    from fastprune.model.shards import stored_tensors
     from fastprune.scoring.keep import stored_bytes
 
     if all(0 < fraction <= 1 for fraction in fractions):  # others are refused by the pass
-        matrices = eligible_matrices(skeleton(model)[0], allow_meta=True)
-        needed = stored_bytes([matrix.weight.numel() for matrix in matrices], fractions)
+        # Of all matrices, embeddings too: a little too much, and no model has to be built to know it.
+        sizes = [stored.numel for stored in stored_tensors(model).values() if len(stored.shape) > 1]
+        needed = stored_bytes(sizes, fractions)
         check_space(Path(os.path.realpath(out)).parent, needed, f"out {out}")
 
 
