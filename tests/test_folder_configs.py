@@ -56,6 +56,7 @@ NAMED = {
     "vocab_size": [-1, 10**12, {}],
     "num_labels": [10**9],
     "num_experts": [10**9],
+    "sliding_window": [10**30],
     "max_position_embeddings": [10**12, "x"],
     "dtype": ["floaty", [1], 3],
     "torch_dtype": ["nn"],

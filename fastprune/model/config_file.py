@@ -110,6 +110,8 @@ def _check_entry(place: str, key: str, value: Any) -> None:
             raise ModelError(f"{place}: expected the name of a dtype such as bfloat16, got {_shown(value)}")
     elif isinstance(value, float) and math.isnan(value):
         raise ModelError(f"{place}: expected a number, got NaN")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ModelError(f"{place}: expected a number of 64 bits, got {_shown(value)}")
     elif isinstance(value, int) and not isinstance(value, bool) and (key in _SIZES or key.endswith(_SIZE_ENDINGS)):
         low = 1 if key in _POSITIVE else -1  # -1 is some configs' word for none
         high = next((bound for ending, bound in _BOUNDS.items() if key.endswith(ending)), _LARGEST)
