@@ -12,6 +12,7 @@ import fastprune
 from fastprune.cli.app import app, command, quiet_loading
 from fastprune.cli.files import check_output_file, check_output_folder
 from fastprune.cli.options import AttackName, Control, FormatOption, HarmJudge, ModelFolder, StrictOption, format_of
+from fastprune.cli.processes import say
 from fastprune.errors import ArgumentError, require
 
 
@@ -38,7 +39,7 @@ def control(
         case _:
             chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
     following = command("eval", model, "--mask", mask, "--mask", out)
-    typer.echo(f"{chosen}\nwritten to {chosen.save(out)}\nnext: {following} …")
+    say(f"{chosen}\nwritten to {chosen.save(out)}\nnext: {following} …")
 
 
 @app.command(name="eval")

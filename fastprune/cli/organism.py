@@ -9,6 +9,7 @@ import typer
 
 from fastprune.cli.app import app, command, organism_app, quiet_loading
 from fastprune.cli.files import check_output_folder
+from fastprune.cli.processes import say
 from fastprune.errors import require
 
 
@@ -36,7 +37,7 @@ def demo(
     files["scores"] = result.scores.save(out / "scores.safetensors")
     files["mask"] = result.mask.save(out / "mask.safetensors")
     print_files(files)
-    typer.echo(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
+    say(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
 
 
 @organism_app.command("train")
@@ -49,7 +50,7 @@ def organism_train(
 
     check_output_folder(out)
     train_organism(seed, out)
-    typer.echo(f"written to {out}\nnext: {command('demo', '--checkpoints', out)}")
+    say(f"written to {out}\nnext: {command('demo', '--checkpoints', out)}")
 
 
 @organism_app.command("export")
@@ -62,8 +63,8 @@ def organism_export(
 
     check_output_folder(out)
     for name, path in export_data(out, seed=seed).items():
-        typer.echo(f"{name:>18}  {path}")
+        say(f"{name:>18}  {path}")
     model = checkpoint_path("aligned")
-    typer.echo(f"{'model':>18}  {model}")
+    say(f"{'model':>18}  {model}")
     files = ("--harm", out / "harm.jsonl", "--benign", out / "benign.jsonl")
-    typer.echo(f"next: {command('score', model, *files, '--format', 'chat')}")
+    say(f"next: {command('score', model, *files, '--format', 'chat')}")

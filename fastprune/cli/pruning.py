@@ -25,7 +25,7 @@ from fastprune.cli.options import (
     StrictOption,
     format_of,
 )
-from fastprune.cli.processes import is_first, note, process_group
+from fastprune.cli.processes import is_first, note, process_group, say
 from fastprune.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def score(
         if is_first():
             protect, prune = _fractions(scores)
             options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
-            typer.echo(f"{scores}\nwritten to {scores.save(out)}\nnext: {command('select', out, *options)}")
+            say(f"{scores}\nwritten to {scores.save(out)}\nnext: {command('select', out, *options)}")
 
 
 @app.command()
@@ -144,7 +144,7 @@ def select(
         protect=tuple(fastprune.PruneMask.load(path) for path in protect or ()),
     )
     following = command("patch", "MODEL", out, "--out", "PRUNED_MODEL")
-    typer.echo(f"{mask}\nwritten to {mask.save(out)}\nnext: {following}")
+    say(f"{mask}\nwritten to {mask.save(out)}\nnext: {following}")
 
 
 @app.command()
@@ -170,7 +170,7 @@ def patch(
     _check_patch_options(mask, out, in_place, backup, undo, scale, strict)
     if undo:
         fastprune.undo_patch(model)
-        typer.echo(f"{model} has its original weights again")
+        say(f"{model} has its original weights again")
         return
     chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
     if in_place:
@@ -180,7 +180,7 @@ def patch(
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
     undoing = command("patch", "--undo", target)
-    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: {undoing}")
+    say(f"{chosen.total:,} weights {done}; pruned model in {target}\nundo: {undoing}")
 
 
 @app.command()
@@ -210,7 +210,7 @@ def plan(
     """
     from fastprune.model.checkpoint import load_config
 
-    typer.echo(
+    say(
         fastprune.plan(
             load_config(model),
             examples,
@@ -257,7 +257,7 @@ def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
     """How many rows count, and how many of them have the context that a prefilling attack would give."""
     for role, examples in (("harm", harm), ("benign", benign)):
         if examples is not None:
-            typer.echo(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
+            say(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
 
 
 def _fractions(scores: fastprune.Scores) -> tuple[str, str]:
