@@ -55,7 +55,7 @@ ROWS = [
 
 
 def test_every_source_gives_the_same_rows(tmp_path):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS), "utf-8")
@@ -183,7 +183,7 @@ def test_rows_in_memory_that_are_refused(rows, message):
 
 
 def test_a_dataset_says_what_it_lacks_before_it_is_read():
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     with pytest.raises(CalibrationError, match=r"^rows: missing response; found \['prompt'\]"):
         read_rows(datasets.Dataset.from_list([{"prompt": "a"}]))

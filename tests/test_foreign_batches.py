@@ -69,6 +69,7 @@ PLAIN = read(batch()).hash
         ("assistant_masks", 1 - SCORED),
         ("completion_mask", (torch.arange(5) > 2).expand(2, 5)),
         ("labels_mask", np.zeros((2, 5))),
+        ("loss_mask", SCORED),  # agrees today: one place says which tokens count
         ("loss_mask", [[0, 0, 0, 1, 1], [0, 1, 1, 1, 0]]),
         ("loss_mask", SCORED[:, 1:] * 2),  # of another shape: which token is meant is a guess
         ("loss_weights", SCORED * 0.5),
@@ -90,8 +91,7 @@ def test_a_key_that_would_change_what_is_scored_is_refused_by_name(key: str, val
         {"images": [], "audio": [None, None], "pixel_values": torch.empty(0, 3, 8, 8)},
         {"token_type_ids": torch.zeros(2, 5, dtype=torch.int64), "mm_token_type_ids": torch.zeros(2, 5)},
         {"use_cache": False, "return_loss": True, "num_items_in_batch": torch.tensor(6), "logits_to_keep": 0},
-        {"loss_mask": SCORED, "completion_mask": SCORED.bool(), "loss_weights": torch.ones(2, 5)},
-        {"weights": torch.ones(2), "assistant_masks": SCORED.tolist()},
+        {"weights": torch.ones(2), "padding_mask": MASK, "token_weights": SCORED.tolist()},
         {"prompt": ["a", "b"], "id": ["r1", "r2"], "text": ("x", "y"), "row": 3, "offset_mapping": [[(0, 1)]]},
     ],
 )

@@ -49,6 +49,14 @@ _OTHER_INPUTS = frozenset(
 )
 _OTHER_INPUT_PREFIXES = ("pixel_", "decoder_", "encoder_", "cross_attention_")
 
+# Which tokens a loss is of, said a second time: labels say it alone, so that no two can differ.
+_LOSS_MASKS = frozenset(
+    (
+        *("loss_mask", "loss_masks", "loss_weight", "loss_weights", "label_mask", "label_masks", "labels_mask"),
+        *("assistant_mask", "assistant_masks", "completion_mask", "response_mask", "target_mask"),
+    )
+)
+
 # Names of masks and weights, by their ends, that say something about tokens but not which of them count.
 _HARMLESS_MASKS = ("special_tokens_mask",)
 _MASK_ENDINGS = ("mask", "masks", "weight", "weights")
@@ -103,6 +111,11 @@ def unread_keys(
             raise CalibrationError(
                 f"{where}: shift_labels: expected labels alone, each at the place of its own token; drop the key, the "
                 "labels are shifted here"
+            )
+        elif name in _LOSS_MASKS:
+            raise CalibrationError(
+                f"{where}: {name}: expected labels alone, got a loss mask beside them; put -100 into labels where a "
+                f"token should not count, and drop {name}"
             )
         elif name.endswith(_MASK_ENDINGS) and name not in _HARMLESS_MASKS:
             if not _agrees(value, scored):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from fastprune.cli.processes import is_first, started
 from fastprune.cli.words import as_options
 from fastprune.errors import FastpruneError, require
+from fastprune.printable import printable
 
 _STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _terminable():
             _run(arguments)
     except (FastpruneError, OSError) as error:
-        print(f"fastprune: error: {as_options(error)}", file=sys.stderr)
+        print(printable(f"fastprune: error: {as_options(error)}"), file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer makes the latter of the former
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code

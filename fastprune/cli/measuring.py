@@ -25,6 +25,7 @@ from fastprune.cli.options import (
     format_of,
     template_args_of,
 )
+from fastprune.cli.processes import say
 from fastprune.errors import ArgumentError, require
 
 
@@ -52,7 +53,7 @@ def control(
         case _:
             chosen = fastprune.random_mask(loaded, like, seed, "count" if kind is Control.random else "magnitude")
     following = command("eval", model, "--mask", mask, "--mask", out)
-    typer.echo(f"{chosen}\nwritten to {written(out, chosen.save)}\nnext: {following} …")
+    say(f"{chosen}\nwritten to {written(out, chosen.save)}\nnext: {following} …")
 
 
 @app.command(name="eval")

@@ -9,6 +9,7 @@ import typer
 
 from fastprune.cli.app import app, command, organism_app, quiet_loading
 from fastprune.cli.files import check_report, output_folder, written
+from fastprune.cli.processes import say
 from fastprune.errors import require
 
 
@@ -42,7 +43,7 @@ def demo(
         return files
 
     print_files(written(out, write))
-    typer.echo(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
+    say(f"\nOpen {out / 'report.html'} in a browser. The rows that went in are in {out / 'data'}.")
 
 
 @organism_app.command("train")
@@ -56,7 +57,7 @@ def organism_train(
 
     context.with_resource(output_folder(out))
     train_organism(seed, out)
-    typer.echo(f"written to {out}\nnext: {command('demo', '--checkpoints', out)}")
+    say(f"written to {out}\nnext: {command('demo', '--checkpoints', out)}")
 
 
 @organism_app.command("export")
@@ -70,8 +71,8 @@ def organism_export(
 
     context.with_resource(output_folder(out))
     for name, path in export_data(out, seed=seed).items():
-        typer.echo(f"{name:>18}  {path}")
+        say(f"{name:>18}  {path}")
     model = checkpoint_path("aligned")
-    typer.echo(f"{'model':>18}  {model}")
+    say(f"{'model':>18}  {model}")
     files = ("--harm", out / "harm.jsonl", "--benign", out / "benign.jsonl")
-    typer.echo(f"next: {command('score', model, *files, '--format', 'chat')}")
+    say(f"next: {command('score', model, *files, '--format', 'chat')}")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 
 from fastprune.errors import ArgumentError
+from fastprune.printable import printable
 
 # A process that ends is noticed at once by its closed connection, so this is not how long a failure goes unseen. It has
 # to exceed the longest wait of one process for another: a whole pass over a large model on a CPU where there are fewer
@@ -34,7 +35,12 @@ def is_first() -> bool:
 def note(text: object, kind: str = "note") -> None:
     """One line on standard error, once and not once a process."""
     if is_first():
-        print(f"fastprune: {kind}: {text}", file=sys.stderr)
+        print(printable(f"fastprune: {kind}: {text}"), file=sys.stderr)
+
+
+def say(text: object) -> None:
+    """A result on standard output; names in it may come from files."""
+    print(printable(text))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from fastprune.cli.options import (
     format_of,
     template_args_of,
 )
-from fastprune.cli.processes import is_first, note, process_group
+from fastprune.cli.processes import is_first, note, process_group, say
 from fastprune.errors import ArgumentError, FastpruneError
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def score(
             protect, prune = _fractions(scores)
             options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
             with _kept(resume):
-                typer.echo(
-                    f"{scores}\nwritten to {written(out, scores.save)}\nnext: {command('select', out, *options)}"
-                )
+                say(f"{scores}\nwritten to {written(out, scores.save)}\nnext: {command('select', out, *options)}")
 
 
 @app.command()
@@ -180,7 +178,7 @@ def select(
     else:
         note(f"this mask may not be written into a checkpoint: {reason}")
         following = f"{command('eval', 'MODEL', '--mask', out)} …"
-    typer.echo(f"{mask}\nwritten to {written(out, mask.save)}\nnext: {following}")
+    say(f"{mask}\nwritten to {written(out, mask.save)}\nnext: {following}")
 
 
 @app.command()
@@ -216,7 +214,7 @@ def patch(
     _check_patch_options(mask, out, in_place, backup, undo, scale, strict, no_undo)
     if undo:
         fastprune.undo_patch(model)
-        typer.echo(f"{model} has its original weights again")
+        say(f"{model} has its original weights again")
         return
     chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
     if in_place:
@@ -226,7 +224,7 @@ def patch(
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
     target = model if in_place else out
     following = "no undo file was left" if no_undo else f"undo: {command('patch', '--undo', target)}"
-    typer.echo(f"{chosen.total:,} weights {done}; pruned model in {target}\n{following}")
+    say(f"{chosen.total:,} weights {done}; pruned model in {target}\n{following}")
 
 
 @app.command()
@@ -256,7 +254,7 @@ def plan(
     """
     from fastprune.model.checkpoint import load_config
 
-    typer.echo(
+    say(
         fastprune.plan(
             load_config(model),
             examples,
@@ -327,7 +325,7 @@ def _show_sets(harm: CalibrationSet, benign: CalibrationSet | None) -> None:
     """How many rows count, and how many of them have the context that a prefilling attack would give."""
     for role, examples in (("harm", harm), ("benign", benign)):
         if examples is not None:
-            typer.echo(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
+            say(f"{role}: {len(examples)} rows, {examples.prefilled} of them with a prefill")
     from fastprune.calibration.refusals import MOSTLY
 
     if (harm.refusals or 0) > MOSTLY:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
+from fastprune.printable import printable
 from fastprune.reporting.findings import checks_summary, headline
 from fastprune.reporting.masks import mask_label, role
 from fastprune.reporting.record import checked
@@ -49,33 +50,36 @@ def print_results(
         MissingExtra: rich is not installed.
     """
     record = checked(record)
-    text = require("rich.text", "cli").Text
     console = console or require("rich.console", "cli").Console()
     found = headline(record)
     if found:
         # rich breaks lines at a hard space too, and a terminal without Unicode has none
-        console.print(text(f"\n{found}\n".replace(NBSP, " ")))
+        console.print(_text(f"\n{found}\n".replace(NBSP, " ")))
     if result_rows(record):
         console.print(_results(record, console.width), crop=False)
     summary = checks_summary(record)
     if summary:
         failed = [check for check in record["checks"] if not check["holds"]]
-        console.print(text(f"\n{summary}", style="bold red" if failed else "bold green"))
+        console.print(_text(f"\n{summary}", style="bold red" if failed else "bold green"))
         for check in failed:
             expected = f", expected {bound(check['bound'])}" if check.get("bound") else ""
             console.print(
-                text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
+                _text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
             )
     print_files(files or {}, console)
 
 
 def print_files(files: Mapping[str, Path], console: Console | None = None) -> None:
     """Print names and paths, one a line; arguments are those of :func:`print_results`."""
-    text = require("rich.text", "cli").Text
     console = console or require("rich.console", "cli").Console()
     for name, path in files.items():
         # Not wrapped, so that a path can be copied whole.
-        console.print(text(f"{name:>10}  {path}"), soft_wrap=True)
+        console.print(_text(f"{name:>10}  {path}"), soft_wrap=True)
+
+
+def _text(content: object, **style: Any) -> Any:
+    """Text that rich neither reads as markup nor lets move the cursor."""
+    return require("rich.text", "cli").Text(printable(content), **style)
 
 
 def _results(record: Mapping[str, Any], width: int) -> Any:
@@ -103,7 +107,7 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
     frame = 2 * len(heads) + 2  # a blank and a divider before each column of numbers, and the edges
     names = min(max(len(name) for name, _, _ in lines), max(16, width - sum(numbers) - frame))
     needed = names + sum(numbers) + frame
-    text, box = require("rich.text", "cli").Text, require("rich.box", "cli")
+    box = require("rich.box", "cli")
     table = require("rich.table", "cli").Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -114,9 +118,9 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
     )
     table.add_column("", no_wrap=True, min_width=names, max_width=names)
     for head, size in zip(heads, numbers, strict=True):
-        table.add_column(text(head), justify="right", no_wrap=True, min_width=size)
+        table.add_column(_text(head), justify="right", no_wrap=True, min_width=size)
     for place, (name, cells, style) in enumerate(lines):
         last = place + 1 == len(lines) or not any(lines[place + 1][1])
-        shown = text(name, no_wrap=name.strip() != mask_label(record, "none"))
-        table.add_row(shown, *map(text, cells), style=style, end_section=last)
+        shown = _text(name, no_wrap=name.strip() != mask_label(record, "none"))
+        table.add_row(shown, *map(_text, cells), style=style, end_section=last)
     return table
