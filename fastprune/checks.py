@@ -1,7 +1,8 @@
 """What the operations accept: shapes, dtypes, devices, token ranges and indices, checked before any backend is called.
 
-``fastprune.ops`` is the only caller. A check returns its arguments in the form that every backend expects, or raises an
-:class:`~fastprune.errors.ArgumentError` that names the argument, what was expected and what came.
+``fastprune.ops`` is the caller; masks check their scale here too. A check returns its arguments in the form that every
+backend expects, or raises an :class:`~fastprune.errors.ArgumentError` that names the argument, what was expected and
+what came.
 """
 
 from __future__ import annotations
