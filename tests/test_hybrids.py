@@ -34,6 +34,9 @@ HYBRIDS: dict[str, dict] = {
     "DeepseekV32": _SPARSE,  # an indexer chooses the tokens that attention sees
     "GlmMoeDsa": _SPARSE,
 }
+# Older releases of transformers have no DeepseekV32, and a GlmMoeDsa whose tokens see those behind them.
+if not hasattr(transformers, "DeepseekV32Config"):
+    del HYBRIDS["DeepseekV32"], HYBRIDS["GlmMoeDsa"]
 
 
 def random_model(name: str, kind: str = "ForCausalLM", **sizes: object) -> torch.nn.Module:
@@ -157,7 +160,7 @@ def test_keys_that_blocks_share_are_found_in_a_streamed_model(tmp_path: Path) ->
     """They are handed on in a mapping that is no dict, past the end of the segment that is checked."""
     model = _gemma4(num_kv_shared_layers=2)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"all blocks are given one KVSharingDict, .* cannot be streamed"):
+    with pytest.raises(ModelError, match=r"all blocks are given one \w+Dict[ ,].* cannot be streamed"):
         score(tmp_path, segments=2)
     whole, resident = score(tmp_path, segments=1), score(model, segments=1)
     assert whole.select(None, 0.05) == resident.select(None, 0.05)
