@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -228,39 +229,47 @@ def test_many_at_once_hold_a_name_one_at_a_time(tmp_path: Path) -> None:
     assert names(tmp_path) == ["counter"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file may grow beyond 4 KB: what a full disk or a quota says, from the system itself."""
+    """No file may grow beyond 4 KB: what a full disk or a quota says, from the system itself.
+
+    Around single calls, not a whole test: pytest's own output may be a file, and grows between the phases of a test.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full_disk) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """Regression: SafetensorError, which the command line showed as a traceback."""
     shape = (64, 64)
     path = PruneMask({"a": torch.arange(8)}, {"a": shape}).save(tmp_path / "mask")
     before = path.read_bytes()
-    with pytest.raises(DiskError, match=r"cannot write mask: .*os error 27.*name another folder"):
+    with full_disk(), pytest.raises(DiskError, match=r"cannot write mask: .*os error 27.*name another folder"):
         PruneMask({"a": torch.arange(4096)}, {"a": shape}).save(path)
     assert path.read_bytes() == before and names(tmp_path) == ["mask"]
-    with pytest.raises(DiskError, match=r"cannot write .*record\.json: its disk is full, or a quota is met"):
+    with (
+        full_disk(),
+        pytest.raises(DiskError, match=r"cannot write .*record\.json: its disk is full, or a quota is met"),
+    ):
         write_report({"title": "x" * 5000}, tmp_path / "report")
     assert names(tmp_path / "report") == []
 
 
-def test_a_full_disk_leaves_no_copy_of_a_model(model, tmp_path: Path, full_disk) -> None:
+def test_a_full_disk_leaves_no_copy_of_a_model(model, tmp_path: Path) -> None:
     folder, mask = model
-    with pytest.raises(DiskError, match=r"cannot write .*out: its disk is full"):
+    with full_disk(), pytest.raises(DiskError, match=r"cannot write .*out: its disk is full"):
         fastprune.patch_checkpoint(folder, mask, tmp_path / "out")
     assert names(tmp_path) == []
 
 
-def test_a_full_folder_of_temporary_files_is_said(tmp_path: Path, monkeypatch, full_disk) -> None:
+def test_a_full_folder_of_temporary_files_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = HiddenStates("disk", torch.device("cpu"))
-    with pytest.raises(ScoringError, match=r"disk of .* is full.*TMPDIR"):
+    with full_disk(), pytest.raises(ScoringError, match=r"disk of .* is full.*TMPDIR"):
         store.put("boundary-0", 0, torch.ones(4096))
     store.close()
     assert names(tmp_path) == []
