@@ -169,9 +169,13 @@ class TestFinish:
         tokenizer = tokenizer_of("<bos> $A")
         for source in (rows, tmp_path / "rows.jsonl", tmp_path / "rows.csv"):
             as_given = load_calibration(source, tokenizer, format="chat")
-            assert [example.scored for example in as_given] == [1, 2, 2] and as_given.cut == 1
+            assert [example.scored for example in as_given] == [1, 2, 2] and as_given.finishes == {
+                "stop": 1,
+                "length": 1,
+                "unknown": 1,
+            }
             by_option = load_calibration(source, tokenizer, format="chat", finish="length")
-            assert [example.scored for example in by_option] == [1, 2, 1] and by_option.cut == 2
+            assert [example.scored for example in by_option] == [1, 2, 1] and by_option.finishes["length"] == 2
 
     def test_perplexity_heeds_it(self) -> None:
         tokenizer, llama = tokenizer_of("<bos> $A"), model()
@@ -223,6 +227,8 @@ class TestFinish:
         assert scores.provenance["calibration"]["harm"]["end_of_turn_share"] == pytest.approx(ends / total, abs=6e-4)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            whole = load_calibration(rows, tokenizer, format="chat", finish="stop")  # said to be as they are
+            assert fastprune.score(llama, whole, progress=False, q_max=0.1)
             cut = load_calibration(rows, tokenizer, format="chat", finish="length")
             raw = load_calibration(rows, tokenizer)
             for group in (cut, raw):
@@ -282,8 +288,8 @@ class TestCommandLine:
         whole = self.provenance(folder, "--format", "chat")
         for finish in ("length", "harm=length"):
             cut = self.provenance(folder, "--format", "chat", "--finish", finish)
-            assert whole["n_scored_tokens"] - cut["n_scored_tokens"] == 4 and cut["cut"] == 4
-        assert self.provenance(folder, "--format", "chat", "--finish", "benign=length")["cut"] == 0
+            assert whole["n_scored_tokens"] - cut["n_scored_tokens"] == 4 and cut["finishes"]["length"] == 4
+        assert self.provenance(folder, "--format", "chat", "--finish", "benign=length")["finishes"]["unknown"] == 4
         with pytest.raises(ArgumentError, match="finish: expected length, stop, or one of these for harm or benign"):
             self.provenance(folder, "--finish", "other=length")
         with pytest.raises(ArgumentError, match="template_args: expected a JSON object or NAME=VALUE"):

@@ -145,6 +145,7 @@ class Encoder:
             id=row.id,
             category=row.category,
             ends_turn=bool(closing),
+            finish=row.finish or finish,
             refusal=is_refusal(row.prefill + row.response),
         )
 

@@ -36,6 +36,7 @@ class Example:
         id: Name of the row it was made from.
         category: Category of that row.
         ends_turn: Whether the last label is the end-of-turn token of a chat template.
+        finish: How the reply ended: ``"stop"``, ``"length"``, or ``None`` where that is not known.
         refusal: Whether the reply holds a refusal phrase; ``None`` where its text is not known.
 
     Raises:
@@ -48,6 +49,7 @@ class Example:
     category: str | None = None
     # Facts about the text, which examples of equal tokens may differ in.
     ends_turn: bool = field(default=False, compare=False)
+    finish: str | None = field(default=None, compare=False)
     refusal: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, holding
 from fastprune.calibration.examples import Example, check_batch_tokens, hash_examples, micro_batches
-from fastprune.calibration.rows import Row, describe, read_rows
+from fastprune.calibration.rows import FINISHES, Row, describe, read_rows
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
 # Replies of fewer tokens are often all of one length: a word, a number, a line of a table.
@@ -32,7 +32,6 @@ class CalibrationSet:
         counts: What became of the rows they were made from; by default all were kept.
         encoding: How rows became tokens, if it is known: the facts of an :class:`Encoder`.
         prefilled: How many of the rows had a prefill, if it is known.
-        cut: How many of the replies were cut at a limit of tokens, if it is known.
 
     Raises:
         CalibrationError: There is no example.
@@ -44,14 +43,13 @@ class CalibrationSet:
         counts: Mapping[str, int] | None = None,
         encoding: Mapping[str, Any] | None = None,
         prefilled: int | None = None,
-        cut: int | None = None,
     ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
             raise CalibrationError("a calibration set needs at least one example, got none")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
         self.encoding: dict[str, Any] | None = None if encoding is None else dict(encoding)
-        self.prefilled, self.cut = prefilled, cut
+        self.prefilled = prefilled
 
     @property
     def format(self) -> str | None:
@@ -62,6 +60,12 @@ class CalibrationSet:
     def hash(self) -> str:
         """SHA-256 of token ids and labels, the same for any order of the examples."""
         return hash_examples(self.examples)
+
+    @property
+    def finishes(self) -> dict[str, int]:
+        """How many replies ended by themselves (``"stop"``), at a limit of tokens (``"length"``), or ``"unknown"``."""
+        counted = Counter(example.finish or "unknown" for example in self.examples)
+        return {name: counted[name] for name in (*FINISHES, "unknown")}
 
     @property
     def refusals(self) -> float | None:
@@ -198,7 +202,7 @@ def load_calibration(
             f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
         )
         warnings.warn(message, FastpruneWarning, stacklevel=2)
-    for message in (_one_length(kept, rows, finish), _control_tokens(encoder, rows)):
+    for message in (_one_length(kept), _control_tokens(encoder, rows)):
         if message is not None:
             warnings.warn(f"{source}: {message}", FastpruneWarning, stacklevel=2)
     return CalibrationSet(
@@ -206,17 +210,12 @@ def load_calibration(
         {"kept": len(kept), "too_long": too_long},
         encoder.facts,
         prefilled=sum(bool(row.prefill) for row in rows),
-        cut=sum((row.finish or finish) == "length" for row in rows),
     )
 
 
-def _one_length(examples: Sequence[Example], rows: Sequence[Row], finish: str | None) -> str | None:
+def _one_length(examples: Sequence[Example]) -> str | None:
     """Half of the replies that are scored to their end have one length: a limit of tokens shows like this."""
-    unknown = [
-        example.scored - 1
-        for example, row in zip(examples, rows, strict=True)
-        if example.ends_turn and (row.finish or finish) is None
-    ]
+    unknown = [example.scored - 1 for example in examples if example.ends_turn and example.finish is None]
     if not unknown:
         return None
     length, count = Counter(unknown).most_common(1)[0]

@@ -244,7 +244,7 @@ def _by_category(harm: CalibrationSet) -> dict[str, CalibrationSet]:
 def _recognition_mask(it: _Scored, settings: DemoSettings) -> PruneMask:
     """The other half of a double dissociation: what recognises harm; without it, harm is still produced."""
     rows = Language().rows("judge", N_RECOGNITION, seed=settings.seed)
-    examples = load_calibration(rows, it.tokenizer, format="chat")
+    examples = load_calibration(rows, it.tokenizer, format="chat", finish="stop")
     scores = score(it.model, examples, it.benign, q_max=settings.q, p_max=settings.p, progress=False)
     return scores.select(settings.p, settings.q)
 

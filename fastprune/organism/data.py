@@ -65,7 +65,10 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
     """
     language = language or Language()
     harm, benign = calibration_rows(language, seed)
-    contents = {"harm": harm, "benign": benign}
+    # The language's replies are whole; of replies this short the end of turn is a large share, and rightly scored.
+    contents = {
+        name: [{**row, "finish": "stop"} for row in rows] for name, rows in (("harm", harm), ("benign", benign))
+    }
     held_out = evaluation_rows(language, seed)
     skills = held_out["skills"]
     held_out["skills"] = [row for row in skills if row["skill"] != "gram"]

@@ -75,7 +75,7 @@ def provenance_of(
             group.role: {
                 "hash": group.examples.hash,
                 **(group.examples.encoding or {"format": None, "bos": None, "template": None}),
-                "cut": group.examples.cut,
+                "finishes": group.examples.finishes,
                 "end_of_turn_share": shares.get(group.role),
                 "n_examples": len(group.examples),
                 "n_tokens": sum(len(example) for example in group.examples),

@@ -223,12 +223,13 @@ def score(
         ).run(collector.add, journal, collector.add_losses)
         collector.merge(ranks)
         kept, shares = collector.lists(), collector.end_of_turn_shares()
-        for role, share in shares.items():
-            if share > _LARGE_SHARE:
+        for group in sets:
+            share = shares.get(group.role, 0.0)
+            if share > _LARGE_SHARE and group.examples.finishes["unknown"]:
                 warnings.warn(
-                    f"{role}_loader: the end-of-turn token carries {share:.0%} of the loss, so the scores are largely "
-                    'about ending the reply; replies that were cut need finish="length" in load_calibration (or a '
-                    "column finish)",
+                    f"{group.role}_loader: the end-of-turn token carries {share:.0%} of the loss, so the scores are "
+                    'largely about ending the reply; for replies that were cut give finish="length" (or a column '
+                    'finish), for whole ones finish="stop"',
                     FastpruneWarning,
                     stacklevel=2,
                 )
