@@ -53,6 +53,13 @@ def refused(what: str) -> Iterator[None]:
     except FastpruneError:
         raise
     except Exception as error:
+        # Its advice is to let the code run; there is no class of errors for it.
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what}: expected a kind that transformers has itself, got one that comes with code of its own "
+                "(auto_map), which is never run here; read the code, load the model yourself and pass it instead of "
+                "its folder"
+            ) from error
         raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
 
 
