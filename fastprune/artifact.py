@@ -87,6 +87,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(metadata))
+    except UnicodeEncodeError as error:  # half a surrogate pair in a name
+        raise ArtifactError(f"cannot write {path.name}: a tensor's name is no text that a file can hold") from error
     except SafetensorError as error:  # its way of saying what any other writer says by an OSError
         raise DiskError(f"cannot write {path.name}: {error}; free some space, or name another folder") from error
     path.chmod(mode)

@@ -27,9 +27,9 @@ def as_path(value: object, argument: str) -> Path:
     """The path that a caller has named.
 
     Raises:
-        ArgumentError: It is neither a string nor a path, or it is empty, which would be the current folder.
+        ArgumentError: It is neither a string nor a path, holds a NUL, or is empty, which would be the current folder.
     """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fsdecode(value):
         raise ArgumentError(f"{argument}: expected a path, got {value!r}")
     return Path(value)
 

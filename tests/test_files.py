@@ -319,3 +319,13 @@ def test_a_scratch_folder_is_gone_after_an_error(tmp_path: Path) -> None:
         (folder / "deep" / "file").write_text("x")
         raise KeyboardInterrupt
     assert names(tmp_path) == []
+
+
+def test_names_that_no_file_can_have_are_refused_by_name(tmp_path: Path) -> None:
+    mask = PruneMask({"a": torch.arange(3)}, {"a": (4, 4)})
+    with pytest.raises(ArgumentError, match="path: expected a path, got"):
+        mask.save(f"{tmp_path}/a\0b")
+    odd = PruneMask({"\ud800": torch.arange(3)}, {"\ud800": (4, 4)})
+    with pytest.raises(ArtifactError, match="cannot write"):
+        odd.save(tmp_path / "mask")
+    assert names(tmp_path) == []
