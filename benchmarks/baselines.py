@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fastprune.calibration import Example
-from fastprune.model.eligible import Matrix, eligible_matrices
+from fastprune.model.matrices import Matrix, eligible_matrices
 
-Kept = dict[str, tuple[torch.Tensor, torch.Tensor]]
+TopScores = dict[str, tuple[torch.Tensor, torch.Tensor]]
 NOT_TIMED = nullcontext()
 
 
@@ -55,7 +55,7 @@ def _totals(
     return totals
 
 
-def _top(matrices: Sequence[Matrix], totals: Sequence[torch.Tensor], score: Callable, fraction: float) -> Kept:
+def _top(matrices: Sequence[Matrix], totals: Sequence[torch.Tensor], score: Callable, fraction: float) -> TopScores:
     kept = {}
     for matrix, total in zip(matrices, totals, strict=True):
         dense = score(matrix.weight.float(), total).flatten()
@@ -70,7 +70,7 @@ def _both_sets(
     harm: list[Example],
     benign: list[Example],
     per_example: AbstractContextManager,
-) -> list[Kept]:
+) -> list[TopScores]:
     """One set after the other: float32 sums of a whole large model fit on a GPU beside it once, not twice."""
     sets = (
         (harm, lambda total, gradient: total.add_(gradient), lambda w, g: -w * g),
@@ -87,7 +87,7 @@ def naive(
     harm: list[Example],
     benign: list[Example],
     per_example: AbstractContextManager = NOT_TIMED,
-) -> list[Kept]:
+) -> list[TopScores]:
     """One pass at batch size 1; gradients of every eligible weight. The part for each example is in ``per_example``."""
     model.requires_grad_(False)
     return _both_sets(model, eligible_matrices(model), harm, benign, per_example)
@@ -99,7 +99,7 @@ def replay(
     benign: list[Example],
     n_replays: int | None = None,
     per_example: AbstractContextManager = NOT_TIMED,
-) -> list[Kept]:
+) -> list[TopScores]:
     """One replay of the model for each decoder block, or for ``n_replays`` of them, at batch size 1.
 
     A replay goes back to its block and no further, so those few lie evenly between the first and the last block.
@@ -108,7 +108,7 @@ def replay(
     matrices = eligible_matrices(model)
     n_blocks = max(matrix.block for matrix in matrices) + 1
     n_replays = n_blocks if n_replays is None else n_replays
-    kept: list[Kept] = [{}, {}]
+    kept: list[TopScores] = [{}, {}]
     for block in ((2 * i + 1) * n_blocks // (2 * n_replays) for i in range(n_replays)):
         of_block = [matrix for matrix in matrices if matrix.block == block]
         for whole, part in zip(kept, _both_sets(model, of_block, harm, benign, per_example), strict=True):

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from measure import Instant, backends, flush_cache, write_lines
 
-from fastprune import cuda, ops, reference
+from fastprune import ops
+from fastprune.ops import cuda, reference
 
 BLOCK = {  # out x in of Llama-3.1-8B
     "q_proj": (4096, 4096),

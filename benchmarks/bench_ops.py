@@ -29,7 +29,8 @@ import torch
 from measure import Instant, Peak, Report, backends, flush_cache
 from torch import Tensor
 
-from fastprune import ops, reference
+from fastprune import ops
+from fastprune.ops import reference
 
 DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 DRY_RUN, LARGE = "BENCH_DRY_RUN" in os.environ, "BENCH_LARGE" in os.environ

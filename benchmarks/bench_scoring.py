@@ -39,7 +39,7 @@ from scoring_split import shares
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.matrices import eligible_matrices
 
 Q = 1e-3
 

@@ -118,7 +118,7 @@ def on_cpu(folder: Path, large: bool, rounds: int, data: Words) -> Iterator[dict
     yield from against_resident(small, "llama 0.27 B, 20 blocks, bf16", rounds, data)
     for blocks in (8, 16, 32):
         of_blocks = write_checkpoint(folder / str(blocks), **{**SHAPES["300m"], "num_hidden_layers": blocks})
-        words = (*data, "--segments", blocks, "--boundaries", "disk")
+        words = (*data, "--segments", blocks, "--offload", "disk")
         runs = [run("score", of_blocks, *words) for _ in range(rounds + 1)][1:]
         yield line("streamed, a block at a time", f"llama of {blocks} blocks, bf16", runs)
     if large:

@@ -15,8 +15,9 @@ from measure import write_lines
 
 from fastprune.calibration import CalibrationSet, load_calibration
 from fastprune.organism import SKILLS, Language, load_organism
-from fastprune.scoring import Scores, score
-from fastprune.scoring.keep import Kept
+from fastprune.scoring.score import score
+from fastprune.scoring.scores import Scores
+from fastprune.scoring.top_scores import TopScores
 
 N_EXAMPLES = 412  # of each set, as in the paper
 FRACTIONS = {"harm": (3e-3, 1e-3), "benign": (5e-2, 1e-3)}  # q of the signed score, p of the absolute one
@@ -37,11 +38,11 @@ def calibration(tokenizer: object) -> tuple[CalibrationSet, CalibrationSet]:
     return tuple(load_calibration(part, tokenizer, format="chat") for part in rows)
 
 
-def lists(scores: Scores, role: str) -> dict[str, Kept]:
+def lists(scores: Scores, role: str) -> dict[str, TopScores]:
     return scores.harm if role == "harm" else scores.benign
 
 
-def dense(kept: Kept) -> torch.Tensor:
+def dense(kept: TopScores) -> torch.Tensor:
     """Every score of a matrix by flat index, float32."""
     return torch.empty(kept.numel).scatter_(0, kept.indices, kept.values)
 

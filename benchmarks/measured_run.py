@@ -1,7 +1,7 @@
 """Score or patch one checkpoint in a process of its own, and print seconds and peak memory as one JSON line.
 
     python benchmarks/measured_run.py score FOLDER [--examples N] [--tokens T] [--memory 3GiB] [--segments S]
-                                            [--host-memory 100GiB] [--boundaries disk] [--resident]
+                                            [--host-memory 100GiB] [--offload disk] [--resident]
                                             [--shared-blocks]
     python benchmarks/measured_run.py patch FOLDER OUT
 
@@ -26,11 +26,11 @@ from transformers.models.llama import modeling_llama  # noqa: F401 - an import t
 
 import fastprune
 from fastprune.calibration import CalibrationSet, Example
+from fastprune.checkpoint import skeleton
+from fastprune.checkpoint.load import load_config, load_model
+from fastprune.checkpoint.shards import Stored, stored_tensors
 from fastprune.masking import PruneMask
-from fastprune.model import skeleton
-from fastprune.model.checkpoint import load_config, load_model
-from fastprune.model.shards import Stored, stored_tensors
-from fastprune.scoring.plan import MICRO_BATCH_TOKENS
+from fastprune.planning.plan import MICRO_BATCH_TOKENS
 
 
 def random_set(n_examples: int, n_tokens: int, vocabulary: int, seed: int) -> CalibrationSet:
@@ -44,7 +44,7 @@ def score(arguments: argparse.Namespace) -> dict[str, object]:
     n, tokens = arguments.examples, arguments.tokens
     config = load_config(arguments.folder)
     sets = [random_set(n, tokens, config.vocab_size, seed) for seed in (0, 1)]
-    limits = {name: getattr(arguments, name) for name in ("memory", "host_memory", "segments", "boundaries")}
+    limits = {name: getattr(arguments, name) for name in ("memory", "host_memory", "segments", "offload")}
     if arguments.shared_blocks:
         share_blocks(config.num_hidden_layers)
     model = load_model(arguments.folder) if arguments.resident else arguments.folder
@@ -95,7 +95,7 @@ def main() -> None:
     of_score.add_argument("--host-memory")
     of_score.add_argument("--segments", type=int)
     of_score.add_argument("--shared-blocks", action="store_true")
-    of_score.add_argument("--boundaries")
+    of_score.add_argument("--offload")
     of_score.add_argument("--resident", action="store_true", help="load the whole model first, not counted as time")
     of_score.set_defaults(run=score)
     of_patch = commands.add_parser("patch")

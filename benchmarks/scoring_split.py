@@ -21,7 +21,7 @@ import torch
 from measure import Instant
 
 from fastprune import ops
-from fastprune.model.view import BlockView
+from fastprune.model.block_view import BlockView
 from fastprune.scoring.collect import Collector
 
 PARTS = {

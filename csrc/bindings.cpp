@@ -95,7 +95,7 @@ void scatter(int item_size, Address to, Address offsets, int64_t count, Address 
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
-  module.doc() = "CPU kernels of fastprune. fastprune/cpu.py is the only caller; nothing is checked here.";
+  module.doc() = "CPU kernels of fastprune. fastprune/ops/cpp.py is the only caller; nothing is checked here.";
   py::enum_<Dtype>(module, "Dtype")
       .value("float32", Dtype::float32)
       .value("float64", Dtype::float64)

@@ -1,4 +1,4 @@
-"""Every error that fastprune raises on purpose, and the way it imports optional packages.
+"""Errors that fastprune raises on purpose, the import of optional packages, and text that is safe to print.
 
 Each class is both a :class:`FastpruneError` and the built-in error that fits, so that ``except ValueError`` written by
 somebody who has never heard of this module still works. Messages name the argument, what was expected and what came.
@@ -7,8 +7,15 @@ somebody who has never heard of this module still works. Messages name the argum
 from __future__ import annotations
 
 import importlib
+import unicodedata
 from types import ModuleType
 from typing import Any
+
+# Format characters that change the order in which others are shown (Trojan source, CVE-2021-42574). Others of their
+# category join letters and emoji.
+_DIRECTIONS = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
+# Control characters, line and paragraph separators, halves of pairs that no encoding has.
+_HARMFUL = {"Cc", "Zl", "Zp", "Cs"}
 
 
 class FastpruneError(Exception):
@@ -91,3 +98,12 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtra(
             f"{package!r} is needed here and is not installed; run: pip install 'fastprune[{extra}]'"
         ) from error
+
+
+def printable(text: object) -> str:
+    """Text whose control characters and changes of direction are escaped; line breaks stay."""
+    return "".join(character if _is_plain(character) else ascii(character)[1:-1] for character in str(text))
+
+
+def _is_plain(character: str) -> bool:
+    return character == "\n" or (character not in _DIRECTIONS and unicodedata.category(character) not in _HARMFUL)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastprune import cuda, reference
 from fastprune.errors import ScoringError
+from fastprune.ops import cuda, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[Tensor, Tensor | None, str, int]

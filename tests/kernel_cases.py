@@ -11,7 +11,7 @@ from fastprune_kernels import grad_abs_sum, launching
 from fastprune_kernels.tiling import BlockShape
 from torch import Tensor
 
-from fastprune import reference
+from fastprune.ops import reference
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not launching.INTERPRETED, reason="kernels are compiled here")),

@@ -25,7 +25,7 @@ from architectures import BENIGN, HARM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.model.skeleton import skeleton
+from fastprune.checkpoint.skeleton import skeleton
 
 SETTINGS = {"harm": ("signed", "wanda"), "segments": 4, "progress": False}
 

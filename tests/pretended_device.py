@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map_only
 
 import fastprune
-from fastprune import backends, memory, products, triton_ops
+from fastprune.checkpoint.streamed import Streamed
 from fastprune.masking import apply
-from fastprune.model.weights import Streamed
+from fastprune.ops import dispatch, memory, reference, triton
 
 aten = torch.ops.aten
 # What may see the CPU's tensors beside a device's: copies, and indices. Concatenation may because the backward pass of
@@ -196,7 +196,7 @@ def pretended(extension: ModuleType) -> Iterator[list[str]]:
 @contextlib.contextmanager
 def _forgetting() -> Iterator[None]:
     """What the library remembers of devices does not outlive the block, nor enter it."""
-    remembered = (backends.status, backends._too_old, products.forms_float32)
+    remembered = (dispatch.status, dispatch._too_old, reference.forms_float32)
     for function in remembered:
         function.cache_clear()
     try:
@@ -240,9 +240,9 @@ def _patch(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> list[str]:
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", _pretending(torch.autograd._engine_run_backward))
     monkeypatch.setattr(Streamed, "_read", _pretending(Streamed._read))
 
-    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     for name in ("accumulate_grad_sum", "accumulate_per_example", "accumulate_act_sq_sum"):
-        monkeypatch.setattr(triton_ops, name, noted(name, getattr(triton_ops, name)))
+        monkeypatch.setattr(triton, name, noted(name, getattr(triton, name)))
     functions = {name: noted(name, getattr(extension, name)) for name in dir(extension) if not name.startswith("_")}
     stand_in = SimpleNamespace(**functions)
     monkeypatch.setitem(sys.modules, "fastprune._cuda", stand_in)

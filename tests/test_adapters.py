@@ -12,9 +12,9 @@ from test_engine import FP32_ERROR, assert_same_set, engine_statistics, kept, re
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError, MaskError, ModelError
-from fastprune.model.eligible import eligible_matrices
 from fastprune.model.fingerprint import fingerprint
-from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
+from fastprune.model.matrices import eligible_matrices
+from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
 
 peft = pytest.importorskip("peft")
 
@@ -47,7 +47,7 @@ def truth(model, rows) -> dict[str, dict[str, torch.Tensor]]:
     """Float64 autograd on the base weights of the whole wrapped model, one example at a time; knows no engine."""
     import copy
 
-    from fastprune.oracle import StayDouble
+    from fastprune.testing.oracle import StayDouble
 
     model = copy.deepcopy(model).double().eval()
     weights = {path: p for path, p in model.named_parameters() if "base_layer.weight" in path}

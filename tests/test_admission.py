@@ -15,8 +15,8 @@ from transformers import FineGrainedFP8Config, Mxfp4Config
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint import load
 from fastprune.errors import ModelError
-from fastprune.model import checkpoint
 
 
 class Linear4bit(nn.Linear):
@@ -110,34 +110,34 @@ def test_a_config_that_says_so_is_refused(config: dict, message: str, tmp_path, 
     ):
         file.write_text(json.dumps(contents))
         with pytest.raises(ModelError, match=f"model {tmp_path}: .*{message}"):
-            checkpoint.load_model(tmp_path)
+            load.load_model(tmp_path)
         with pytest.raises(ModelError, match=f"model {tmp_path}: .*{message}"):
-            checkpoint.load_config(tmp_path)
+            load.load_config(tmp_path)
         with pytest.raises(ModelError, match=message):
             fastprune.score(tmp_path, CalibrationSet(HARM), progress=False)
     file.write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
-        checkpoint.load_model(tmp_path)
+        load.load_model(tmp_path)
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_filled_with_random_weights(tmp_path: Path) -> None:
     build("Llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    assert checkpoint.load_model(tmp_path) is not None
+    assert load.load_model(tmp_path) is not None
     whole = safetensors.torch.load(file.read_bytes())  # a copy: the file itself is written below
     less = {name: weight for name, weight in whole.items() if ".layers.1." not in name}
     safetensors.torch.save_file(less, file, {"format": "pt"})
     with pytest.raises(
         ModelError, match=rf"^model: {tmp_path} lacks 9 of the weights of a LlamaForCausalLM.*layers\.1"
     ):
-        checkpoint.load_model(tmp_path)
+        load.load_model(tmp_path)
     other = {name: weight[:, :-1] if "1.mlp.up_proj" in name else weight for name, weight in whole.items()}
     safetensors.torch.save_file({n: w.contiguous() for n, w in other.items()}, file, {"format": "pt"})
     with pytest.raises(ModelError, match=r"1\.mlp\.up_proj"):
-        checkpoint.load_model(tmp_path)
+        load.load_model(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="are truncated or no safetensors files"):
-        checkpoint.load_model(tmp_path)
+        load.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("config", [Mxfp4Config(), FineGrainedFP8Config()])

@@ -228,7 +228,7 @@ def test_plan_and_version(capsys) -> None:
 def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
     config = tmp_path / "config.json"
     shutil.copy(checkpoint_path("aligned") / "config.json", config)
-    words = ["--examples", 64, "--tokens", 100, "--segments", 2, "--boundaries", "host", "--host-memory", "1GiB"]
+    words = ["--examples", 64, "--tokens", 100, "--segments", 2, "--offload", "host", "--host-memory", "1GiB"]
     assert run("plan", config, "--memory", "1GiB", *words, "--tflops", 1e-6, "--read-gbps", 1) == 0
     output = capsys.readouterr().out
     assert "2 (2 blocks at a time)" in output
@@ -245,9 +245,9 @@ def test_plan_from_a_config_file_alone(tmp_path: Path, capsys) -> None:
 def test_score_streams_the_folder_and_goes_on_from_a_journal(
     tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.delattr("fastprune.model.checkpoint.load_model")
+    monkeypatch.delattr("fastprune.checkpoint.load.load_model")
     score = ["score", checkpoint_path("aligned"), "--harm", data["harm"], "--format", "chat"]
-    settings = ["--segments", 4, "--boundaries", "disk", "--host-memory", "1GiB", "--device", "cpu"]
+    settings = ["--segments", 4, "--offload", "disk", "--host-memory", "1GiB", "--device", "cpu"]
     plain, journaled = tmp_path / "plain.safetensors", tmp_path / "journaled.safetensors"
     assert run(*score, *settings, "--out", plain) == 0
     assert f"next: fastprune select {plain} -q 1e-4\n" in capsys.readouterr().out  # no p without benign scores

@@ -18,8 +18,8 @@ import fastprune
 from fastprune.artifact import kind_of
 from fastprune.errors import ArgumentError
 from fastprune.organism import checkpoint_path, export_data, load_organism
+from fastprune.planning.list_lengths import stored_bytes
 from fastprune.reporting import write_report
-from fastprune.scoring.keep import stored_bytes
 from fastprune.scoring.scores import Scores
 
 
@@ -110,7 +110,7 @@ def test_a_journal_stays_out_of_a_checkpoint(folder: str, work: Path, capsys) ->
 
 HOLDING = """
 import sys
-import fastprune.cli.pruning, fastprune.model.checkpoint
+import fastprune.cli.pruning, fastprune.checkpoint.load
 from fastprune.cli import main
 def hold(*args):
     print("holding", flush=True)
@@ -159,7 +159,7 @@ REPORT = ["record.json", "report.html", "report.md", "sweep.png"]
 )
 def test_a_report_replaces_nobodys_files(command: str, name: str, work: Path, monkeypatch, capsys) -> None:
     """Regression: a folder with a record.json or a sweep.png of somebody else's lost it."""
-    for begun in ("fastprune.experiments.run_demo", "fastprune.model.checkpoint.load_tokenizer"):
+    for begun in ("fastprune.experiments.run_demo", "fastprune.checkpoint.load.load_tokenizer"):
         monkeypatch.setattr(begun, lambda *args, **kwargs: pytest.fail("work was begun"))
     Path("mine").mkdir()
     Path("mine", name).write_text('{"title": "mine"}')

@@ -105,7 +105,7 @@ def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dic
             "-q 0.5 and --slice 1 needs; score again with --q-max 1e-05 or",
         ),
         ("p=0.5; p_max=1.0", "-p 0.5; --p-max 1.0"),
-        ("give more, or boundaries='disk'", "give more, or --boundaries disk"),
+        ("give more, or offload='disk'", "give more, or --offload disk"),
         ("(resume=, TMPDIR)", "(--resume, TMPDIR)"),
         ("longer than max_length=6 tokens", "longer than --max-length 6 tokens"),
         ("use format='raw' or set tokenizer.chat_template", "use --format raw or set tokenizer.chat_template"),

@@ -22,8 +22,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was begun")
 
     for place in (
-        "fastprune.model.checkpoint.load_model",
-        "fastprune.model.checkpoint.load_tokenizer",
+        "fastprune.checkpoint.load.load_model",
+        "fastprune.checkpoint.load.load_tokenizer",
         "fastprune.experiments.run_demo",
         "fastprune.organism.train_organism",
         "fastprune.organism.export_data",

@@ -18,13 +18,13 @@ from fastprune.organism import checkpoint_path, export_data
 WAITING = """
 import sys, time
 from fastprune.cli import main
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.activation_store import ActivationStore
 
 def get(*arguments):
     print("waiting", flush=True)
     time.sleep(100)
 
-HiddenStates.get = get
+ActivationStore.get = get
 main(sys.argv[1:])
 """
 
@@ -53,7 +53,7 @@ def test_sigterm_removes_temporary_files(tmp_path: Path) -> None:
     temporary.mkdir()
     harm = export_data(tmp_path / "data")["harm"]
     words = ["score", checkpoint_path("aligned"), "--harm", harm, "--out", tmp_path / "s", "--format", "chat"]
-    words += ["--segments", 2, "--boundaries", "disk", "--device", "cpu"]
+    words += ["--segments", 2, "--offload", "disk", "--device", "cpu"]
     root = str(Path(fastprune.__file__).parent.parent)
     child = subprocess.Popen(
         [sys.executable, "-c", WAITING, *map(str, words)],

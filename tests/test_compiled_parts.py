@@ -16,7 +16,7 @@ import fastprune
 from fastprune import ops
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ModelError
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.matrices import eligible_matrices
 from fastprune.model.weights import Resident
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from test_ops_sparse import copies, same, several
 
-from fastprune import backends, cuda, ops
+from fastprune import ops
 from fastprune.errors import ArgumentError
+from fastprune.ops import cuda, dispatch
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
@@ -114,7 +115,7 @@ def test_sparse_writes(scale: float) -> None:
 
 def test_the_waist_writes_all_matrices_in_one_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bits of one by one, in a launch each way; windows and transposed matrices too, and a list of none."""
-    monkeypatch.setattr(backends, "choose", lambda backend, operation, *tensors: "cuda")
+    monkeypatch.setattr(dispatch, "choose", lambda backend, operation, *tensors: "cuda")
     monkeypatch.setenv("EMULATED_LAUNCHES", str(tmp_path / "launches"))
     weights, indices = several()
     before, alone = copies(weights), copies(weights)

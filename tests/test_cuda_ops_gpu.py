@@ -6,7 +6,8 @@ import cuda_cases
 import pytest
 import torch
 
-from fastprune import cuda, ops, reference
+from fastprune import ops
+from fastprune.ops import cuda, reference
 
 pytestmark = pytest.mark.gpu
 

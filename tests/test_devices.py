@@ -54,7 +54,7 @@ def spread(model: nn.Module, first: str, second: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("boundaries", ["device", "host", "disk"])
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
 @pytest.mark.parametrize(
     "devices",
     [
@@ -65,13 +65,13 @@ def spread(model: nn.Module, first: str, second: str) -> nn.Module:
     ],
     ids="-".join,
 )
-def test_a_model_on_two_devices_has_the_same_pruned_sets(devices: tuple[str, str], boundaries: str) -> None:
+def test_a_model_on_two_devices_has_the_same_pruned_sets(devices: tuple[str, str], offload: str) -> None:
     if "cuda:1" in devices and torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device on this machine")
     # In float64 nothing that two devices round differently comes near a threshold.
     model = build("Llama", dtype=torch.float64)
     expected = masks(model, statistics_dtype="float64")
-    assert masks(spread(model, *devices), statistics_dtype="float64", boundaries=boundaries) == expected
+    assert masks(spread(model, *devices), statistics_dtype="float64", offload=offload) == expected
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Mixtral"])

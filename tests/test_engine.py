@@ -10,15 +10,16 @@ from architectures import BENIGN, CONFIGS, HARM, build, examples, pad
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.model.eligible import decoder_blocks
-from fastprune.model.selfcheck import checked_view
-from fastprune.model.state import quiet
-from fastprune.model.view import BlockView, tokens_per_chunk
+from fastprune.model.block_view import BlockView, tokens_per_chunk
+from fastprune.model.frozen import frozen_eval
+from fastprune.model.matrices import decoder_blocks
+from fastprune.model.self_check import checked_view
 from fastprune.model.weights import Resident
-from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
-from fastprune.scoring.engine import Pass, ScoringSet, split_blocks
-from fastprune.scoring.hidden import HiddenStates
-from fastprune.scoring.ranks import Ranks
+from fastprune.planning.segments import split_blocks
+from fastprune.scoring.activation_store import ActivationStore
+from fastprune.scoring.engine import Pass, ScoringSet
+from fastprune.scoring.processes import Processes
+from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
 
 STATISTICS = ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum")
 
@@ -42,13 +43,13 @@ def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.fl
         for matrix, statistics in final.items():
             found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
 
-    weights, hidden = Resident(model), HiddenStates("device", torch.device("cpu"))
-    with quiet(model):
+    weights, hidden = Resident(model), ActivationStore("device", torch.device("cpu"))
+    with frozen_eval(model):
         parts = split_blocks(len(decoder_blocks(model)[1]), segments)
         view = checked_view(weights, parts, segments)
         assert isinstance(view, BlockView)
         group = ScoringSet("harm", CalibrationSet(rows), batch_tokens, STATISTICS)
-        stores = {"boundaries": hidden, "gradients": hidden, "ranks": Ranks()}
+        stores = {"offload": hidden, "gradients": hidden, "ranks": Processes()}
         Pass(view, weights, [group], parts, dtype=dtype, progress=False, **stores).run(keep)
     return found
 
@@ -58,7 +59,7 @@ def test_the_head_takes_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [tokens_per_chunk(n, on_gpu=True) for n in (128_256, 1 << 20, 1 << 40)] == [1024, 128, 1]
     assert [tokens_per_chunk(n, on_gpu=False) for n in (128_256, 300_000)] == [256, 111]
     whole = engine_statistics(build("Gemma2"), segments=2, batch_tokens=24)
-    monkeypatch.setattr("fastprune.model.view.tokens_per_chunk", lambda vocabulary, on_gpu: 3)
+    monkeypatch.setattr("fastprune.model.block_view.tokens_per_chunk", lambda vocabulary, on_gpu: 3)
     for name, statistics in engine_statistics(build("Gemma2"), segments=2, batch_tokens=24).items():
         for key, value in statistics.items():
             assert relative_error(value, whole[name][key].double()) < FP32_ERROR

@@ -13,8 +13,8 @@ from fastprune.experiments.demo import checks
 from fastprune.experiments.record import mask_row, role
 from fastprune.organism import Language, load_organism
 from fastprune.reporting import masks as shown
-from fastprune.scoring import Scores
-from fastprune.scoring.keep import Kept
+from fastprune.scoring.scores import Scores
+from fastprune.scoring.top_scores import TopScores
 
 
 def mask_of(*names: str) -> fastprune.PruneMask:
@@ -64,9 +64,9 @@ def test_no_mask_is_called_none() -> None:
 @pytest.fixture
 def scores() -> Scores:
     """Every criterion of the demonstration and a few more, over one matrix."""
-    lists = {"weight": Kept(torch.arange(16), torch.arange(16.0, 0, -1), 16, -torch.inf)}
+    lists = {"weight": TopScores(torch.arange(16), torch.arange(16.0, 0, -1), 16, -torch.inf)}
     harm = dict.fromkeys((*CRITERIA, "abs", "magnitude", "wanda"), lists)
-    benign = {"abs": {"weight": Kept(torch.arange(15, -1, -1), torch.arange(16.0, 0, -1), 16, -torch.inf)}}
+    benign = {"abs": {"weight": TopScores(torch.arange(15, -1, -1), torch.arange(16.0, 0, -1), 16, -torch.inf)}}
     return Scores(harm, benign, {"weight": (4, 4)}, {}, 1.0, 1.0)
 
 

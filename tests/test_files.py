@@ -17,14 +17,14 @@ from mask_models import mask_of
 
 import fastprune
 from fastprune import files
+from fastprune.checkpoint import patch
+from fastprune.checkpoint.shards import stored_tensors
 from fastprune.errors import ArgumentError, ArtifactError, DiskError, NotFoundError, ScoringError
 from fastprune.files import check_space, claimed, replacing, scratch
-from fastprune.masking import patch
 from fastprune.masking.mask import PruneMask
-from fastprune.model.shards import stored_tensors
 from fastprune.organism import checkpoint_path
 from fastprune.reporting import write_report
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.activation_store import ActivationStore
 
 
 def names(folder: Path) -> list[str]:
@@ -114,10 +114,10 @@ def test_files_of_killed_writers_are_swept(left, tmp_path: Path, monkeypatch) ->
             patched.setattr(Path, "replace", die)
             assert not left(die)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    put = lambda: HiddenStates("disk", torch.device("cpu")).put("boundary-0", 0, torch.ones(2))  # noqa: E731
+    put = lambda: ActivationStore("disk", torch.device("cpu")).put("boundary-0", 0, torch.ones(2))  # noqa: E731
 
     def run_and_die() -> None:
-        store = HiddenStates("disk", torch.device("cpu"))
+        store = ActivationStore("disk", torch.device("cpu"))
         store.put("boundary-0", 0, torch.ones(2))
         die()
 
@@ -130,7 +130,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 import fastprune
-from fastprune.masking import patch
+from fastprune.checkpoint import patch
 folder, mask, out = sys.argv[1:]
 real = patch.write_undo
 def slow(*args):
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_no_copy_of_a_model(model, tmp_path: Path) -> None:
 
 def test_a_full_folder_of_temporary_files_is_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    store = HiddenStates("disk", torch.device("cpu"))
+    store = ActivationStore("disk", torch.device("cpu"))
     with full_disk(), pytest.raises(ScoringError, match=r"disk of .* is full.*TMPDIR"):
         store.put("boundary-0", 0, torch.ones(4096))
     store.close()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint.load import load_config, load_model, load_tokenizer
 from fastprune.errors import ModelError, NotFoundError
-from fastprune.model.checkpoint import load_config, load_model, load_tokenizer
 from fastprune.organism import checkpoint_path, load_organism
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint import built_size
+from fastprune.checkpoint.load import load_config, load_model, load_tokenizer
 from fastprune.errors import FastpruneError, ModelError, NotFoundError
-from fastprune.model import built_size
-from fastprune.model.checkpoint import load_config, load_model, load_tokenizer
 from fastprune.organism import checkpoint_path
 
 SET = CalibrationSet(HARM)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastprune.errors import ScoringError
-from fastprune.scoring import hidden
-from fastprune.scoring.hidden import TIERS, HiddenStates
+from fastprune.planning.segments import OFFLOADS
+from fastprune.scoring import activation_store
+from fastprune.scoring.activation_store import ActivationStore
 
 CPU = torch.device("cpu")
 
@@ -27,9 +28,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(as_integers), b.contiguous().view(as_integers))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", OFFLOADS)
 def test_bits_come_back(tier: str, tmp_path: Path) -> None:
-    store = HiddenStates(tier, CPU, tmp_path)
+    store = ActivationStore(tier, CPU, tmp_path)
     kept = tensors()
     for item, tensor in enumerate(kept):
         store.put("boundary-0", item, tensor)
@@ -49,30 +50,30 @@ def test_bits_come_back(tier: str, tmp_path: Path) -> None:
 
 def test_an_earlier_runs_file_is_overwritten_from_its_start(tmp_path: Path) -> None:
     (tmp_path / "boundary-0.bin").write_bytes(b"x" * 10_000)
-    store = HiddenStates("disk", CPU, tmp_path)
+    store = ActivationStore("disk", CPU, tmp_path)
     store.put("boundary-0", 0, torch.ones(2, 2))
     assert (tmp_path / "boundary-0.bin").stat().st_size == 16
 
 
 def test_a_sealed_file_is_taken_over_only_as_it_was(tmp_path: Path) -> None:
-    store, kept = HiddenStates("disk", CPU, tmp_path), tensors()
+    store, kept = ActivationStore("disk", CPU, tmp_path), tensors()
     for item, tensor in enumerate(kept):
         store.put("boundary-3", item, tensor)
     record = store.sealed("boundary-3")
-    other = HiddenStates("disk", CPU, tmp_path)
+    other = ActivationStore("disk", CPU, tmp_path)
     assert other.reopen(record)
     assert all(same_bits(other.get("boundary-3", item), tensor) for item, tensor in enumerate(kept))
     path = tmp_path / "boundary-3.bin"
     content = bytearray(path.read_bytes())
     content[17] ^= 1
     path.write_bytes(content)
-    assert not HiddenStates("disk", CPU, tmp_path).reopen(record)
+    assert not ActivationStore("disk", CPU, tmp_path).reopen(record)
     path.unlink()
-    assert not HiddenStates("disk", CPU, tmp_path).reopen(record)
+    assert not ActivationStore("disk", CPU, tmp_path).reopen(record)
 
 
 def test_a_file_that_was_cut(tmp_path: Path) -> None:
-    store = HiddenStates("disk", CPU, tmp_path)
+    store = ActivationStore("disk", CPU, tmp_path)
     store.put("boundary-0", 0, torch.ones(4, 4))
     (tmp_path / "boundary-0.bin").write_bytes(b"short")
     with pytest.raises(ScoringError, match="shorter"):
@@ -81,7 +82,7 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_clearly(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = HiddenStates("disk", CPU, tmp_path)
+    store = ActivationStore("disk", CPU, tmp_path)
 
     class Full:
         def __enter__(self):
@@ -96,18 +97,18 @@ def test_a_full_disk_is_said_clearly(code: int, tmp_path: Path, monkeypatch: pyt
         def write(self, data):
             raise OSError(code, "no space")
 
-    monkeypatch.setattr(hidden.Path, "open", lambda *args, **kwargs: Full())
-    with pytest.raises(ScoringError, match=r"disk of .* is full.*boundaries='host'"):
+    monkeypatch.setattr(activation_store.Path, "open", lambda *args, **kwargs: Full())
+    with pytest.raises(ScoringError, match=r"disk of .* is full.*offload='host'"):
         store.put("boundary-0", 0, torch.ones(2))
 
 
 def test_other_write_errors_keep_their_name(tmp_path: Path) -> None:
-    store = HiddenStates("disk", CPU, tmp_path / "absent")
+    store = ActivationStore("disk", CPU, tmp_path / "absent")
     with pytest.raises(FileNotFoundError):
         store.put("boundary-0", 0, torch.ones(2))
 
 
 def test_no_folder_for_temporary_files_is_said_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    with pytest.raises(ScoringError, match=r"boundaries: 'disk' needs a folder .*gone.*TMPDIR.*boundaries='host'"):
-        HiddenStates("disk", CPU)
+    with pytest.raises(ScoringError, match=r"offload: 'disk' needs a folder .*gone.*TMPDIR.*offload='host'"):
+        ActivationStore("disk", CPU)

@@ -13,8 +13,8 @@ from test_engine import engine_statistics, relative_error
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ModelError
-from fastprune.model.eligible import eligible_matrices
-from fastprune.oracle import StayDouble, oracle_statistics
+from fastprune.model.matrices import eligible_matrices
+from fastprune.testing.oracle import StayDouble, oracle_statistics
 
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _SIZES |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

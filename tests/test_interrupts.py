@@ -17,9 +17,9 @@ from architectures import CONFIGS, HARM, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.interrupts import uninterrupted
 from fastprune.masking import apply
-from fastprune.model import capture, modulecheck, state, view
+from fastprune.model import block_view, frozen, hooks, module_check
+from fastprune.model.frozen import uninterrupted
 
 
 @contextmanager
@@ -49,11 +49,11 @@ def state_of(model: torch.nn.Module) -> tuple:
 
 
 INSIDE = {
-    "capture": capture.Capture.__enter__.__code__,
-    "install": capture.Capture._install.__code__,
+    "capture": hooks.Capture.__enter__.__code__,
+    "install": hooks.Capture._install.__code__,
     "remove": torch.utils.hooks.RemovableHandle.remove.__code__,
-    "check": modulecheck.ModuleCheck.__enter__.__code__,
-    "stubs": view.BlockView._stubbed.__wrapped__.__code__,
+    "check": module_check.ModuleCheck.__enter__.__code__,
+    "stubs": block_view.BlockView._stubbed.__wrapped__.__code__,
 }
 
 
@@ -113,7 +113,7 @@ def test_a_config_that_refuses_the_value_it_was_loaded_with_gets_it_back() -> No
         model.config.output_attentions = True
     fastprune.score(model, CalibrationSet(HARM), progress=False)
     assert state_of(model) == before
-    with state.quiet(model):
+    with frozen.frozen_eval(model):
         assert not model.config.output_attentions
 
 
@@ -121,7 +121,7 @@ def test_passes_that_overlap_on_one_config_and_changes_of_the_callers_own() -> N
     first = build("Llama")
     second = type(first)(first.config)
     before = dict(vars(first.config))
-    one, other = state.quiet(first), state.quiet(second)
+    one, other = frozen.frozen_eval(first), frozen.frozen_eval(second)
     with one:
         other.__enter__()
         first.config.of_the_caller = 1

@@ -15,7 +15,7 @@ from architectures import BENIGN, HARM, build
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError, ArtifactError, ScoringError
-from fastprune.model.view import BlockView
+from fastprune.model.block_view import BlockView
 from fastprune.model.weights import Resident
 from fastprune.scoring import engine
 
@@ -57,17 +57,17 @@ def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Pa
     assert report["killed"] > 8 and len(set(report["lines"])) > 3  # kills met the journal in many states
 
 
-@pytest.mark.parametrize("boundaries", ["disk", "device"])
+@pytest.mark.parametrize("offload", ["disk", "device"])
 @pytest.mark.parametrize(("stage", "at"), [("_prologue", 1), ("_forward", 3), ("_backward", 1), ("_backward", 3)])
 def test_resumed_runs_do_not_repeat_what_is_finished(
-    stage: str, at: int, boundaries: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, at: int, offload: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = saved(fastprune.score(folder, *SETS, **SETTINGS), tmp_path / "expected")
     journal = tmp_path / "journal"
     with monkeypatch.context() as patched:
         interrupt(patched, stage, at)
         with pytest.raises(RuntimeError, match="power"):
-            fastprune.score(folder, *SETS, resume=journal, boundaries=boundaries, **SETTINGS)
+            fastprune.score(folder, *SETS, resume=journal, offload=offload, **SETTINGS)
     runs: list[tuple[str, int]] = []
     for name in ("_forward", "_backward"):
         real = getattr(engine.Pass, name)
@@ -76,10 +76,10 @@ def test_resumed_runs_do_not_repeat_what_is_finished(
             name,
             lambda self, n, *rest, real=real, name=name: runs.append((name, n)) or real(self, n, *rest),
         )
-    found = fastprune.score(folder, *SETS, resume=journal, boundaries=boundaries, **SETTINGS)
+    found = fastprune.score(folder, *SETS, resume=journal, offload=offload, **SETTINGS)
     assert saved(found, tmp_path / "found") == expected
     end = 4 - (at - 1 if stage == "_backward" else 0)
-    done = {"_prologue": 0, "_forward": at - 1, "_backward": 3}[stage] if boundaries == "disk" else 0
+    done = {"_prologue": 0, "_forward": at - 1, "_backward": 3}[stage] if offload == "disk" else 0
     assert runs == [*(("_forward", n) for n in range(done, end - 1)), *(("_backward", n) for n in reversed(range(end)))]
 
 

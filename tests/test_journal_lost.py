@@ -15,9 +15,9 @@ from architectures import BENIGN, HARM, build
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneError, FastpruneWarning
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.journal import VERSION, Journal
-from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.processes import Processes
 
 KEY = {"segments": 2, "data": "a"}
 
@@ -33,7 +33,7 @@ def line(record: object) -> bytes:
 
 def begun(folder: Path, segments: int = 0) -> list[bytes]:
     """The lines of a real journal with some finished segments."""
-    journal, gradients = Journal(folder, KEY, Ranks()), HiddenStates("disk", torch.device("cpu"), folder)
+    journal, gradients = Journal(folder, KEY, Processes()), ActivationStore("disk", torch.device("cpu"), folder)
     for number in reversed(range(segments)):
         journal.note({"values": torch.ones(2)})
         journal.add_segment(number, gradients, None)
@@ -64,7 +64,7 @@ def test_a_strangers_file_stays_as_it_is(name: str, beside: bool, tmp_path: Path
     before = contents(tmp_path)
     for _ in range(2):
         with pytest.raises(ArtifactError, match=r"resume: .* is no journal of fastprune.*; name another folder"):
-            Journal(tmp_path, KEY, Ranks())
+            Journal(tmp_path, KEY, Processes())
         assert contents(tmp_path) == before
 
 
@@ -92,12 +92,12 @@ def test_complete_lines_that_are_dropped_are_counted(at: int, tmp_path: Path) ->
     damaged = [*lines[:at], b"x" + lines[at][1:], *lines[at + 1 :]]
     path.write_bytes(b"".join(damaged) + b"half a li")
     with pytest.warns(FastpruneWarning, match=rf"resume: line {at + 1} of .* is damaged; {4 - at} lines .* dropped"):
-        Journal(tmp_path, KEY, Ranks()).close()
+        Journal(tmp_path, KEY, Processes()).close()
     assert path.read_bytes() == b"".join(lines[:at])
     path.write_bytes(b"".join(damaged))
     with warnings.catch_warnings(), pytest.raises(FastpruneWarning):
         warnings.simplefilter("error")
-        Journal(tmp_path, KEY, Ranks())
+        Journal(tmp_path, KEY, Processes())
     assert path.read_bytes() == b"".join(damaged)
 
 
@@ -106,7 +106,7 @@ def test_a_last_line_that_was_cut_off_is_not_worth_a_word(tmp_path: Path) -> Non
     (tmp_path / "journal.jsonl").write_bytes(b"".join(lines)[:-9])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Journal(tmp_path, KEY, Ranks()).close()
+        Journal(tmp_path, KEY, Processes()).close()
     assert (tmp_path / "journal.jsonl").read_bytes() == b"".join(lines[:-1])
 
 
@@ -119,11 +119,11 @@ def test_another_version_is_refused_with_the_way_out(version: int | None, tmp_pa
     (tmp_path / "journal.jsonl").write_bytes(line(start))
     before = contents(tmp_path)
     with pytest.raises(ArtifactError, match=rf"version {version or 1}, .* version {VERSION}; remove .*score --resume"):
-        Journal(tmp_path, KEY, Ranks())
+        Journal(tmp_path, KEY, Processes())
     assert contents(tmp_path) == before
 
 
-def process(rank: int) -> Ranks:
+def process(rank: int) -> Processes:
     """One of two processes, the other of which is not asked."""
     return SimpleNamespace(rank=rank, size=2, gather=lambda value: [value])  # type: ignore[return-value]
 
@@ -151,7 +151,7 @@ def test_places_that_are_no_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "odd" / "journal.jsonl" / "mine").write_text("mine")
     for name in ("dangling", "file", "odd"):
         with pytest.raises(FastpruneError, match=r"^resume: "):
-            Journal(tmp_path / name, KEY, Ranks())
+            Journal(tmp_path / name, KEY, Processes())
     assert not (tmp_path / "nowhere").exists()
 
 

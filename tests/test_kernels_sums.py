@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastprune import reference
+from fastprune.ops import reference
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from mask_models import SHAPES, Toy, bits, fingerprint_of, mask_of, masks, same_bits, thorough
 from torch import nn
 
-from fastprune import ops, reference
+from fastprune import ops
 from fastprune.errors import ArgumentError, MaskError, ModelError
 from fastprune.masking.apply import _live, matrices_of
 from fastprune.masking.mask import PruneMask
 from fastprune.model.fingerprint import fingerprint, fingerprint_of_samples, sample_positions
+from fastprune.ops import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

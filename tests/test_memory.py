@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastprune
-from fastprune.scoring.keep import kept_bytes
+from fastprune.planning.list_lengths import kept_bytes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MIB = 2**20
@@ -48,7 +48,7 @@ def test_a_budget_below_the_models_size_is_kept_and_planned(checkpoint: Path) ->
     assert run["peak_bytes"] == pytest.approx(run["planned_bytes"], rel=0.15)
 
 
-@pytest.mark.parametrize("words", [("--segments", 4), ("--segments", 20, "--boundaries", "disk", "--tokens", 256)])
+@pytest.mark.parametrize("words", [("--segments", 4), ("--segments", 20, "--offload", "disk", "--tokens", 256)])
 def test_planned_peaks_are_within_15_percent_of_measured_ones(checkpoint: Path, words: tuple) -> None:
     run = measured("score", checkpoint, "--examples", 2, *words)
     assert run["peak_bytes"] == pytest.approx(run["planned_bytes"], rel=0.15)
@@ -59,7 +59,7 @@ def test_memory_grows_with_the_number_of_blocks_by_the_kept_scores_at_most(tmp_p
     peaks, without_result = [], []
     for blocks in (4, 8, 16):
         folder = write(tmp_path / str(blocks), blocks)
-        words = ("--examples", 2, "--tokens", 32, "--segments", blocks, "--boundaries", "disk")
+        words = ("--examples", 2, "--tokens", 32, "--segments", blocks, "--offload", "disk")
         sizes = [1024 * 1024, 1024 * 512, 1024 * 512, 1024 * 1024, *[1024 * 2816] * 3] * blocks
         peaks.append(measured("score", folder, *words)["peak_bytes"])
         without_result.append(peaks[-1] - kept_bytes(sizes))

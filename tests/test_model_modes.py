@@ -16,7 +16,7 @@ from torch import nn
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.errors import FastpruneWarning, ModelError
-from fastprune.oracle import oracle_statistics
+from fastprune.testing.oracle import oracle_statistics
 
 DROPOUT = {
     "GPT2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},

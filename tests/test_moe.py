@@ -19,11 +19,11 @@ from fastprune.calibration import CalibrationSet
 from fastprune.errors import ModelError
 from fastprune.experiments import heat_map
 from fastprune.model import experts
-from fastprune.model.capture import Capture
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.block_view import BlockView
 from fastprune.model.fingerprint import fingerprint
-from fastprune.model.view import BlockView
-from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
+from fastprune.model.hooks import Capture
+from fastprune.model.matrices import eligible_matrices
+from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastprune import cpu, ops, reference
+from fastprune import ops
 from fastprune.errors import ArgumentError
+from fastprune.ops import cpp, reference
 
 BACKENDS = [name for name in ("torch", "cpp") if ops.available_backends()[name] == "available"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -135,7 +136,7 @@ def test_threads_and_instruction_sets_change_no_bit(op, acc_dtype, shape):
 
 @pytest.mark.parametrize("op", PER_EXAMPLE_OPS)
 def test_a_processor_without_the_kernel_is_served_by_its_blas(op, monkeypatch):
-    monkeypatch.setattr(cpu, "has_gradient_kernel", lambda: False)
+    monkeypatch.setattr(cpp, "has_gradient_kernel", lambda: False)
     args = arguments(op, 17, 129, torch.bfloat16)
     sums = {}
     for backend in BACKENDS:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastprune
-from fastprune import backends, cuda, memory, ops, products, reference
+from fastprune import ops
 from fastprune.errors import ArgumentError, BackendError
+from fastprune.ops import cuda, dispatch, memory, reference
 
 PER_EXAMPLE = ["accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
 SUMS = ["accumulate_grad_sum", *PER_EXAMPLE, "accumulate_gradients", "accumulate_act_sq_sum"]
@@ -29,14 +30,14 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A machine where everything is available; the dictionary says what is not."""
-    triton_ops = pytest.importorskip("fastprune.triton_ops", reason="Triton has no build for this platform")
+    triton = pytest.importorskip("fastprune.ops.triton", reason="Triton has no build for this platform")
     missing: dict[str, str] = {}
-    monkeypatch.setattr(backends, "status", lambda name: missing.get(name, "available"))
-    monkeypatch.setattr(backends, "_too_old", lambda device: device == 1)
-    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "status", lambda name: missing.get(name, "available"))
+    monkeypatch.setattr(dispatch, "_too_old", lambda device: device == 1)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     for check in ("check_held", "check_apart"):  # fake tensors have no memory to look at
         monkeypatch.setattr(memory, check, lambda *tensors: None)
-    monkeypatch.setattr(products, "forms_float32", lambda device, dtype: device.type == "cuda" and dtype.itemsize == 2)
+    monkeypatch.setattr(reference, "forms_float32", lambda device, dtype: device.type == "cuda" and dtype.itemsize == 2)
     return missing
 
 
@@ -56,7 +57,7 @@ def tensors(operation: str, device: str, dtype: torch.dtype, acc_dtype: torch.dt
 
 
 def chosen(operation, device, *, dtype=torch.bfloat16, acc=torch.float32, backend=None) -> str:
-    return backends.choose(backend, operation, *tensors(operation, device, dtype, acc))
+    return dispatch.choose(backend, operation, *tensors(operation, device, dtype, acc))
 
 
 @pytest.mark.parametrize("operation", [*SUMS, *SELECTION])
@@ -80,9 +81,9 @@ def test_torch_serves_what_the_triton_kernels_do_not_take(operation, gpu) -> Non
 
 def test_torch_serves_an_old_device_beside_a_new_one_and_huge_matrices(gpu) -> None:
     assert chosen("accumulate_grad_abs_sum", "cuda:1") == chosen("top_scores", "cuda:1") == "torch"
-    assert backends.choose(None, "top_scores", fake(1 << 16, 1 << 16)) == "torch"
-    assert backends.choose(None, "top_scores", fake((1 << 16) - 1, 1 << 16)) == "cuda"
-    assert backends.choose(None, "apply_sparse_", fake(1 << 16, 1 << 16)) == "cuda"
+    assert dispatch.choose(None, "top_scores", fake(1 << 16, 1 << 16)) == "torch"
+    assert dispatch.choose(None, "top_scores", fake((1 << 16) - 1, 1 << 16)) == "cuda"
+    assert dispatch.choose(None, "apply_sparse_", fake(1 << 16, 1 << 16)) == "cuda"
 
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)
@@ -90,9 +91,9 @@ def test_torch_serves_strides_that_the_triton_kernels_do_not_take(name, gpu) -> 
     with FakeTensorMode():
         far = torch.empty_strided((4, 3), (1 << 24, 1), dtype=torch.bfloat16, device="cuda")
     near, acc = fake(4, 5, dtype=torch.bfloat16), fake(3, 5)
-    assert backends.choose(None, name, acc, far, near) == "torch"
+    assert dispatch.choose(None, name, acc, far, near) == "torch"
     with pytest.raises(BackendError, match=r"'triton' takes tensors of which 256 rows .* got strides \(16777216, 1\)"):
-        backends.choose("triton", name, acc, far, near)
+        dispatch.choose("triton", name, acc, far, near)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,13 @@ def test_a_matrix_too_large_for_cuda_is_refused_by_name(gpu) -> None:
     with pytest.raises(
         BackendError, match=r"'cuda' selects from matrices of fewer than 2\^32 weights, got one of 4294"
     ):
-        backends.choose("cuda", "top_scores", fake(1 << 16, 1 << 16))
+        dispatch.choose("cuda", "top_scores", fake(1 << 16, 1 << 16))
 
 
 def test_interpreted_kernels_take_cpu_tensors_by_name_only(gpu, monkeypatch) -> None:
-    from fastprune import triton_ops
+    from fastprune.ops import triton
 
-    monkeypatch.setattr(triton_ops, "INTERPRETED", True)
+    monkeypatch.setattr(triton, "INTERPRETED", True)
     assert chosen("accumulate_grad_abs_sum", "cpu", backend="triton") == "triton"
     assert chosen("accumulate_grad_abs_sum", "cpu") == "cpp"
     assert chosen("accumulate_grad_abs_sum", "cuda:0") == "torch"
@@ -173,12 +174,12 @@ def test_interpreted_kernels_take_cpu_tensors_by_name_only(gpu, monkeypatch) -> 
     ],
 )
 def test_a_plain_sum_is_torchs_unless_it_would_convert_16_bit_inputs(cublas, dtype, acc, expected, gpu, monkeypatch):
-    from fastprune import triton_ops
+    from fastprune.ops import triton
 
     called = []
-    monkeypatch.setattr(products, "forms_float32", lambda device, dtype: cublas and dtype.itemsize == 2)
-    monkeypatch.setattr(triton_ops, "accumulate_grad_sum", lambda *args: called.append("triton"))
-    monkeypatch.setattr(products, "add_product_", lambda *args: called.append("torch"))
+    monkeypatch.setattr(reference, "forms_float32", lambda device, dtype: cublas and dtype.itemsize == 2)
+    monkeypatch.setattr(triton, "accumulate_grad_sum", lambda *args: called.append("triton"))
+    monkeypatch.setattr(reference, "add_product_", lambda *args: called.append("torch"))
     ops.accumulate_grad_sum(*tensors("accumulate_grad_sum", "cuda:0", dtype, acc))
     assert called == [expected]
     called.clear()
@@ -189,10 +190,10 @@ def test_a_plain_sum_is_torchs_unless_it_would_convert_16_bit_inputs(cublas, dty
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)
 def test_per_example_sums_of_device_tensors_go_to_triton(name, gpu, monkeypatch) -> None:
-    from fastprune import triton_ops
+    from fastprune.ops import triton
 
     called = []
-    monkeypatch.setattr(triton_ops, "accumulate_per_example", lambda accs, dy, x, spans: called.append((spans, *accs)))
+    monkeypatch.setattr(triton, "accumulate_per_example", lambda accs, dy, x, spans: called.append((spans, *accs)))
     getattr(ops, name)(
         *tensors(name, "cuda:0", torch.bfloat16, torch.float32), *map(torch.tensor, ([5, 3, 0], [2, 0, 1]))
     )
@@ -201,11 +202,11 @@ def test_per_example_sums_of_device_tensors_go_to_triton(name, gpu, monkeypatch)
 
 def test_of_three_sums_the_plain_one_is_a_product_of_its_own(gpu, monkeypatch) -> None:
     """Two go through one sweep of the kernel; three tiles beside the product would not fit in its registers."""
-    from fastprune import triton_ops
+    from fastprune.ops import triton
 
     called = []
-    monkeypatch.setattr(triton_ops, "accumulate_per_example", lambda accs, dy, x, spans: called.append(set(accs)))
-    monkeypatch.setattr(products, "add_product_", lambda acc, dy, x: called.append("product"))
+    monkeypatch.setattr(triton, "accumulate_per_example", lambda accs, dy, x, spans: called.append(set(accs)))
+    monkeypatch.setattr(reference, "add_product_", lambda acc, dy, x: called.append("product"))
     acc, dy, x = tensors("accumulate_gradients", "cuda:0", torch.bfloat16, torch.float32)
     one, two, three = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
     for names in ((one, two), (two, three), (one, two, three)):
@@ -214,10 +215,10 @@ def test_of_three_sums_the_plain_one_is_a_product_of_its_own(gpu, monkeypatch) -
 
 
 def test_sums_of_squares_of_device_tensors_go_to_triton(gpu, monkeypatch) -> None:
-    from fastprune import triton_ops
+    from fastprune.ops import triton
 
     called = []
-    monkeypatch.setattr(triton_ops, "accumulate_act_sq_sum", lambda acc, x: called.append((acc.shape, x.shape)))
+    monkeypatch.setattr(triton, "accumulate_act_sq_sum", lambda acc, x: called.append((acc.shape, x.shape)))
     ops.accumulate_act_sq_sum(*tensors("accumulate_act_sq_sum", "cuda:0", torch.bfloat16, torch.float32))
     assert called == [((5,), (7, 5))]
 
@@ -232,7 +233,7 @@ def test_selection_and_sparse_writes_go_to_the_launchers_of_cuda(monkeypatch) ->
             return getattr(reference, name)(*args)
 
         monkeypatch.setattr(cuda, name, launcher)
-    monkeypatch.setattr(backends, "choose", lambda backend, operation, *tensors: "cuda")
+    monkeypatch.setattr(dispatch, "choose", lambda backend, operation, *tensors: "cuda")
     weight = torch.randn(4, 6).T
     before = weight.clone()
     indices, _ = ops.top_scores(weight, None, "magnitude", 5)
@@ -258,7 +259,7 @@ def test_scoring_refuses_a_backend_that_serves_only_a_part_of_it_before_any_work
 
 
 def test_scoring_refuses_a_backend_that_is_missing_before_any_work(monkeypatch) -> None:
-    monkeypatch.setattr(backends, "status", lambda name: "not built" if name == "cpp" else "available")
+    monkeypatch.setattr(dispatch, "status", lambda name: "not built" if name == "cpp" else "available")
     with pytest.raises(BackendError, match=r"^backend 'cpp' is not available: not built$"):
         fastprune.score(build("Llama"), iter(()), backend="cpp")
 
@@ -280,7 +281,7 @@ def test_reasons_without_a_device_and_what_import_does_not_import() -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     script = """
 import sys, fastprune, fastprune.ops
-assert not {"triton", "fastprune._cuda", "fastprune.triton_ops"} & set(sys.modules)
+assert not {"triton", "fastprune._cuda", "fastprune.ops.triton"} & set(sys.modules)
 found = fastprune.available_backends()
 assert list(found) == ["torch", "cpp", "triton", "cuda"] and found["torch"] == "available"
 assert found["cuda"] == "no CUDA device" or "CUDA extension was not built or cannot be loaded" in found["cuda"]
@@ -311,12 +312,12 @@ print(*fastprune.available_backends().values(), sep="\\n")
     ],
 )
 def test_reasons_of_devices(capabilities, reason, monkeypatch) -> None:
-    monkeypatch.setattr(backends, "_too_old", backends._too_old.__wrapped__)
+    monkeypatch.setattr(dispatch, "_too_old", dispatch._too_old.__wrapped__)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
-    assert backends._devices() == reason
+    assert dispatch._devices() == reason
 
 
 def _wrapped(model: torch.nn.Module) -> torch.nn.Module:

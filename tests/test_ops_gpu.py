@@ -15,8 +15,9 @@ from architectures import BENIGN, HARM, build, pad
 from torch import Tensor
 
 import fastprune
-from fastprune import backends, ops, products, reference
+from fastprune import ops
 from fastprune.errors import BackendError
+from fastprune.ops import dispatch, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -102,10 +103,10 @@ def test_several_sums_in_one_call(backend, dtype, left_out) -> None:
 def test_the_default_is_the_kernel_that_is_meant(op) -> None:
     """Bits tell the routes apart, and ``choose`` names them."""
     start, *args = sum_arguments(op, torch.bfloat16)
-    cublas = op == "accumulate_grad_sum" and products.forms_float32(start.device, torch.bfloat16)
+    cublas = op == "accumulate_grad_sum" and reference.forms_float32(start.device, torch.bfloat16)
     expected = "torch" if cublas else "triton"
     assert torch.equal(added(op, start, *args, backend=None), added(op, start, *args, backend=expected))
-    assert cublas or backends.choose(None, op, start, *args[:2]) == "triton"
+    assert cublas or dispatch.choose(None, op, start, *args[:2]) == "triton"
 
 
 @pytest.mark.parametrize("op", PER_EXAMPLE)

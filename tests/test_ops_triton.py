@@ -10,14 +10,15 @@ import torch
 from architectures import HARM, build
 from torch import Tensor
 
-from fastprune import ops, reference
+from fastprune import ops
 from fastprune.calibration import micro_batches
-from fastprune.model.eligible import eligible_matrices
-from fastprune.model.view import Batch
+from fastprune.model.block_view import Batch
+from fastprune.model.matrices import eligible_matrices
+from fastprune.ops import reference
 from fastprune.scoring.statistics import SegmentStatistics
 
 triton_ops = pytest.importorskip(
-    "fastprune.triton_ops", reason="Triton has no build for this platform", exc_type=ImportError
+    "fastprune.ops.triton", reason="Triton has no build for this platform", exc_type=ImportError
 )
 
 pytestmark = pytest.mark.skipif(not triton_ops.INTERPRETED, reason="kernels are compiled here")

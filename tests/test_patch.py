@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from fastprune.checkpoint import changes, patch
+from fastprune.checkpoint.patch import patch_checkpoint, patch_in_place, undo_patch
+from fastprune.checkpoint.undo_file import UNDO_NAME
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking import locate, patch
 from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.patch import patch_checkpoint, patch_in_place, undo_patch
-from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.model.fingerprint import fingerprint
 
 
@@ -149,13 +149,13 @@ def test_only_the_masked_numbers_are_read(model, tmp_path, monkeypatch):
     """Neither safetensors nor torch loads a tensor: what is read are samples and the masked numbers."""
     model.save_pretrained(tmp_path / "in")
     mask, sizes = mask_for(model), []
-    genuine = locate.ops.apply_sparse_
+    genuine = changes.ops.apply_sparse_
 
     def spy(weight, indices, scale):
         sizes.append(weight.numel())
         return genuine(weight, indices, scale)
 
-    monkeypatch.setattr(locate.ops, "apply_sparse_", spy)
+    monkeypatch.setattr(changes.ops, "apply_sparse_", spy)
     patch_checkpoint(tmp_path / "in", mask, tmp_path / "out")
     assert sizes == [5] * 6
 

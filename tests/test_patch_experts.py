@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.artifact import read_artifact
+from fastprune.checkpoint import patch
+from fastprune.checkpoint.patch import patch_checkpoint
+from fastprune.checkpoint.shards import stored_tensors
+from fastprune.checkpoint.undo_file import UNDO_NAME
 from fastprune.errors import MaskError
-from fastprune.masking import patch
 from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.patch import patch_checkpoint
-from fastprune.masking.undo_file import UNDO_NAME
-from fastprune.model.eligible import eligible_matrices
 from fastprune.model.fingerprint import fingerprint
-from fastprune.model.shards import stored_tensors
+from fastprune.model.matrices import eligible_matrices
 
 
 def test_one_expert_of_a_fused_tensor(tmp_path):

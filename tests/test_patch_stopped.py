@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_patch import contents, mask_for
 
 import fastprune
-from fastprune.masking import edits
+from fastprune.checkpoint import byte_edits
 from fastprune.masking.mask import PruneMask
 
 
@@ -28,7 +28,7 @@ def test_an_error_takes_the_patch_out_again(model, folder, monkeypatch, error, c
             raise error
         return genuine(*args)
 
-    monkeypatch.setattr(edits.os, "pwrite", fail)
+    monkeypatch.setattr(byte_edits.os, "pwrite", fail)
     with pytest.raises(error):
         fastprune.patch_in_place(folder, mask_for(model))
     assert contents(folder) == before
@@ -38,10 +38,10 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import fastprune
-from fastprune.masking import edits
-from fastprune.masking.undo_file import UNDO_NAME
+from fastprune.checkpoint import byte_edits
+from fastprune.checkpoint.undo_file import UNDO_NAME
 
-edits._WINDOW_BYTES = 64
+byte_edits._WINDOW_BYTES = 64
 root, action = Path(sys.argv[1]), sys.argv[2]
 mask = fastprune.PruneMask.load(root / "mask")
 original = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
@@ -102,7 +102,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch, fastprune
-from fastprune.masking import patch_checkpoint, patch_in_place, undo_patch
+from fastprune.checkpoint.patch import patch_checkpoint, patch_in_place, undo_patch
 
 def peak():  # of this program; ru_maxrss would begin at that of the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.artifact import read_artifact, write_artifact
+from fastprune.checkpoint import byte_edits, patch
+from fastprune.checkpoint.undo_file import UNDO_NAME
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking import edits, patch
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.undo_file import UNDO_NAME
 
 
 def shards(folder: Path) -> list[Path]:
@@ -71,8 +71,8 @@ def test_what_the_undo_file_says(model, folder):
 
 def test_bytes_across_windows_and_at_odd_offsets(tmp_path, monkeypatch):
     """Elements that straddle two windows, in a file whose header has an odd length and names the later tensor first."""
-    monkeypatch.setattr(edits, "_WINDOW_BYTES", 7)
-    monkeypatch.setattr(edits, "_STREAM_BYTES", 11)
+    monkeypatch.setattr(byte_edits, "_WINDOW_BYTES", 7)
+    monkeypatch.setattr(byte_edits, "_STREAM_BYTES", 11)
     values = torch.randn(90, dtype=torch.float64)
     entries = {"v": {"dtype": "F64", "shape": [9, 5]}, "w": {"dtype": "F64", "shape": [9, 5]}}
     entries["v"]["data_offsets"], entries["w"]["data_offsets"] = [360, 720], [0, 360]

@@ -11,8 +11,8 @@ from architectures import CONFIGS, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.errors import ArgumentError, NotFoundError
-from fastprune.scoring.estimate import _FRAGMENTED, _WORKSPACE
-from fastprune.scoring.footprint import activation_bound, activation_bytes
+from fastprune.planning.estimate import _FRAGMENTED, _WORKSPACE
+from fastprune.planning.footprint import activation_bound, activation_bytes
 
 GIB = 2**30
 
@@ -38,7 +38,7 @@ def test_a_config_alone_is_enough_and_nothing_is_built() -> None:
     assert plan.eligible == 68_451_041_280
     assert 1 < plan.segments < 80
     assert plan.device_bytes < 80 * GIB and plan.host_bytes < 128 * GIB and plan.disk_bytes == 0
-    assert plan.boundaries == "host"
+    assert plan.offload == "host"
     # weights once, all but the last segment and the head a second time
     assert 1.8 * 2 * plan.parameters < plan.read_bytes <= 2 * 2 * plan.parameters
     # 2 FLOPs a weight and token for forward, dX and dW, and again for most of the forward
@@ -52,7 +52,7 @@ def test_the_fewest_segments_that_fit() -> None:
         assert plan.device_bytes <= budget * GIB
         if plan.segments > 1:
             fewer = fastprune.plan(
-                llama("8B"), 824, 250, segments=plan.segments - 1, boundaries="disk", host_memory="64GiB"
+                llama("8B"), 824, 250, segments=plan.segments - 1, offload="disk", host_memory="64GiB"
             )
             assert fewer.device_bytes > budget * GIB
     assert fastprune.plan(llama("8B"), 824, 250).segments == 1  # without a budget nothing is recomputed
@@ -62,11 +62,11 @@ def test_hidden_states_go_where_there_is_room() -> None:
     def where(host_memory: str) -> fastprune.scoring.Plan:
         return fastprune.plan(llama("70B"), 824, 250, memory="24GiB", host_memory=host_memory)
 
-    assert where("500GiB").boundaries == "host" and where("500GiB").disk_bytes == 0
-    assert where("16GiB").boundaries == "disk" and where("16GiB").disk_bytes == where("16GiB").boundary_bytes
-    assert fastprune.plan(llama("8B"), 8, 64, memory="80GiB").boundaries == "device"
-    chosen = fastprune.plan(llama("8B"), 8, 64, boundaries="disk", segments=4)
-    assert (chosen.boundaries, chosen.segments) == ("disk", 4)
+    assert where("500GiB").offload == "host" and where("500GiB").disk_bytes == 0
+    assert where("16GiB").offload == "disk" and where("16GiB").disk_bytes == where("16GiB").boundary_bytes
+    assert fastprune.plan(llama("8B"), 8, 64, memory="80GiB").offload == "device"
+    chosen = fastprune.plan(llama("8B"), 8, 64, offload="disk", segments=4)
+    assert (chosen.offload, chosen.segments) == ("disk", 4)
 
 
 def test_memory_falls_with_segments_and_grows_with_data() -> None:
@@ -78,7 +78,7 @@ def test_memory_falls_with_segments_and_grows_with_data() -> None:
 
 def test_kept_scores_are_counted_as_they_come() -> None:
     """The head makes the last segment the largest; it goes backward first, when nothing above it has been kept."""
-    plan = fastprune.plan(llama("8B"), 64, 64, segments=32, boundaries="disk")
+    plan = fastprune.plan(llama("8B"), 64, 64, segments=32, offload="disk")
     others = plan.weight_bytes + plan.accumulator_bytes + plan.activation_bytes
     in_use = (plan.device_bytes - _WORKSPACE) / (1 + _FRAGMENTED)
     assert others < in_use < others + 0.6 * plan.kept_bytes
@@ -104,13 +104,13 @@ def test_a_plan_prints_what_lies_where() -> None:
     [
         ({"memory": "5GiB"}, r"memory: 5\.00 GiB is not enough: 80 segments of 80 blocks need \d+\.\d+ GiB"),
         (
-            {"memory": "24GiB", "host_memory": "10GiB", "boundaries": "host"},
-            r"host_memory: 10\.00 GiB.*boundaries='disk'",
+            {"memory": "24GiB", "host_memory": "10GiB", "offload": "host"},
+            r"host_memory: 10\.00 GiB.*offload='disk'",
         ),
-        ({"host_memory": "1MiB", "boundaries": "host", "segments": 4}, r"host_memory: 1\.0 MiB is not enough"),
+        ({"host_memory": "1MiB", "offload": "host", "segments": 4}, r"host_memory: 1\.0 MiB is not enough"),
         ({"host_memory": "1MiB"}, r"host_memory: 1\.0 MiB is not enough"),
         ({"memory": "plenty"}, "memory"),
-        ({"boundaries": "cloud"}, "boundaries.*cloud"),
+        ({"offload": "cloud"}, "offload.*cloud"),
         ({"segments": 81}, "segments: expected 1 … 80"),
         ({"segments": True}, "segments"),
         ({"flops_per_second": 0}, "flops_per_second"),
@@ -139,7 +139,7 @@ def test_what_is_no_model_is_refused(source: object) -> None:
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["fastprune.scoring.plan"]
+    module = sys.modules["fastprune.planning.plan"]
     free = module._available(torch.device("cpu"))
     for name, text in (("limit", "3000000"), ("used", "2000000"), ("memory.stat", "inactive_file 500000\nanon 7\n")):
         (tmp_path / name).write_text(text)
@@ -153,18 +153,18 @@ def test_what_torch_holds_back_unused_counts_as_free(monkeypatch: pytest.MonkeyP
     """A second run in one process would otherwise be cut into segments for the sake of the first one's leavings."""
     for name, value in (("mem_get_info", (1000, 5000)), ("memory_reserved", 600), ("memory_allocated", 100)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert sys.modules["fastprune.scoring.plan"]._available(torch.device("cuda", 0)) == 1500
+    assert sys.modules["fastprune.planning.plan"]._available(torch.device("cuda", 0)) == 1500
 
 
 def test_pinned_memory_comes_in_powers_of_two() -> None:
     """16 examples of 250 tokens of 8192 bfloat16 states take 65.5 MB, so 2^26 bytes; 206,000 tokens are 52 pieces."""
-    plan = fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="host", host_memory="500GiB")
-    boundaries, rest = divmod(plan.boundary_bytes, 52 << 26)
-    assert boundaries >= 4 and rest == 0
+    plan = fastprune.plan(llama("70B"), 824, 250, segments=4, offload="host", host_memory="500GiB")
+    offload, rest = divmod(plan.boundary_bytes, 52 << 26)
+    assert offload >= 4 and rest == 0
     uneven = {"micro_batch": (1, 4096, 2048), "padded_tokens": [4096, *[2100] * 99]}  # 64 MiB each, the short ones too
-    plan = fastprune.plan(llama("70B"), 100, 2120, segments=4, boundaries="host", host_memory="500GiB", **uneven)
-    assert plan.boundary_bytes == boundaries * (100 << 26)
-    assert plan.boundary_bytes > fastprune.plan(llama("70B"), 824, 250, segments=4, boundaries="disk").boundary_bytes
+    plan = fastprune.plan(llama("70B"), 100, 2120, segments=4, offload="host", host_memory="500GiB", **uneven)
+    assert plan.boundary_bytes == offload * (100 << 26)
+    assert plan.boundary_bytes > fastprune.plan(llama("70B"), 824, 250, segments=4, offload="disk").boundary_bytes
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *MOE_CONFIGS])

@@ -12,7 +12,7 @@ from fastprune.calibration import CalibrationSet, micro_batches
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.generate import continue_greedily
 from fastprune.evaluation.likelihood import log_probabilities
-from fastprune.oracle import oracle_statistics
+from fastprune.testing.oracle import oracle_statistics
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -19,9 +19,10 @@ from test_devices import masks, spread
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint import skeleton
+from fastprune.checkpoint.streamed import Streamed
 from fastprune.evaluation import evaluate
-from fastprune.model import skeleton
-from fastprune.model.weights import EMBEDDING, HEAD, Streamed
+from fastprune.model.weights import EMBEDDING, HEAD
 from fastprune.organism import export_data, load_organism
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def test_scoring_has_the_same_pruned_sets(name: str, calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "boundaries"),
+    ("first", "second", "offload"),
     [
         ("cuda:0", "cpu", "host"),
         ("cpu", "cuda:1", "disk"),
@@ -65,10 +66,10 @@ def test_scoring_has_the_same_pruned_sets(name: str, calls: list[str]) -> None:
         ("cuda:1", "cuda:0", "host"),
     ],
 )
-def test_a_model_on_two_devices(first: str, second: str, boundaries: str, calls: list[str]) -> None:
+def test_a_model_on_two_devices(first: str, second: str, offload: str, calls: list[str]) -> None:
     model = build("Llama", dtype=torch.float64)
     expected = masks(model, statistics_dtype="float64")
-    assert masks(spread(model, first, second), statistics_dtype="float64", boundaries=boundaries) == expected
+    assert masks(spread(model, first, second), statistics_dtype="float64", offload=offload) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -104,7 +105,7 @@ def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     streamed, resident = (
         fastprune.score(
-            source, CalibrationSet(HARM), CalibrationSet(BENIGN), segments=2, boundaries="host", progress=False
+            source, CalibrationSet(HARM), CalibrationSet(BENIGN), segments=2, offload="host", progress=False
         )
         for source in (tmp_path, model.to("cuda"))
     )

@@ -22,7 +22,7 @@ from fastprune.errors import ArgumentError, ScoringError
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.engine import Pass
 from fastprune.scoring.journal import Journal
-from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.processes import Processes
 
 score_module = importlib.import_module("fastprune.scoring.score")  # the package has a function of this name
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _score_in_all_ways(rank: int, folder: Path, out: Path) -> list[str]:
     made = [
         scored(llama(), segments=2, **CRITERIA),
-        scored(folder, segments=3, device="cpu", boundaries="disk", **CRITERIA),
+        scored(folder, segments=3, device="cpu", offload="disk", **CRITERIA),
         scored(llama(), HARM[:1], None),  # one micro-batch: all but one process have nothing to do
     ]
     with pytest.raises(ArgumentError, match=r"statistics_dtype: .* one process"):  # its sums depend on the order
@@ -112,7 +112,7 @@ def test_processes_agree_on_the_largest_number_of_segments() -> None:
 
 
 def _sharing(rank: int) -> list[int]:
-    ranks = Ranks()
+    ranks = Processes()
     return [ranks.sharing(torch.device("cpu")), ranks.sharing(torch.device("cuda", min(rank, 1)))]
 
 
@@ -143,7 +143,7 @@ def _score_with_a_journal(rank: int, model: Path, out: Path, few: bool, deaths: 
 @pytest.mark.parametrize(
     ("few", "deaths"),
     [
-        # In the forward sweep: one has recorded two boundaries (there are no more), the other one.
+        # In the forward sweep: one has recorded two offload (there are no more), the other one.
         (False, {0: ("add_segment", 1), 1: ("add_boundary", 2)}),
         (True, {0: ("add_segment", 1), 1: ("add_boundary", 2)}),
         # In the backward sweep: one has finished two segments, the other died before its second was recorded.

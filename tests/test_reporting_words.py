@@ -17,10 +17,10 @@ from fastprune.evaluation import Measurement
 from fastprune.reporting import print_results
 from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.findings import headline
+from fastprune.reporting.formatting import check_value, number, percent, percents, seconds, share
 from fastprune.reporting.glossary import definitions
 from fastprune.reporting.plots import controls_plot
 from fastprune.reporting.record import RATES, checked
-from fastprune.reporting.wording import check_value, number, percent, percents, seconds, share
 
 
 def said(record: dict[str, Any]) -> str:

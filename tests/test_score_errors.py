@@ -104,7 +104,7 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"resume": "no/such/folder/somewhere"}, "resume.*existing folder"),
         ({"resume": ""}, "resume: expected a path, got ''"),
         ({"resume": 3}, "resume: expected a path, got 3"),
-        ({"boundaries": "moon"}, "boundaries"),
+        ({"offload": "moon"}, "offload"),
         ({"device": "cpu"}, "device.*folder"),
         ({"backend": "abacus"}, "backend.*abacus"),
     ],
@@ -233,7 +233,7 @@ def test_model_that_does_not_come_apart_is_scored_whole_with_a_warning(model: nn
         fastprune.score(model, CalibrationSet(HARM), segments=2, progress=False)
     with pytest.warns(FastpruneWarning, match="scored whole"):
         scores = fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False)
-    from fastprune.oracle import oracle_score, oracle_select, oracle_statistics
+    from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
 
     copy = stateful(build("Llama"))
     exact = oracle_statistics(copy, HARM)

@@ -14,9 +14,9 @@ from fastprune import ops
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError, NotFoundError, ScoringError, SelectionError
 from fastprune.masking.mask import PruneMask
-from fastprune.scoring import keep
-from fastprune.scoring.keep import Keeper, Kept
+from fastprune.planning import list_lengths
 from fastprune.scoring.scores import Scores
+from fastprune.scoring.top_scores import TopScores, TopScoresCollector
 
 # how long an example takes is not what these tests are about
 thorough = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,7 +25,7 @@ thorough = settings(max_examples=100, deadline=None, suppress_health_check=[Heal
 @pytest.fixture
 def no_small_matrices(monkeypatch):
     """Tiny matrices are otherwise kept whole, and nothing of what follows would be seen."""
-    monkeypatch.setattr(keep, "SMALL_MATRIX", 0)
+    monkeypatch.setattr(list_lengths, "SMALL_MATRIX", 0)
 
 
 def dense_order(scores: torch.Tensor) -> list[tuple[float, int]]:
@@ -35,9 +35,9 @@ def dense_order(scores: torch.Tensor) -> list[tuple[float, int]]:
 
 def run_keeper(
     matrices: dict[str, torch.Tensor], fraction: float, visits: list[str] | None = None, together: int = 1
-) -> dict[str, Kept]:
+) -> dict[str, TopScores]:
     """Keep scores that are given, so many matrices at a time: weight -1 makes ``signed`` the statistic itself."""
-    keeper = Keeper({name: scores.numel() for name, scores in matrices.items()}, fraction, n_lists=1)
+    keeper = TopScoresCollector({name: scores.numel() for name, scores in matrices.items()}, fraction, n_lists=1)
     visits = visits or list(reversed(matrices))
     for start in range(0, len(visits), together):
         some = visits[start : start + together]
@@ -59,7 +59,7 @@ def score_matrices(draw) -> dict[str, torch.Tensor]:
 def with_small_matrices(n: int):
     """Hypothesis does not reset fixtures between examples, so this one sets the constant itself."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(keep, "SMALL_MATRIX", n)
+    patch.setattr(list_lengths, "SMALL_MATRIX", n)
     return patch
 
 
@@ -91,15 +91,15 @@ def test_kept_lists_are_prefixes_that_hold_the_local_and_the_global_top(matrices
 
 
 def test_small_matrices_are_kept_whole_unless_all_lists_together_are_too_large(monkeypatch):
-    monkeypatch.setattr(keep, "SMALL_MATRIX", 8)
+    monkeypatch.setattr(list_lengths, "SMALL_MATRIX", 8)
     matrices = {"a": torch.randn(4, 25), "b": torch.randn(1, 5), "c": torch.randn(4, 25)}
     lengths = {name: len(some) for name, some in run_keeper(matrices, 0.01).items()}
     assert lengths == {"a": 8, "b": 5, "c": 8}
-    monkeypatch.setattr(keep, "SMALL_BYTES", 12 * 21)  # the limit itself is too much
+    monkeypatch.setattr(list_lengths, "SMALL_BYTES", 12 * 21)  # the limit itself is too much
     assert sum(len(some) for some in run_keeper(matrices, 0.01).values()) < 8
-    monkeypatch.setattr(keep, "SMALL_BYTES", 12 * 21 + 1)
+    monkeypatch.setattr(list_lengths, "SMALL_BYTES", 12 * 21 + 1)
     assert {name: len(some) for name, some in run_keeper(matrices, 0.01).items()} == lengths
-    keeper = Keeper({"a": 100, "b": 5, "c": 100}, 0.01, n_lists=2)  # two lists share the limit
+    keeper = TopScoresCollector({"a": 100, "b": 5, "c": 100}, 0.01, n_lists=2)  # two lists share the limit
     keeper.add({"a": (torch.ones(100, 1), None)}, "magnitude")
     keeper.add({"b": (torch.ones(5, 1), None)}, "magnitude")
     keeper.add({"c": (torch.ones(100, 1), None)}, "magnitude")
@@ -133,7 +133,7 @@ def test_cold_matrices_are_asked_for_no_more_than_their_share(no_small_matrices,
 
 def test_what_is_kept_meanwhile_stays_bounded(no_small_matrices):
     """With scores that rise from matrix to matrix every one of them holds all of the top of those before it."""
-    keeper = Keeper({f"m{i}": 100 for i in range(40)}, 0.02, n_lists=1)
+    keeper = TopScoresCollector({f"m{i}": 100 for i in range(40)}, 0.02, n_lists=1)
     for i in range(40):
         keeper.add({f"m{i}": (torch.full((100, 1), i + 1.0), None)}, "magnitude")
         assert sum(map(len, keeper._kept.values())) <= 40 * 2 + 2 * 80
@@ -143,7 +143,7 @@ def test_what_is_kept_meanwhile_stays_bounded(no_small_matrices):
 def test_lists_of_a_journal_can_be_inserted(no_small_matrices):
     matrices = {f"m{i}": torch.randn(5, 20) * (i + 1) for i in range(4)}
     expected = run_keeper(matrices, 0.1)
-    keeper = Keeper({name: 100 for name in matrices}, 0.1, n_lists=1)
+    keeper = TopScoresCollector({name: 100 for name in matrices}, 0.1, n_lists=1)
     for name in ("m3", "m1"):
         keeper.insert(name, expected[name])
     for name in ("m2", "m0"):
@@ -153,13 +153,13 @@ def test_lists_of_a_journal_can_be_inserted(no_small_matrices):
 
 
 def test_a_matrix_without_elements(no_small_matrices):
-    keeper = Keeper({"a": 0, "b": 4}, 0.5, n_lists=1)
+    keeper = TopScoresCollector({"a": 0, "b": 4}, 0.5, n_lists=1)
     keeper.add({"a": (torch.ones(0, 3), None), "b": (torch.ones(2, 2), None)}, "magnitude")
     assert {name: len(kept) for name, kept in keeper.finish().items()} == {"a": 0, "b": 2}
 
 
 def test_a_keeper_refuses_what_it_cannot_place():
-    keeper = Keeper({"a": 4, "b": 4}, 0.5, n_lists=1)
+    keeper = TopScoresCollector({"a": 4, "b": 4}, 0.5, n_lists=1)
     with pytest.raises(ArgumentError, match="c is none of the 2 matrices"):
         keeper.add({"c": (torch.ones(2, 2), None)}, "magnitude")
     with pytest.raises(ArgumentError, match="a must have 4 weights, got 6"):
@@ -173,9 +173,9 @@ def test_a_keeper_refuses_what_it_cannot_place():
         keeper.finish()
     for fraction in (0, -1, 1.1, math.nan):
         with pytest.raises(ArgumentError, match=r"must be in \(0, 1\]"):
-            Keeper({"a": 4}, fraction, n_lists=1)
+            TopScoresCollector({"a": 4}, fraction, n_lists=1)
     with pytest.raises(ArgumentError, match="at least one matrix"):
-        Keeper({}, 0.5, n_lists=1)
+        TopScoresCollector({}, 0.5, n_lists=1)
 
 
 SHAPES = {"a": (3, 4), "b": (2, 5)}
@@ -190,7 +190,7 @@ def make_scores(fraction: float = 0.5) -> Scores:
     return Scores({"signed": lists, "fisher": other}, {"abs": other}, SHAPES, provenance, fraction, fraction)
 
 
-def same(one: dict[str, Kept], other: dict[str, Kept]) -> bool:
+def same(one: dict[str, TopScores], other: dict[str, TopScores]) -> bool:
     return list(one) == list(other) and all(
         torch.equal(a.indices, other[name].indices)
         and torch.equal(a.values, other[name].values)

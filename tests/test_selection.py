@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fastprune.errors import ArgumentError, FastpruneWarning, SelectionError
 from fastprune.masking.mask import PruneMask
-from fastprune.scoring import keep
-from fastprune.scoring.keep import Keeper, Kept
+from fastprune.planning import list_lengths
 from fastprune.scoring.scores import Scores
+from fastprune.scoring.top_scores import TopScores, TopScoresCollector
 
 # how long an example takes is not what these tests are about
 thorough = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,11 +23,11 @@ thorough = settings(max_examples=40, deadline=None, suppress_health_check=[Healt
 Dense = dict[str, torch.Tensor]
 
 
-def keep_lists(dense: Dense, fraction: float) -> dict[str, Kept]:
+def keep_lists(dense: Dense, fraction: float) -> dict[str, TopScores]:
     """What the engine would keep, small matrices included; with weight -1 the statistic is the score."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(keep, "SMALL_MATRIX", 0)
-    keeper = Keeper({name: scores.numel() for name, scores in dense.items()}, fraction, n_lists=2)
+    patch.setattr(list_lengths, "SMALL_MATRIX", 0)
+    keeper = TopScoresCollector({name: scores.numel() for name, scores in dense.items()}, fraction, n_lists=2)
     for name in reversed(dense):
         keeper.add({name: (-torch.ones_like(dense[name]), dense[name])}, "signed")
     patch.undo()
@@ -44,7 +44,7 @@ def make_scores(harm: Dense, benign: Dense | None = None, p_max: float = 1.0, q_
 
 
 def top(dense: Dense, names: list[str], fraction: float, number: int, scope: str) -> tuple[set[tuple[str, int]], int]:
-    """Ranks [number*k, (number+1)*k) with a score above 0, by sorting everything; and the sum of the k."""
+    """Processes [number*k, (number+1)*k) with a score above 0, by sorting everything; and the sum of the k."""
     ranked = [
         sorted((-float(s), names.index(name), i, name) for i, s in enumerate(dense[name].flatten())) for name in names
     ]
@@ -157,8 +157,8 @@ def test_a_hot_matrix_that_holds_all_of_the_global_top():
 def test_lists_cut_at_equal_scores_are_refused_only_where_the_order_is_open():
     """Of equal scores the earlier matrix comes first: a list cut there is open if it is earlier than the last taken."""
     ones, whole = torch.arange(3), torch.arange(4)
-    cut = Kept(ones, torch.ones(3), 4, 1.0)
-    complete = Kept(whole, torch.ones(4), 4, -math.inf)
+    cut = TopScores(ones, torch.ones(3), 4, 1.0)
+    complete = TopScores(whole, torch.ones(4), 4, -math.inf)
     shapes = {"m0": (2, 2), "m1": (2, 2)}
     for lists, fits in (({"m0": complete, "m1": cut}, True), ({"m0": cut, "m1": complete}, False)):
         scores = Scores({"signed": lists}, {}, shapes, {}, 1.0, 1.0)

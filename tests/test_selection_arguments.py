@@ -9,7 +9,7 @@ import pytest
 from test_selection import make_scores, random_dense
 
 from fastprune.errors import ArgumentError, SelectionError
-from fastprune.masking.select import _least_fraction
+from fastprune.scoring.select import _least_fraction
 
 
 @pytest.mark.parametrize("scope", ["matrix", "global"])

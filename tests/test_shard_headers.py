@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save, save_file
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint import shards
+from fastprune.checkpoint.load import load_model
+from fastprune.checkpoint.patch import patch_in_place
+from fastprune.checkpoint.shards import INDEX, SINGLE, read_header, stored_tensors
 from fastprune.errors import ArtifactError, FastpruneError, ModelError, NotFoundError
-from fastprune.masking.patch import patch_in_place
-from fastprune.model import shards
-from fastprune.model.checkpoint import load_model
-from fastprune.model.shards import INDEX, SINGLE, read_header, stored_tensors
 
 HEAD, NAME = "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint.patch import patch_in_place, undo_patch
 from fastprune.errors import FastpruneWarning, ModelError
-from fastprune.masking.patch import patch_in_place, undo_patch
 
 
 @pytest.fixture

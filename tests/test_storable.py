@@ -12,11 +12,11 @@ from command_line import run
 import fastprune
 from fastprune.calibration import CalibrationSet, load_calibration
 from fastprune.calibration.refusals import REFUSAL_PHRASES, is_refusal
+from fastprune.checkpoint.undo_file import UNDO_NAME
 from fastprune.errors import ArgumentError, MaskError
 from fastprune.evaluation import keyword_refusal
 from fastprune.masking import largest_magnitude_mask
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.undo_file import UNDO_NAME
 from fastprune.organism import checkpoint_path, export_data, load_organism
 
 

@@ -14,10 +14,12 @@ from safetensors.torch import load, load_file, save_file
 
 import fastprune
 from fastprune.calibration import CalibrationSet
+from fastprune.checkpoint import skeleton
+from fastprune.checkpoint.load import load_model
+from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError, ArtifactError, ModelError
-from fastprune.model import selfcheck, skeleton, weights
-from fastprune.model.checkpoint import load_model
-from fastprune.model.weights import EMBEDDING, HEAD, Streamed
+from fastprune.model import self_check, weights
+from fastprune.model.weights import EMBEDDING, HEAD
 
 SETS = (CalibrationSet(HARM).loader(24), CalibrationSet(BENIGN).loader(24))
 CPU = torch.device("cpu")
@@ -66,10 +68,10 @@ def test_streamed_equals_resident_bit_for_bit(name: str, dtype: torch.dtype, tmp
         assert found.provenance == expected.provenance
 
 
-@pytest.mark.parametrize("boundaries", ["device", "host", "disk"])
-def test_where_hidden_states_lie_makes_no_difference(boundaries: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["device", "host", "disk"])
+def test_where_hidden_states_lie_makes_no_difference(offload: str, tmp_path: Path) -> None:
     folder = save("Llama", tmp_path)
-    assert lists(score(folder, 3, boundaries=boundaries)) == lists(score(resident(folder), 1))
+    assert lists(score(folder, 3, offload=offload)) == lists(score(resident(folder), 1))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -238,7 +240,7 @@ def test_a_shard_that_ends_during_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_does_not_come_apart_cannot_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save("Llama", tmp_path)
-    monkeypatch.setattr(selfcheck, "_disagreement", lambda *args: "a reason")
+    monkeypatch.setattr(self_check, "_disagreement", lambda *args: "a reason")
     with pytest.raises(ModelError, match=r"a reason.*cannot be streamed; load it"):
         score(folder, 1)
 
@@ -252,7 +254,7 @@ def test_blocks_that_are_given_one_container_cannot_be_streamed_in_segments(
     layer = type(build("Llama").model.layers[0])
     forward, shared = layer.forward, {}
     monkeypatch.setattr(layer, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs))
-    prologue = selfcheck.BlockView.prologue
+    prologue = self_check.BlockView.prologue
 
     def with_container(self, batch):
         hidden, arguments = prologue(self, batch)
@@ -260,7 +262,7 @@ def test_blocks_that_are_given_one_container_cannot_be_streamed_in_segments(
             kwargs["cache"] = shared
         return hidden, arguments
 
-    monkeypatch.setattr(selfcheck.BlockView, "prologue", with_container)
+    monkeypatch.setattr(self_check.BlockView, "prologue", with_container)
     if segments == 1:
         assert score(folder, 1).harm
     else:
@@ -270,8 +272,8 @@ def test_blocks_that_are_given_one_container_cannot_be_streamed_in_segments(
 
 def test_the_check_covers_the_first_segment_of_a_streamed_model(tmp_path: Path, monkeypatch) -> None:
     folder = save("Llama", tmp_path)
-    real, seen = selfcheck._disagreement, []
-    monkeypatch.setattr(selfcheck, "_disagreement", lambda *args: seen.append((args[-1], real(*args))) or seen[-1][1])
+    real, seen = self_check._disagreement, []
+    monkeypatch.setattr(self_check, "_disagreement", lambda *args: seen.append((args[-1], real(*args))) or seen[-1][1])
     score(folder, 2)
     assert seen == [([range(0, 2)], None)]
 
@@ -281,7 +283,7 @@ def test_the_check_covers_the_first_segment_of_a_streamed_model(tmp_path: Path, 
     [
         ({"device": "warp drive"}, "device"),
         ({"dtype": "int3"}, "dtype.*int3"),
-        ({"boundaries": "cloud"}, "boundaries.*cloud"),
+        ({"offload": "cloud"}, "offload.*cloud"),
         ({"memory": "1KiB"}, "memory.*need"),
     ],
 )
@@ -295,10 +297,10 @@ def test_temporary_files_are_gone_afterwards(tmp_path: Path, monkeypatch: pytest
     folder, scratch = save("Llama", tmp_path / "model"), tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    score(folder, 3, boundaries="disk")
+    score(folder, 3, offload="disk")
     assert not list(scratch.iterdir())
     monkeypatch.setattr("fastprune.scoring.engine.Pass._one_micro_batch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        score(folder, 3, boundaries="disk")
+        score(folder, 3, offload="disk")
     assert not list(scratch.iterdir())
     shutil.rmtree(scratch)

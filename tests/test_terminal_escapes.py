@@ -15,8 +15,7 @@ from reporting_record import make_record
 from fastprune import PruneMask
 from fastprune.cli import app
 from fastprune.cli.processes import note, say
-from fastprune.errors import FastpruneWarning
-from fastprune.printable import printable
+from fastprune.errors import FastpruneWarning, printable
 from fastprune.reporting import terminal
 
 HOSTILE = "a\x1b[31m\r\u202eb\u2066\x07\x9b2K"

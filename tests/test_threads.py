@@ -13,10 +13,10 @@ from test_engine import kept
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
+from fastprune.checkpoint.skeleton import _parameters_on_meta
 from fastprune.errors import ModelError
 from fastprune.evaluation.likelihood import log_probabilities
-from fastprune.model.skeleton import _parameters_on_meta
-from fastprune.model.state import quiet
+from fastprune.model.frozen import frozen_eval
 
 
 def elsewhere(call: Callable[[], object]) -> object:
@@ -83,7 +83,7 @@ def test_a_model_that_is_at_work_in_another_thread_is_refused(call: Callable) ->
 def test_compilation_is_on_again_when_the_last_of_overlapping_passes_ends() -> None:
     import torch._dynamo as dynamo
 
-    first, second = quiet(build("Llama")), quiet(build("GPT2"))
+    first, second = frozen_eval(build("Llama")), frozen_eval(build("GPT2"))
     with first:
         second.__enter__()
     assert dynamo.eval_frame._stance.stance == "force_eager"

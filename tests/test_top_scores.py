@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprune import ops, reference
+from fastprune import ops
 from fastprune.errors import ArgumentError, BackendError, ScoringError
+from fastprune.ops import reference
 
 CPU_BACKENDS = ("torch", "cpp")
 SHAPES = ((1, 1), (3, 5), (17, 129), (256, 300))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune import cuda, ops, reference
+from fastprune import ops
+from fastprune.ops import cuda, reference
 
 BACKENDS = [name for name in ("torch", "cpp") if ops.available_backends()[name] == "available"]
 EXTREME = (0.0, 1e-45, 5e-44, 1.1754942e-38, 1.17549435e-38, 1e-30, 1.0, 2.0, 3e38, 3.4028235e38, float("inf"))

@@ -99,7 +99,7 @@ void restore_sparse(const std::vector<SparseTuple>& weights, Address workspace, 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "CUDA kernels of fastprune. fastprune/cuda.py is the only caller; addresses are not checked here.";
+  module.doc() = "CUDA kernels of fastprune. fastprune/ops/cuda.py is the only caller; addresses are not checked here.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("top_scores_workspace", &top_scores_workspace, unlocked);
   module.def("top_scores", &top_scores, unlocked);

@@ -2,7 +2,7 @@
 
 from fastprune.calibration.encoding import Encoder
 from fastprune.calibration.examples import Example, MicroBatch, micro_batches
-from fastprune.calibration.foreign import collect
+from fastprune.calibration.from_loader import collect
 from fastprune.calibration.rows import Row, read_rows, read_texts_or_rows
 from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_calibration
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fastprune.checkpoint.config_file import refused
+from fastprune.checkpoint.shards import Stored
 from fastprune.errors import ModelError
-from fastprune.model.config_file import refused
-from fastprune.model.shards import Stored
 
 # Tensors of a model of which only the config is known: 1,100 in the largest dense ones published, and each takes about
 # half a millisecond to make.

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from fastprune import ops
+from fastprune.checkpoint.byte_edits import Edits, gather
+from fastprune.checkpoint.shards import DTYPES, Stored
+from fastprune.checkpoint.stored_names import Piece, places_of, width_of
 from fastprune.errors import MaskError
-from fastprune.masking.edits import Edits, gather
 from fastprune.masking.mask import PruneMask
-from fastprune.masking.places import Piece, places_of, width_of
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
-from fastprune.model.shards import DTYPES, Stored
 
 
 @dataclass(frozen=True, eq=False)

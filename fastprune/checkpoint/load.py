@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from fastprune.checkpoint.built_size import check_size
+from fastprune.checkpoint.config_file import LOCAL, read_config_file, refused
+from fastprune.checkpoint.shards import stored_tensors
 from fastprune.errors import ArtifactError, ModelError, NotFoundError
-from fastprune.model.admission import check_config
-from fastprune.model.built_size import check_size
-from fastprune.model.config_file import LOCAL, read_config_file, refused
-from fastprune.model.shards import stored_tensors
+from fastprune.model.supported import check_config
 
 # A file of this name makes transformers read the folder as a checkpoint of torch's own, and no other file in it.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")

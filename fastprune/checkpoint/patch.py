@@ -14,14 +14,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastprune.checkpoint.byte_edits import hashes, scatter
+from fastprune.checkpoint.changes import changes_of, edits_of
+from fastprune.checkpoint.shards import INDEX, SINGLE, shard_names, stored_tensors
+from fastprune.checkpoint.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, NotFoundError
 from fastprune.files import as_path, check_space, claimed, inside, replacing, sha256, sync, try_lock
-from fastprune.masking.edits import hashes, scatter
-from fastprune.masking.locate import changes_of, edits_of
 from fastprune.masking.mask import PruneMask
 from fastprune.masking.storable import check_storable, checked_stored_scale
-from fastprune.masking.undo_file import UNDO_NAME, Hashes, Undo, check_undoable, check_whole, read_undo, write_undo
-from fastprune.model.shards import INDEX, SINGLE, shard_names, stored_tensors
 
 # Other copies of the weights: they would be the unpruned model inside the pruned one's folder.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pdparams"}

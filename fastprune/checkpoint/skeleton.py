@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.checkpoint.built_size import check_size
+from fastprune.checkpoint.config_file import refused
+from fastprune.checkpoint.load import load_config
+from fastprune.checkpoint.shards import DTYPES, Stored, read_elements, read_tensor, stored_tensors
 from fastprune.errors import ModelError
-from fastprune.model.built_size import check_size
-from fastprune.model.checkpoint import load_config
-from fastprune.model.config_file import refused
 from fastprune.model.fingerprint import sample_positions
-from fastprune.model.shards import DTYPES, Stored, read_elements, read_tensor, stored_tensors
 
 _building = threading.Lock()
 # Numbers of two tensors that are compared at a time.

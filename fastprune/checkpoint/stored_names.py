@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fastprune.checkpoint.shards import DTYPES, Stored
 from fastprune.errors import MaskError
 from fastprune.masking.apply import split_name
 from fastprune.masking.mask import PruneMask
-from fastprune.model.shards import DTYPES, Stored
 
 # Parts of an expert that is stored on its own, in the order in which loading stacks them to the fused parameter.
 _PARTS = {

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
+from fastprune.checkpoint.byte_edits import Edits, gather, hashes
+from fastprune.checkpoint.changes import Change, edits_of
+from fastprune.checkpoint.shards import DTYPES, read_header
 from fastprune.errors import ArtifactError, NotFoundError
 from fastprune.files import sha256
-from fastprune.masking.edits import Edits, gather, hashes
-from fastprune.masking.locate import Change, edits_of
-from fastprune.model.shards import DTYPES, read_header
 
 UNDO_NAME = "fastprune.undo"
 

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 
 from fastprune.cli.processes import is_first, started
 from fastprune.cli.words import as_options
-from fastprune.errors import FastpruneError, require
-from fastprune.printable import printable
+from fastprune.errors import FastpruneError, printable, require
 
 _STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
 

@@ -119,8 +119,8 @@ def check_room(out: Path, model: Path, fractions: list[float]) -> None:
     Raises:
         DiskError: Says what is needed and what there is.
     """
-    from fastprune.model.shards import stored_tensors
-    from fastprune.scoring.keep import stored_bytes
+    from fastprune.checkpoint.shards import stored_tensors
+    from fastprune.planning.list_lengths import stored_bytes
 
     if all(0 < fraction <= 1 for fraction in fractions):  # others are refused by the pass
         # Of all matrices, embeddings too: a little too much, and no model has to be built to know it.

@@ -87,9 +87,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and record.json.")] = None,
 ) -> None:
     """Measure harm, refusal, skills and recognition, unpruned and with each mask."""
+    from fastprune.checkpoint.load import load_tokenizer
     from fastprune.evaluation import EvaluationSuite, exact_match, keyword_refusal
     from fastprune.experiments import evaluation_record, stored_patch
-    from fastprune.model.checkpoint import load_tokenizer
     from fastprune.reporting import print_files, print_results, write_report
 
     if out is not None:
@@ -149,8 +149,8 @@ def _named(paths: Sequence[Path]) -> dict[str, fastprune.PruneMask]:
 def _load(folder: Path, device: str | None, dtype: str):
     import torch
 
-    from fastprune.devices import usable_device
-    from fastprune.model.checkpoint import load_model
+    from fastprune.checkpoint.load import load_model
+    from fastprune.ops.devices import usable_device
 
     quiet_loading()
     names = ("auto", "float32", "bfloat16", "float16")

@@ -13,8 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from fastprune.errors import ArgumentError
-from fastprune.printable import printable
+from fastprune.errors import ArgumentError, printable
 
 # A process that ends is noticed at once by its closed connection, so this is not how long a failure goes unseen. It has
 # to exceed the longest wait of one process for another: a whole pass over a large model on a CPU where there are fewer

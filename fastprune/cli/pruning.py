@@ -62,7 +62,7 @@ def score(
     memory: MemoryOption = None,
     host_memory: HostMemoryOption = None,
     segments: SegmentsOption = None,
-    boundaries: BoundariesOption = None,
+    offload: BoundariesOption = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder of a journal. Run the same command again after an interruption, and it goes on."),
@@ -84,8 +84,8 @@ def score(
     After an interruption, the same command with the same `--resume` folder goes on where it was; the result has the
     same bits. Remove the folder when the scores are written.
     """
-    from fastprune.devices import usable_device
-    from fastprune.model.checkpoint import load_tokenizer
+    from fastprune.checkpoint.load import load_tokenizer
+    from fastprune.ops.devices import usable_device
 
     with process_group(device), _resumable(resume):
         if device is not None:
@@ -123,7 +123,7 @@ def score(
             memory=memory,
             host_memory=host_memory,
             segments=segments,
-            boundaries=boundaries and boundaries.value,
+            offload=offload and offload.value,
             resume=resume,
             device=device,
             dtype=dtype,
@@ -237,7 +237,7 @@ def plan(
     memory: MemoryOption = None,
     host_memory: HostMemoryOption = None,
     segments: SegmentsOption = None,
-    boundaries: BoundariesOption = None,
+    offload: BoundariesOption = None,
     tflops: Annotated[
         float | None, typer.Option(help="What your device reaches in matrix products, TFLOP/s; gives the time.")
     ] = None,
@@ -252,7 +252,7 @@ def plan(
 
     `fastprune plan config.json --memory 80GiB --host-memory 128GiB --tflops 600 --read-gbps 5`
     """
-    from fastprune.model.checkpoint import load_config
+    from fastprune.checkpoint.load import load_config
 
     say(
         fastprune.plan(
@@ -262,7 +262,7 @@ def plan(
             memory=memory,
             host_memory=host_memory,
             segments=segments,
-            boundaries=boundaries and boundaries.value,
+            offload=offload and offload.value,
             flops_per_second=None if tflops is None else tflops * 1e12,
             read_bytes_per_second=None if read_gbps is None else read_gbps * 1e9,
         )

@@ -13,7 +13,7 @@ import re
 import shlex
 
 _NAMES = (
-    *("p", "q", "p_max", "q_max", "slice", "max_length", "format", "segments", "boundaries", "resume"),
+    *("p", "q", "p_max", "q_max", "slice", "max_length", "format", "segments", "offload", "resume"),
     *("bos", "finish", "system", "template_args"),
 )
 # Alone between blanks or punctuation: what is part of a path stays as it is. A value is a word, a number or a mapping.

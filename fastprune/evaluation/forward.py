@@ -17,10 +17,10 @@ import torch
 
 from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
-from fastprune.model.admission import check_causal
-from fastprune.model.modulecheck import TOLERANCE, relative_error
+from fastprune.model.frozen import frozen_eval, model_lock
+from fastprune.model.module_check import TOLERANCE, relative_error
 from fastprune.model.positions import other_tables, rotary_conflict, trained_length
-from fastprune.model.state import exclusive, quiet
+from fastprune.model.supported import check_causal
 
 _COMPARED = 64  # tokens of a row
 
@@ -185,7 +185,7 @@ def inference(model: Any) -> Iterator[Forward]:
     # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
     inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
     check_causal(inner)
-    with exclusive(inner), quiet(model), torch.no_grad():
+    with model_lock(inner), frozen_eval(model), torch.no_grad():
         forward = Forward(model)
         forward.check_positions()
         yield forward

@@ -19,7 +19,8 @@ from fastprune.errors import ArgumentError
 from fastprune.evaluation import Evaluation, EvaluationSuite, Measurement
 from fastprune.masking import PruneMask, largest_magnitude_mask, random_mask
 from fastprune.masking.apply import split_name
-from fastprune.scoring import Scores, score
+from fastprune.scoring.score import score
+from fastprune.scoring.scores import Scores
 
 CRITERIA = ("signed", "signed_reverse", "abs_of_sum")
 """Harm criteria that :func:`standard_masks` selects from; all come from one gradient sum, so from one pass."""

@@ -34,7 +34,8 @@ from fastprune.experiments.btap import (
 from fastprune.experiments.record import environment, mask_row
 from fastprune.masking import PruneMask
 from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
-from fastprune.scoring import Scores, score
+from fastprune.scoring.score import score
+from fastprune.scoring.scores import Scores
 
 NOTES = (
     "The organism is a 0.76-million-parameter Llama that speaks a made-up language. “Harmful” is an abstract stand-in: "

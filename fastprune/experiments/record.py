@@ -14,12 +14,12 @@ import torch
 import transformers
 
 import fastprune
+from fastprune.checkpoint.byte_edits import gather
+from fastprune.checkpoint.undo_file import UNDO_NAME, read_undo
 from fastprune.errors import ArtifactError
 from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import measure_each, measurement_rows, result_rows
 from fastprune.masking import PruneMask
-from fastprune.masking.edits import gather
-from fastprune.masking.undo_file import UNDO_NAME, read_undo
 
 # The criterion that ranks weights by how much they promote the behaviour; a selection by any other is a control.
 METHOD_CRITERION = "signed"

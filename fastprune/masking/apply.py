@@ -1,8 +1,9 @@
 """Weights of a mask written in place, and the same bits put back.
 
-In: a mask and a model. Out: the changed model and an :class:`Undo`. All old values are read before anything is written,
-so that an error or an interrupt at any point leaves the model as it was. Which masks are on which model is remembered
-as long as the model lives: a mask made for the model still fits it while others are applied.
+In: a model, and the indices and shapes of its matrices. Out: the changed model and an :class:`Undo`. All old values are
+read before anything is written, so that an error or an interrupt at any point leaves the model as it was. Which masks
+are on which model is remembered as long as the model lives: a mask made for the model still fits it while others are
+applied.
 It must not know transformers, scores or gradients.
 """
 
@@ -12,21 +13,19 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastprune import ops
-from fastprune.checks import checked_scale
 from fastprune.errors import ArgumentError, FastpruneError, MaskError, ModelError
-from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
-from fastprune.model.admission import check_stored
 from fastprune.model.fingerprint import Overlay, fingerprint
+from fastprune.model.frozen import uninterrupted
+from fastprune.model.supported import check_stored
+from fastprune.ops.validate import checked_scale
 
-if TYPE_CHECKING:
-    from fastprune.masking.mask import PruneMask
-
+Indices = Mapping[str, torch.Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # model -> its live undo records, oldest first
@@ -36,13 +35,11 @@ _live: weakref.WeakKeyDictionary[torch.nn.Module, list[Undo]] = weakref.WeakKeyD
 class Undo:
     """The values that a mask replaced in one model, as :meth:`PruneMask.apply_` gives it; it keeps no model alive."""
 
-    def __init__(
-        self, model: torch.nn.Module, mask: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, indices: Indices, weights: Mapping[str, torch.Tensor]) -> None:
         self._model = weakref.ref(model)
-        touched = {name: weight for name, weight in weights.items() if len(mask[name])}
+        touched = {name: weight for name, weight in weights.items() if len(indices[name])}
         self._shapes = {name: tuple(weight.shape) for name, weight in touched.items()}
-        self._indices = {name: mask[name].to(weight.device) for name, weight in touched.items()}
+        self._indices = {name: indices[name].to(weight.device) for name, weight in touched.items()}
         self._old = {name: weight.take(self._indices[name]) for name, weight in touched.items()}
 
     def restore_(self, model: torch.nn.Module) -> None:
@@ -106,19 +103,31 @@ class Undo:
         ops.restore_sparse_each_(weights, indices, old)
 
 
-def apply_mask_(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Undo:
-    """See :meth:`PruneMask.apply_`."""
+def apply_indices_(
+    model: torch.nn.Module, indices: Indices, shapes: Shapes, scale: float, expected: str | None
+) -> Undo:
+    """Scale some weights of each matrix in place; see :meth:`PruneMask.apply_`.
+
+    Args:
+        model: The model.
+        indices: Name of each matrix to the flat indices of its weights.
+        shapes: Name to the shape that the matrix must have; the same names.
+        scale: What the weights are multiplied by.
+        expected: The fingerprint that the model must have; ``None`` takes any.
+    """
     scale = checked_scale(scale)
-    weights, undo = _prepare(mask, model, strict)
+    weights, undo = _prepare(model, indices, shapes, expected)
     undo.write_(weights, scale)
     return undo
 
 
 @contextmanager
-def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bool) -> Iterator[torch.nn.Module]:
-    """See :meth:`PruneMask.applied`."""
+def applied(
+    model: torch.nn.Module, indices: Indices, shapes: Shapes, scale: float, expected: str | None
+) -> Iterator[torch.nn.Module]:
+    """As :func:`apply_indices_`, for the length of a context; see :meth:`PruneMask.applied`."""
     scale = checked_scale(scale)
-    weights, undo = _prepare(mask, model, strict)
+    weights, undo = _prepare(model, indices, shapes, expected)
     try:
         undo.write_(weights, scale)
         yield model
@@ -133,17 +142,18 @@ def applied(mask: PruneMask, model: torch.nn.Module, *, scale: float, strict: bo
                 raise
 
 
-def _prepare(mask: PruneMask, model: torch.nn.Module, strict: bool) -> tuple[dict[str, torch.Tensor], Undo]:
+def _prepare(
+    model: torch.nn.Module, indices: Indices, shapes: Shapes, expected: str | None
+) -> tuple[dict[str, torch.Tensor], Undo]:
     """Everything else that can be refused, before anything is written."""
     model = unwrap(model)
-    weights = matrices_of(model, mask.shapes)
-    expected = mask.metadata.get("fingerprint")
-    if strict and expected is not None and expected not in _fingerprints(model, weights):
+    weights = matrices_of(model, shapes)
+    if expected is not None and expected not in _fingerprints(model, weights):
         raise MaskError(
             f"the mask was made for a model with the fingerprint {str(expected)[:12]}…, this one has "
             f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
         )
-    return weights, Undo(model, mask, weights)
+    return weights, Undo(model, indices, weights)
 
 
 def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

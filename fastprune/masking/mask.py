@@ -20,9 +20,9 @@ import torch
 
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError, MaskError
-from fastprune.masking.apply import Undo, applied, apply_mask_
+from fastprune.masking.apply import Undo, applied, apply_indices_
 from fastprune.masking.storable import merged
-from fastprune.memory import check_held
+from fastprune.ops.memory import check_held
 
 
 class PruneMask(Mapping[str, torch.Tensor]):
@@ -112,7 +112,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
             MaskError: On leaving, if the old values do not fit any more: the block has cast the model, or left another
                 mask on it. The mask is on the model still, and ``error.undo`` restores it when they fit again.
         """
-        return applied(self, model, scale=scale, strict=strict)
+        return applied(model, self, self.shapes, scale, self._expected(strict))
 
     def apply_(self, model: torch.nn.Module, scale: float = 0.0, strict: bool = True) -> Undo:
         """Multiply the weights of the mask by ``scale`` in place; 0 writes +0.
@@ -130,7 +130,10 @@ class PruneMask(Mapping[str, torch.Tensor]):
             ModelError: A weight is on the meta device, sharded, or not of a float type.
             ArgumentError: ``scale`` is not finite.
         """
-        return apply_mask_(self, model, scale=scale, strict=strict)
+        return apply_indices_(model, self, self.shapes, scale, self._expected(strict))
+
+    def _expected(self, strict: bool) -> str | None:
+        return self.metadata.get("fingerprint") if strict else None
 
     def __and__(self, other: PruneMask) -> PruneMask:
         return self._combine(other, "and", lambda a, b: a[torch.isin(a, b, assume_unique=True)])

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastprune.calibration.refusals import MOSTLY
 from fastprune.errors import ArgumentError, MaskError
-from fastprune.masking.apply import checked_scale
+from fastprune.ops.validate import checked_scale
 
 # They rank weights by how much these hold the behaviour back, so pruning the best of them sets it free.
 REVERSED = ("signed_reverse",)

@@ -19,10 +19,10 @@ from torch import nn
 
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
-from fastprune.interrupts import uninterrupted
 from fastprune.model.adapters import unwrap
-from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.experts import one_by_one
+from fastprune.model.frozen import uninterrupted
+from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.vocabulary import predictable_tokens
 from fastprune.model.weights import Weights
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
-from fastprune.model.view import Batch, BlockView
+from fastprune.model.block_view import Batch, BlockView
 
 # Largest accepted share of what earlier tokens depend on that lies in later ones: exactly nothing in a causal model.
 _LATER = 1e-6

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastprune.errors import ModelError
-from fastprune.interrupts import uninterrupted
+from fastprune.model.frozen import uninterrupted
 
 # What `use_experts_implementation` (transformers 5.17 … 5.23) sets on a module and its class: enough to run it.
 _INTERFACE = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")

@@ -7,6 +7,7 @@ caller's again when the context ends, whatever happened in it. Weights and buffe
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import threading
 import weakref
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
-from fastprune.interrupts import uninterrupted
 
 # Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute,
 # and router outputs would add an auxiliary loss.
@@ -29,7 +29,7 @@ _eager, _eager_users = contextlib.ExitStack(), 0
 
 
 @contextlib.contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
+def model_lock(model: nn.Module) -> Iterator[None]:
     """Keep other threads from the model for the length of a pass: its blocks, flags and hooks are not its own then.
 
     Args:
@@ -55,7 +55,7 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter gradients, no cache and no extra outputs inside the context; nothing compiled runs.
 
     Args:
@@ -119,3 +119,24 @@ def _uncompiled() -> Iterator[None]:
             _eager_users -= 1
             if not _eager_users:
                 _eager.close()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGINT back until the end of the context; its handler runs then, whether there was an exception or not.
+
+    For work of moments. Only the main thread is ever interrupted, so in others there is nothing to do; nor is there
+    under a handler that Python did not install.
+    """
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(handler):
+        yield
+        return
+    came: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *signal_and_frame: came.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
-from fastprune.interrupts import uninterrupted
-from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens, watched
+from fastprune.model.frozen import uninterrupted
+from fastprune.model.matrices import Matrix
 
 
 class Sink(Protocol):

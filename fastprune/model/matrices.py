@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
-from fastprune.model.admission import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident, check_stored
 from fastprune.model.experts import follows_interface, fused_weights
+from fastprune.model.supported import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident, check_stored
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastprune.errors import ModelError
-from fastprune.interrupts import uninterrupted
-from fastprune.model.capture import input_of
-from fastprune.model.eligible import Matrix
+from fastprune.model.frozen import uninterrupted
+from fastprune.model.hooks import input_of
+from fastprune.model.matrices import Matrix
 
 # Largest accepted relative error (norm-wise) of what a model computes, by weight dtype. Rounding alone stays 10x below:
 # two orders of the same sums differ by a few units of eps * sqrt(depth * width); a structural misfit is of order 1.

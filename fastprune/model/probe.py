@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprune.calibration import Example, micro_batches
-from fastprune.model.view import Batch, View
+from fastprune.model.block_view import Batch, View
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 
 LENGTHS = (4, 6)

@@ -5,7 +5,7 @@ Two short rows are driven both ways, through the blocks and through the untouche
 weight, and of one expert where there are any, are compared, and each segment's output when it runs for the second time,
 with other tokens in the place of the padding. Catches what reading code cannot: blocks that share state, padding that
 leaks, tokens that see later ones (:mod:`fastprune.model.causality`), experts that are run another way, rows that see
-each other and Linears that do more than multiply (:mod:`fastprune.model.modulecheck`). The model itself is used, which
+each other and Linears that do more than multiply (:mod:`fastprune.model.module_check`). The model itself is used, which
 costs a few passes over about ten tokens; of a streamed model the blocks of the first segment alone, as they are in
 memory then.
 """
@@ -22,8 +22,7 @@ from torch import nn
 
 from fastprune.calibration import Example
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
-from fastprune.interrupts import uninterrupted
-from fastprune.model.capture import Capture
+from fastprune.model.block_view import Batch, BlockArguments, BlockView, View
 from fastprune.model.causality import (
     NotScorableError,
     exceeded_window,
@@ -32,9 +31,11 @@ from fastprune.model.causality import (
     refuse_later_tokens_of_long_rows,
     refuse_without_mask,
 )
-from fastprune.model.eligible import Matrix
 from fastprune.model.experts import ExpertTokens
-from fastprune.model.modulecheck import TOLERANCE, ModuleCheck, relative_error
+from fastprune.model.frozen import uninterrupted
+from fastprune.model.hooks import Capture
+from fastprune.model.matrices import Matrix
+from fastprune.model.module_check import TOLERANCE, ModuleCheck, relative_error
 from fastprune.model.probe import (
     EARLY,
     LENGTHS,
@@ -46,9 +47,8 @@ from fastprune.model.probe import (
     probe,
     tokens_of,
 )
-from fastprune.model.view import Batch, BlockArguments, BlockView, View
 from fastprune.model.weights import Weights
-from fastprune.model.whole import WholeView
+from fastprune.model.whole_view import WholeView
 
 # Whatever an architecture's code raises when it is given what it does not expect.
 _ERRORS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
@@ -74,8 +74,8 @@ def checked_view(
     """Build the view of a model and check it.
 
     Args:
-        weights: Of a causal LM that is quiet already (see :func:`fastprune.model.state.quiet`). Of a streamed one,
-            embedding, head and the blocks of ``parts`` have to be held.
+        weights: Of a causal LM inside :func:`fastprune.model.frozen.frozen_eval`. Of a streamed one, embedding,
+            head and the blocks of ``parts`` have to be held.
         parts: Runs of blocks, from the first one on, as the pass will go through them; the check covers these.
         segments: What the caller asked for; more than one rules the whole-model view out.
         examples: All that the pass will see. The check's tokens are theirs, for what the embedding holds of others does
@@ -301,14 +301,14 @@ def _disagreement(
         hidden, arguments = view.prologue(batch)
         if parts[-1].stop < view.n_blocks and (shared := _shared_container(arguments)):
             return f"all blocks are given one {shared}, in which a later one may find what an earlier one left"
-        boundaries = [hidden]
+        offload = [hidden]
         for part in parts:
-            boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
-        left = boundaries[-1][attended.to(boundaries[-1].device)]
+            offload.append(view.run(part.start, part.stop, offload[-1], arguments))
+        left = offload[-1][attended.to(offload[-1].device)]
     sink, downstream = _Gradients(), None
     for part in reversed(parts):
-        expected = boundaries.pop()
-        entering = other if part.start == 0 else other_padding(boundaries[-1], attended)
+        expected = offload.pop()
+        entering = other if part.start == 0 else other_padding(offload[-1], attended)
         entering = entering.detach().requires_grad_(True)
         watched = [matrix for matrix in gradients if matrix.block in part]
         with Capture(watched, sink) as capture, capture.micro_batch(batch.input_ids.shape):
@@ -321,7 +321,7 @@ def _disagreement(
         text = attended.to(leaving.device)
         if (error := relative_error(leaving[text], expected[text])) > tolerance:
             with torch.no_grad():
-                again = view.run(part.start, part.stop, boundaries[-1], arguments)
+                again = view.run(part.start, part.stop, offload[-1], arguments)
             if (repeated := relative_error(again[text], expected[text])) > tolerance:
                 return (
                     f"what leaves block {part.stop - 1} differs by {repeated:.1e} (relative) when it is computed "

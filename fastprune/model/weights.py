@@ -2,54 +2,71 @@
 
 In: a model in memory, or a checkpoint folder. Out: an object whose ``held`` context makes sure that some groups of
 weights are there: ``"embedding"``, ``"head"``, and blocks by their index. :class:`Resident` has everything at all
-times. :class:`Streamed` reads a group when it is needed or, one step ahead, while the step before it computes, and
-drops it after. What belongs to no group (norms, position tables) is small and stays. Nothing here knows statistics.
+times; :class:`fastprune.checkpoint.streamed.Streamed` reads groups as they are needed.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import ctypes
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastprune.model.eligible import decoder_blocks
-from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
 from fastprune.model.identity import answers_of, identity_of
-from fastprune.model.shards import DTYPES, read_elements
-from fastprune.model.skeleton import Recipe, skeleton
 
 Group = int | str
 EMBEDDING, HEAD = "embedding", "head"
 
 
-class Resident:
-    """The weights of a model in memory.
+class Weights(abc.ABC):
+    """The weights of one model.
 
-    Args:
-        model: The model; its input embedding's device is where token ids go.
+    Attributes:
+        model: The model; parameters that are not held may be on the meta device.
+        device: Where token ids go.
+        streamed: Whether weights are in memory only while they are held.
     """
+
+    model: nn.Module
+    device: torch.device
+    streamed: bool
+
+    @abc.abstractmethod
+    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
+        """Have some groups in memory for the length of a ``with`` block; ``then`` is what the next call will need."""
+
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """A hash over the weights; tells a model from another one."""
+
+    @abc.abstractmethod
+    def answers(self) -> tuple[list[float], float]:
+        """Numbers that show what hooks and adapters do to the weights, and how far rounding may take them."""
+
+    @abc.abstractmethod
+    def files(self) -> list[list[Any]]:
+        """Name, size and time of change of each file that is read."""
+
+    def close(self) -> None:  # noqa: B027 -- nothing to do for a model in memory
+        """Drop what is still in memory."""
+
+
+class Resident(Weights):
+    """The weights of a model in memory; its input embedding's device is where token ids go."""
 
     streamed = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.device = model.get_input_embeddings().weight.device
 
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
-
-    @contextlib.contextmanager
-    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:
-        """Nothing to do."""
-        yield
+    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
+        """All are there at all times."""
+        return contextlib.nullcontext()
 
     def identity(self) -> str:
         """A hash over all that the model holds, each bit of which counts; tells a model from a pruned one."""
@@ -62,185 +79,3 @@ class Resident:
     def files(self) -> list[list[Any]]:
         """No file is read."""
         return []
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-@dataclass(eq=False)
-class _Parameter:
-    """One parameter of a streamed model: its places in the modules (several if it is tied), and who needs it now."""
-
-    recipe: Recipe
-    places: list[tuple[nn.Module, str]]
-    users: int = 0
-    loading: Future | None = None
-    meta: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
-
-
-class Streamed:
-    """The weights of a checkpoint folder, in memory only while they are needed.
-
-    Args:
-        folder: Checkpoint folder.
-        device: Where the model runs.
-        dtype: Of the weights; ``None`` takes that of the config, see :func:`fastprune.model.skeleton.skeleton`.
-
-    Attributes:
-        model: The model; its parameters are on the meta device while they are not held.
-
-    Raises:
-        NotFoundError, ArtifactError, ModelError: As :func:`fastprune.model.skeleton.skeleton`.
-    """
-
-    streamed = True
-
-    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.folder, self.device = Path(folder), device
-        self.model, recipes, self._stored = skeleton(folder, dtype)
-        self._groups: dict[Group, list[_Parameter]] = {}
-        self._reserved: list[_Parameter] = []
-        # One reader: groups arrive in the order in which they were asked for, and a disk is read from front to back.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastprune-read")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._sort(recipes)
-
-    def _sort(self, recipes: dict[str, Recipe]) -> None:
-        """Sort parameters into groups; load at once what belongs to none."""
-        model = self.model
-        prefix = decoder_blocks(model)[0] + "."
-        head = model.get_output_embeddings()
-        by_identity: dict[int, _Parameter] = {}
-        groups_of: dict[int, set[Group]] = {}
-        recipe_of = {
-            id(tensor): recipes[name] for name, tensor in model.state_dict(keep_vars=True).items() if name in recipes
-        }
-        for path, module in model.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                entry = by_identity.setdefault(id(parameter), _Parameter(recipe_of[id(parameter)], []))
-                entry.places.append((module, name))
-                entry.meta[id(module), name] = parameter
-                groups = groups_of.setdefault(id(parameter), set())
-                if f"{path}.".startswith(prefix):
-                    groups.add(int(path.removeprefix(prefix).split(".")[0]))
-                elif module is model.get_input_embeddings():
-                    groups.add(EMBEDDING)
-                elif module is head:
-                    groups.add(HEAD)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    recipe = recipe_of.get(id(buffer))
-                    module._buffers[name] = (recipe.read(model) if recipe else buffer).to(self.device)
-        for key, entry in by_identity.items():
-            for group in groups_of[key]:
-                self._groups.setdefault(group, []).append(entry)
-            if not groups_of[key]:
-                self._place(entry, *self._read(entry.recipe))
-
-    @contextlib.contextmanager
-    def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> Iterator[None]:
-        """Have some groups in memory for the length of a ``with`` block.
-
-        Args:
-            groups: What is needed.
-            then: What the next call will need: it is read while this block runs, or kept if it is there already.
-
-        Raises:
-            ArtifactError: A shard cannot be read.
-        """
-        needed = self._of(groups)
-        before, self._reserved = self._reserved, []
-        try:
-            self._want(needed)
-            self._reserved = self._of(then)
-            self._want(self._reserved)
-            self._drop(before)
-            before = []
-            for entry in needed:
-                self._place(entry, *entry.loading.result())
-            yield
-        finally:
-            self._drop([*before, *needed])
-
-    def identity(self) -> str:
-        """A hash of samples of every tensor on disk; tells one checkpoint from another."""
-        floats = {name: stored for name, stored in self._stored.items() if stored.dtype in DTYPES}
-        return fingerprint_of_samples(
-            {
-                name: (stored.shape, read_elements(stored, sample_positions(stored.numel)))
-                for name, stored in floats.items()
-            }
-        )
-
-    def files(self) -> list[list[Any]]:
-        """Name, size and time of change of each shard: a patched one is another, whatever its samples."""
-        found = [(folder.name, folder.stat()) for folder in sorted({stored.path for stored in self._stored.values()})]
-        return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
-
-    def answers(self) -> tuple[list[float], float]:
-        """None: nobody has put a hook into a model that is made from files."""
-        return [], 0.0
-
-    def close(self) -> None:
-        """Drop what is still in memory and end the reading thread."""
-        self._drop(self._reserved)
-        self._reserved = []
-        self._reader.shutdown(cancel_futures=True)
-
-    def _of(self, groups: Iterable[Group]) -> list[_Parameter]:
-        return [entry for group in groups for entry in self._groups.get(group, ())]
-
-    def _want(self, entries: Sequence[_Parameter]) -> None:
-        for entry in entries:
-            entry.users += 1
-            if entry.loading is None:
-                entry.loading = self._reader.submit(self._read, entry.recipe)
-
-    def _read(self, recipe: Recipe) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The tensor on the device, and what a stream there waits for before it uses it."""
-        if self._stream is None:
-            return recipe.read(self.model).to(self.device), None
-        with torch.cuda.stream(self._stream):
-            tensor = recipe.read(self.model, pinned=True).pin_memory()  # no copy of what was read into pinned memory
-            # Nothing waits here: the next tensor is read while this one is sent. Its pinned memory may be let go of
-            # all the same, for torch's allocator gives that out again only when copies that it has begun are done.
-            return tensor.to(self.device, non_blocking=True), self._stream.record_event()
-
-    def _drop(self, entries: Sequence[_Parameter]) -> None:
-        dropped = False
-        for entry in entries:
-            entry.users -= 1
-            if entry.users == 0 and entry.loading is not None:
-                dropped = True
-                entry.loading.cancel()
-                entry.loading = None
-                for module, name in entry.places:
-                    module._parameters[name] = entry.meta[id(module), name]
-        if dropped:
-            _return_freed_memory()
-
-    def _place(self, entry: _Parameter, tensor: torch.Tensor, sent: torch.cuda.Event | None) -> None:
-        if sent is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(sent)
-            # The allocator must not hand its memory to the reader while work that uses it is still queued here.
-            tensor.record_stream(current)
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        for module, name in entry.places:
-            module._parameters[name] = parameter
-
-
-Weights = Resident | Streamed
-
-
-def _return_freed_memory() -> None:
-    """Hand what was freed back to the system.
-
-    glibc keeps freed pieces of up to 32 MiB for later, in each thread's pool: weights that the reading thread allocated
-    and the main one freed would add up from segment to segment (160 MiB over four segments of a 0.3 B model). Other C
-    libraries have no such call and no such habit.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

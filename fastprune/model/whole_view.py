@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from fastprune.interrupts import uninterrupted
+from fastprune.model.block_view import Batch, View
 from fastprune.model.experts import one_by_one
-from fastprune.model.view import Batch, View
+from fastprune.model.frozen import uninterrupted
 from fastprune.model.weights import Weights
 
 

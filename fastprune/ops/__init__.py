@@ -22,16 +22,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprune import backends, checks, cpu, memory, products, reference
 from fastprune.errors import ArgumentError
+from fastprune.ops import cpp, dispatch, memory, reference, validate
 
 CRITERIA = reference.CRITERIA
-BACKENDS = backends.BACKENDS
+BACKENDS = dispatch.BACKENDS
 
 
 def available_backends() -> dict[str, str]:
     """What can serve the operations here: backend name -> ``"available"``, or the reason why not."""
-    return {name: backends.status(name) for name in BACKENDS}
+    return {name: dispatch.status(name) for name in BACKENDS}
 
 
 def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | None = None) -> None:
@@ -48,20 +48,20 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | No
         BackendError: The backend that was asked for cannot serve.
     """
     with torch.no_grad():
-        acc, dy, x = checks.check_product(acc, dy, x)
+        acc, dy, x = validate.check_product(acc, dy, x)
         memory.check_apart({"": acc}, {"dy": dy, "x": x})
         # A library's product where it takes the inputs as they are: with no examples to keep apart, a kernel of our
         # own has nothing to save. Where torch would convert 16-bit inputs first (a fifteenth of the rate by an H100's
         # data sheet), kernels/grad_sum.py serves. Torch uses TF32 only where the process has allowed it for the model.
-        if backend is None and products.takes_as_they_are(acc, dy):
+        if backend is None and reference.takes_as_they_are(acc, dy):
             backend = "torch"
-        match backends.choose(backend, "accumulate_grad_sum", acc, dy, x):
+        match dispatch.choose(backend, "accumulate_grad_sum", acc, dy, x):
             case "triton":
-                from fastprune import triton_ops
+                from fastprune.ops import triton
 
-                triton_ops.accumulate_grad_sum(acc, dy, x)
+                triton.accumulate_grad_sum(acc, dy, x)
             case _:  # BLAS on every other backend
-                products.add_product_(acc, dy, x)
+                reference.add_product_(acc, dy, x)
 
 
 def accumulate_grad_abs_sum(
@@ -118,10 +118,10 @@ def accumulate_gradients(
         ArgumentError: Names, shapes, dtypes, devices or token ranges do not fit.
         BackendError: The backend that was asked for cannot serve.
     """
-    checks.check_accumulators(accs)
+    validate.check_accumulators(accs)
     if set(accs) == {"grad_sum"}:
-        checks.check_product(accs["grad_sum"], dy, x)
-        checks.check_spans(starts, lengths, len(x), disjoint=True)
+        validate.check_product(accs["grad_sum"], dy, x)
+        validate.check_spans(starts, lengths, len(x), disjoint=True)
         accumulate_grad_sum(accs["grad_sum"], dy, x, backend=backend)
     else:
         _accumulate_per_example(accs, dy, x, starts, lengths, backend)
@@ -139,22 +139,22 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None)
         ArgumentError: Shapes, dtypes or devices do not fit.
         BackendError: The backend that was asked for cannot serve.
     """
-    checks.check_accumulator(acc, dims=1)
-    checks.check_float("x", x, like=acc)
+    validate.check_accumulator(acc, dims=1)
+    validate.check_float("x", x, like=acc)
     if x.dim() != 2 or x.shape[1] != acc.shape[0]:
         raise ArgumentError(f"x: expected (n_tokens, {acc.shape[0]}) to fit acc, got {tuple(x.shape)}")
     acc, x = acc.detach(), x.detach()
     memory.check_apart({"": acc}, {"x": x})
     with torch.no_grad():
-        match backends.choose(backend, "accumulate_act_sq_sum", acc, x):
+        match dispatch.choose(backend, "accumulate_act_sq_sum", acc, x):
             case "torch":
                 reference.accumulate_act_sq_sum(acc, x)
             case "cpp":
-                cpu.accumulate_act_sq_sum(acc, x)
+                cpp.accumulate_act_sq_sum(acc, x)
             case "triton":
-                from fastprune import triton_ops
+                from fastprune.ops import triton
 
-                triton_ops.accumulate_act_sq_sum(acc, x)
+                triton.accumulate_act_sq_sum(acc, x)
 
 
 def top_scores(
@@ -166,7 +166,7 @@ def top_scores(
         weight: ``(rows, cols)``, any float dtype, may be strided.
         statistic: float32 or float64 of the weight's shape; for ``wanda`` broadcastable to it (``(cols,)`` for a
             Linear, ``(rows, 1)`` for a Conv1D); ``None`` for ``magnitude``.
-        criterion: One of :data:`CRITERIA`; :func:`fastprune.reference.form_scores` has the formulas.
+        criterion: One of :data:`CRITERIA`; :func:`fastprune.ops.reference.form_scores` has the formulas.
         k: How many; all of them if the weight has fewer.
         backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
 
@@ -212,12 +212,12 @@ def top_scores_of_each(
     """
     together: dict[tuple[str, torch.device], dict[str, tuple[Tensor, Tensor | None]]] = {}
     checked = {}
-    checks.check_names("ks", ks, matrices, of="matrices")
+    validate.check_names("ks", ks, matrices, of="matrices")
     for name, pair in matrices.items():
-        with checks.naming(name):
-            weight, statistic = checks.checked_pair(pair)
-            checked[name] = checks.check_scores(weight, statistic, criterion, ks[name])
-            server = backends.choose(backend, "top_scores", weight)
+        with validate.naming(name):
+            weight, statistic = validate.checked_pair(pair)
+            checked[name] = validate.check_scores(weight, statistic, criterion, ks[name])
+            server = dispatch.choose(backend, "top_scores", weight)
         together.setdefault((server, weight.device), {})[name] = (weight, statistic)
     servers = [_server(server) for server, _ in together]
     parts = zip(servers, together.values(), strict=True)
@@ -266,11 +266,11 @@ def apply_sparse_each_(
         ArgumentError: As :func:`apply_sparse_`, or the names differ.
         BackendError: As :func:`apply_sparse_`.
     """
-    scale = checks.checked_scale(scale)
+    scale = validate.checked_scale(scale)
     old: dict[str, Tensor] = {}
     with torch.no_grad():
-        groups = checks.check_elements(weights, indices)
-        servers = [_server(backends.choose(backend, "apply_sparse_", group.elements[0])) for group in groups]
+        groups = validate.check_elements(weights, indices)
+        servers = [_server(dispatch.choose(backend, "apply_sparse_", group.elements[0])) for group in groups]
         for server, group in zip(servers, groups, strict=True):
             found = server.apply_sparse_each_(group.elements, group.offsets, scale)
             old.update(zip(group.names, found, strict=True))
@@ -304,10 +304,10 @@ def restore_sparse_each_(
 
     Args, waits and errors are those of :func:`apply_sparse_each_`; ``old`` has the same names.
     """
-    checks.check_old(weights, indices, old)
+    validate.check_old(weights, indices, old)
     with torch.no_grad():
-        groups = checks.check_elements(weights, indices)
-        servers = [_server(backends.choose(backend, "restore_sparse_", group.elements[0])) for group in groups]
+        groups = validate.check_elements(weights, indices)
+        servers = [_server(dispatch.choose(backend, "restore_sparse_", group.elements[0])) for group in groups]
         for server, group in zip(servers, groups, strict=True):
             server.restore_sparse_each_(group.elements, group.offsets, [old[name].detach() for name in group.names])
 
@@ -316,9 +316,9 @@ def _server(backend: str) -> ModuleType:
     """The module that selects and writes for a backend."""
     match backend:
         case "cpp":
-            return cpu
+            return cpp
         case "cuda":
-            from fastprune import cuda
+            from fastprune.ops import cuda
 
             return cuda
         case _:
@@ -331,23 +331,23 @@ def _accumulate_per_example(
     operation = "accumulate_gradients" if len(accs) > 1 else f"accumulate_{next(iter(accs))}"
     with torch.no_grad():
         # Accumulators of one layout are turned over together, or not at all.
-        products_of = {name: checks.check_product(acc, dy, x) for name, acc in accs.items()}
+        products_of = {name: validate.check_product(acc, dy, x) for name, acc in accs.items()}
         accs = {name: acc for name, (acc, _, _) in products_of.items()}
         acc, dy, x = next(iter(products_of.values()))
-        spans = checks.check_spans(starts, lengths, len(x), disjoint=len(accs) > 1)
+        spans = validate.check_spans(starts, lengths, len(x), disjoint=len(accs) > 1)
         memory.check_apart(accs, {"dy": dy, "x": x})
-        match backends.choose(backend, operation, acc, dy, x):
-            case "cpp" if cpu.has_gradient_kernel():
-                cpu.accumulate_per_example(accs, dy, x, spans)
+        match dispatch.choose(backend, operation, acc, dy, x):
+            case "cpp" if cpp.has_gradient_kernel():
+                cpp.accumulate_per_example(accs, dy, x, spans)
             case "triton":
-                from fastprune import triton_ops
+                from fastprune.ops import triton
 
                 if len(accs) > 2:  # more tiles than registers; the plain sum loses nothing by a product of its own
                     accumulate_grad_sum(accs.pop("grad_sum"), dy, x, backend=backend)
-                triton_ops.accumulate_per_example(accs, dy, x, spans)
+                triton.accumulate_per_example(accs, dy, x, spans)
             case _:
                 for name, acc in accs.items():
                     if name == "grad_sum":
-                        products.add_product_(acc, dy, x)
+                        reference.add_product_(acc, dy, x)
                     else:
                         getattr(reference, f"accumulate_{name}")(acc, dy, x, starts, lengths)

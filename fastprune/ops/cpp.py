@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastprune import memory, reference
-from fastprune.sources import Source, dtype_name
+from fastprune.ops import memory, reference
+from fastprune.ops.score_source import Source, dtype_name
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.reference.accumulate_act_sq_sum`, to the same bits."""
+    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, to the same bits."""
     from fastprune import _cpp
 
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -81,7 +81,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.reference.top_scores_of_each`, to the same bits, without forming all scores in memory."""
+    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, without forming all scores in memory."""
     from fastprune import _cpp
 
     sources = {name: Source.of(*pair, criterion) for name, pair in matrices.items()}
@@ -106,7 +106,7 @@ def top_scores_of_each(
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.reference.apply_sparse_each_`, to the same bits."""
+    """:func:`fastprune.ops.reference.apply_sparse_each_`, to the same bits."""
     from fastprune import _cpp
 
     every_old = []
@@ -119,7 +119,7 @@ def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], sc
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.reference.restore_sparse_each_`, to the same bits."""
+    """:func:`fastprune.ops.reference.restore_sparse_each_`, to the same bits."""
     from fastprune import _cpp
 
     for weight, where, values in zip(elements, offsets, old, strict=True):

@@ -1,9 +1,9 @@
 """Launchers of the CUDA operations: from validated tensors to the addresses and the stream that the extension takes.
 
 ``fastprune.ops`` is the only caller. In: tensors on one CUDA device, any float dtype. Out: what the same function of
-:mod:`fastprune.reference` returns, to the same bits. Work is queued on the current stream of the tensors' device, and
-all memory comes from torch. Selection and set difference wait for the device, because they report or return a count;
-sparse writes do not. This module knows no model and no file.
+:mod:`fastprune.ops.reference` returns, to the same bits. Work is queued on the current stream of the tensors'
+device, and all memory comes from torch. Selection and set difference wait for the device, because they report or return
+a count; sparse writes do not. This module knows no model and no file.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprune import memory, reference
 from fastprune.errors import ArgumentError, BackendError
-from fastprune.sources import Source, dtype_name
+from fastprune.ops import memory, reference
+from fastprune.ops.score_source import Source, dtype_name
 
 # Bytes of one launch's workspace, by which there is enough work in it.
 _WORKSPACE = 160 << 20
@@ -26,7 +26,7 @@ _WORKSPACE = 160 << 20
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.reference.top_scores_of_each`, to the same bits, of as many as fit in one launch.
+    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, of as many as fit in one launch.
 
     Args:
         matrices: On one device; dtypes may differ.
@@ -100,7 +100,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.reference.apply_sparse_each_` in one launch, to the same bits; a NaN keeps its payload.
+    """:func:`fastprune.ops.reference.apply_sparse_each_` in one launch, to the same bits; a NaN keeps its payload.
 
     Args:
         elements: One-dimensional, on one device; dtypes may differ.
@@ -114,7 +114,7 @@ def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], sc
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.reference.restore_sparse_each_` in one launch, to the same bits."""
+    """:func:`fastprune.ops.reference.restore_sparse_each_` in one launch, to the same bits."""
     _write(elements, [each.contiguous() for each in offsets], [each.contiguous() for each in old], None)
 
 

@@ -43,10 +43,10 @@ def status(backend: str) -> str:
                 return f"the C++ extension was {_ABSENT} ({error}); installing with a compiler builds it"
         case "triton":
             try:
-                from fastprune import triton_ops
+                from fastprune.ops import triton
             except ImportError as error:
                 return f"triton is not installed or cannot be loaded ({error}); torch for CUDA on Linux brings it"
-            return "available" if triton_ops.INTERPRETED else _devices()
+            return "available" if triton.INTERPRETED else _devices()
         case "cuda":
             try:
                 from fastprune import _cuda  # noqa: F401
@@ -62,7 +62,7 @@ def refusal(backend: str, operation: str, tensors: Iterable[Tensor]) -> str | No
     Args:
         backend: One of :data:`BACKENDS`.
         operation: Name of a function of :mod:`fastprune.ops`.
-        tensors: Accumulator and inputs, or the weight, as :mod:`fastprune.checks` returns them; on one device.
+        tensors: Accumulator and inputs, or the weight, as :mod:`fastprune.ops.validate` returns them; on one device.
     """
     if operation not in _OPERATIONS[backend]:
         others = [name for name in BACKENDS if operation in _OPERATIONS[name]]
@@ -75,9 +75,9 @@ def refusal(backend: str, operation: str, tensors: Iterable[Tensor]) -> str | No
         case "cpp" if device.type != "cpu":
             return f"works on CPU tensors, got one on {device}"
         case "triton":
-            from fastprune import triton_ops
+            from fastprune.ops import triton
 
-            return _wrong_device(device, interpreted=triton_ops.INTERPRETED) or triton_ops.refusal(operation, *tensors)
+            return _wrong_device(device, interpreted=triton.INTERPRETED) or triton.refusal(operation, *tensors)
         case "cuda":
             if operation == "top_scores" and tensors[0].numel() >= 1 << 32:
                 return f"selects from matrices of fewer than 2^32 weights, got one of {tensors[0].numel()}"

@@ -1,7 +1,7 @@
 """What a compiled selection reads the scores of a matrix from, on a CPU and on a GPU alike.
 
-In: a weight, its statistic and a criterion that :mod:`fastprune.checks` has seen. Out: memory without gaps, strides and
-the name of a product; a square root, on whose last bit libraries do not agree, is that of the reference.
+In: a weight, its statistic and a criterion that :mod:`fastprune.ops.validate` has seen. Out: memory without gaps,
+strides and the name of a product; a square root, on whose last bit libraries do not agree, is that of the reference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastprune.reference import root
+from fastprune.ops.reference import root
 
 _FORMULAS = {
     "signed": "negated_product",

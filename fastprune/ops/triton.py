@@ -1,7 +1,7 @@
 """Launchers of the Triton operations: from validated tensors to those of ``fastprune_kernels``.
 
-:mod:`fastprune.ops` and :mod:`fastprune.backends` are the only callers, and import this module when they need it: it
-imports triton. Work is queued on the current stream of the tensors' device. Where ``TRITON_INTERPRET=1`` was set
+:mod:`fastprune.ops` and :mod:`fastprune.ops.dispatch` are the only callers, and import this module when they need it:
+it imports triton. Work is queued on the current stream of the tensors' device. Where ``TRITON_INTERPRET=1`` was set
 before the first import of triton, the same kernels run on CPU tensors, slowly.
 """
 
@@ -36,7 +36,7 @@ def refusal(operation: str, acc: Tensor, *inputs: Tensor) -> str | None:
 
 
 def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.reference.accumulate_grad_sum`, with products of 16-bit inputs in tensor cores."""
+    """:func:`fastprune.ops.reference.accumulate_grad_sum`, with products of 16-bit inputs in tensor cores."""
     grad_sum.accumulate_grad_sum(acc, dy, x)
 
 
@@ -57,7 +57,7 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.reference.accumulate_act_sq_sum`, to the same bits."""
+    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, to the same bits."""
     act_sq_sum.accumulate_act_sq_sum(acc, x)
 
 

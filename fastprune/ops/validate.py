@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprune import memory
 from fastprune.errors import ArgumentError, FastpruneError
-from fastprune.reference import CRITERIA, GRADIENT_SUMS
+from fastprune.ops import memory
+from fastprune.ops.reference import CRITERIA, GRADIENT_SUMS
 
 
 @contextmanager

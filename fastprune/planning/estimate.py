@@ -1,7 +1,7 @@
 """What a pass takes with a given number of segments: memory of every kind at its peak, work, reading, time.
 
 In: the sizes of a model, the amount of data. Out: :class:`Plan`. The estimate follows the engine stage by stage, and
-tests compare it with measured peaks. Which plan to take is :mod:`fastprune.scoring.plan`'s business.
+tests compare it with measured peaks. Which plan to take is :mod:`fastprune.planning.plan`'s business.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fastprune.model.view import tokens_per_chunk
-from fastprune.scoring.engine import split_blocks
-from fastprune.scoring.footprint import Footprint, activation_bound, activation_bytes, footprint
-from fastprune.scoring.keep import kept_bytes
+from fastprune.model.block_view import tokens_per_chunk
+from fastprune.planning.footprint import Footprint, activation_bound, activation_bytes, footprint
+from fastprune.planning.list_lengths import kept_bytes
+from fastprune.planning.segments import split_blocks
 
 # On a CPU: buffers of the matrix library, threads' stacks: what a pass over a tiny model takes.
 _WORKSPACE = 64 * 2**20
@@ -40,11 +40,11 @@ class Plan:
         eligible: Weights that are scored.
         parameters: All parameters of the model.
         streamed: Whether weights are read from disk as they are needed.
-        boundaries: Where hidden states between segments lie: ``"device"``, ``"host"`` or ``"disk"``.
+        offload: Where hidden states between segments lie: ``"device"``, ``"host"`` or ``"disk"``.
         weight_bytes: Weights in memory at the peak.
         accumulator_bytes: Live statistics of the largest segment, fp32.
         activation_bytes: What autograd keeps of one segment for one micro-batch, and temporaries.
-        boundary_bytes: Hidden states and gradients at segment boundaries, all examples.
+        boundary_bytes: Hidden states and gradients at segment offload, all examples.
         kept_bytes: The best-scored weights of every matrix, in host memory.
         device_bytes: Peak on the model's device; on a CPU it includes what is in host memory.
         host_bytes: Peak in host memory beside a GPU.
@@ -60,7 +60,7 @@ class Plan:
     eligible: int
     parameters: int
     streamed: bool
-    boundaries: str
+    offload: str
     weight_bytes: int
     accumulator_bytes: int
     activation_bytes: int
@@ -91,7 +91,7 @@ class Plan:
             ),
             ("accumulators", human(self.accumulator_bytes)),
             ("activations", human(self.activation_bytes)),
-            ("boundaries", f"{human(self.boundary_bytes)} on the {self.boundaries}".replace("the disk", "disk")),
+            ("offload", f"{human(self.boundary_bytes)} on the {self.offload}".replace("the disk", "disk")),
             ("kept scores", human(self.kept_bytes)),
             ("peak, device", human(self.device_bytes)),
             ("peak, host", human(self.host_bytes) if self.host_bytes else "(the device's)"),
@@ -146,7 +146,7 @@ class Estimate:
             # Pinned memory comes in powers of two, a piece for each micro-batch.
             pieces = (tokens * sizes.hidden * sizes.element for tokens in self._padded_tokens)
             boundary = sum(1 << (n_bytes - 1).bit_length() for n_bytes in pieces)
-        # All lower boundaries, and the gradients above and below the segment at work.
+        # All lower offload, and the gradients above and below the segment at work.
         hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
         accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]
         temporary = 4 * sizes.widest * self._micro_batch * max(4, sizes.element)
@@ -173,7 +173,7 @@ class Estimate:
             eligible=sizes.n_eligible,
             parameters=sizes.parameters,
             streamed=self._streamed,
-            boundaries=tier,
+            offload=tier,
             weight_bytes=max(stage[0] for stage in stages),
             accumulator_bytes=max(accumulators),
             activation_bytes=max(stage[2] for stage in stages),

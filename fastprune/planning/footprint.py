@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fastprune.model.adapters import unwrap
-from fastprune.model.eligible import Matrix, decoder_blocks, eligible_matrices
-from fastprune.model.state import quiet
-from fastprune.model.view import BlockView
+from fastprune.model.block_view import BlockView
+from fastprune.model.frozen import frozen_eval
+from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] 
     # Whatever an architecture's code raises where it wants values: an estimate is not worth an error.
     with contextlib.suppress(Exception), FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-        with quiet(model):
+        with frozen_eval(model):
             weights = SimpleNamespace(model=model, device=torch.device("cpu"), streamed=True)
             view = BlockView(weights)
             positions = torch.arange(tokens).expand(rows, tokens)

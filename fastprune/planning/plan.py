@@ -1,7 +1,7 @@
 """How many segments a pass has to be cut into, and where the hidden states between them lie.
 
 In: a model or its config, the size of the calibration data, budgets of memory. Out: the
-:class:`~fastprune.scoring.estimate.Plan` with the fewest segments that fits.
+:class:`~fastprune.planning.estimate.Plan` with the fewest segments that fits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastprune.checkpoint.built_size import build_on_meta
+from fastprune.checkpoint.load import load_config
+from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError
-from fastprune.model.built_size import build_on_meta
-from fastprune.model.checkpoint import load_config
-from fastprune.model.weights import Streamed
-from fastprune.scoring.estimate import Estimate, Plan, human
-from fastprune.scoring.hidden import TIERS
+from fastprune.planning.estimate import Estimate, Plan, human
+from fastprune.planning.segments import OFFLOADS
 
 _UNITS = {
     "": 1,
@@ -95,7 +95,7 @@ def plan(
     memory: int | str | None = None,
     host_memory: int | str | None = None,
     segments: int | None = None,
-    boundaries: str | None = None,
+    offload: str | None = None,
     statistics: int = 1,
     micro_batch: tuple[int, int, int] | None = None,
     padded_tokens: Sequence[int] | None = None,
@@ -108,7 +108,7 @@ def plan(
     Args:
         model_or_config: A causal LM, whose weights are all in memory; or, for a pass that streams them from disk, the
             folder of a checkpoint or its ``config.json``, a Hugging Face config (no weights are read or made), or
-            :class:`~fastprune.model.weights.Streamed` weights.
+            :class:`~fastprune.checkpoint.streamed.Streamed` weights.
         n_examples: Examples of both sets together.
         n_tokens: Mean tokens of an example.
         memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
@@ -116,7 +116,7 @@ def plan(
         host_memory: Budget in host memory when the model's device is a GPU; ``None``: four fifths of what is free, no
             limit for a config. Beside a config it says that the device is one.
         segments: Fix the number instead of choosing the smallest that fits.
-        boundaries: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
+        offload: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
             choosing the first that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
         micro_batch: Rows, tokens of each and scored tokens of the largest micro-batch, if the data are known.
@@ -142,8 +142,8 @@ def plan(
     for argument, rate in (("flops_per_second", flops_per_second), ("read_bytes_per_second", read_bytes_per_second)):
         if rate is not None and not rate > 0:
             raise ArgumentError(f"{argument}: expected a positive rate, got {rate!r}")
-    if boundaries is not None and boundaries not in TIERS:
-        raise ArgumentError(f"boundaries: expected one of {', '.join(TIERS)}, got {boundaries!r}")
+    if offload is not None and offload not in OFFLOADS:
+        raise ArgumentError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")
     source = _source(model_or_config)
     model = source if isinstance(source, nn.Module) else source.model if isinstance(source, Streamed) else None
     # Of a model on several devices, all that a segment needs may fall to the one with the least room.
@@ -174,7 +174,7 @@ def plan(
     host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
     if host_budget is None and devices and not estimate.on_cpu:
         host_budget = int(_USABLE["cpu"] * _available(torch.device("cpu")) / processes)
-    return _choose(estimate, segments, boundaries, budget, host_budget, stated=memory is not None)
+    return _choose(estimate, segments, offload, budget, host_budget, stated=memory is not None)
 
 
 def _source(model_or_config: object) -> object:
@@ -202,7 +202,7 @@ def _devices_of(model: nn.Module | None) -> set[torch.device]:
 def _choose(
     estimate: Estimate,
     segments: int | None,
-    boundaries: str | None,
+    offload: str | None,
     budget: int | None,
     host_budget: int | None,
     *,
@@ -210,7 +210,7 @@ def _choose(
 ) -> Plan:
     """The fewest segments that fit, and of these the fastest place for the hidden states."""
     n_blocks = len(estimate.sizes.block_bytes)
-    tiers = (boundaries,) if boundaries is not None else ("device", "disk") if estimate.on_cpu else TIERS
+    tiers = (offload,) if offload is not None else ("device", "disk") if estimate.on_cpu else OFFLOADS
     # The bound is quick, and enough wherever memory is plenty; the exact count takes some tenths of a second.
     for exact in (False, True):
         if exact:
@@ -236,5 +236,5 @@ def _choose(
         )
     raise ArgumentError(
         f"host_memory: {human(host_budget)} is not enough: {human(smallest.host_bytes)} are needed, of which "
-        f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or boundaries='disk'"
+        f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or offload='disk'"
     )

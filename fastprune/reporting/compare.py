@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastprune.reporting.formatting import find
 from fastprune.reporting.record import RATES, checked, missing
-from fastprune.reporting.wording import find
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.certainty import fell, sized, threshold
 from fastprune.reporting.findings import comparison, subject
+from fastprune.reporting.formatting import METRICS, find, listing, percent, percents
 from fastprune.reporting.masks import mask_label, role
 from fastprune.reporting.record import RATES, missing
-from fastprune.reporting.wording import METRICS, find, listing, percent, percents
+from fastprune.reporting.significance import fell, sized, threshold
 
 
 def controls_finding(record: Mapping[str, Any]) -> str:

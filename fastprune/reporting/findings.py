@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastprune.reporting.certainty import beyond_chance, fell, points, sized, threshold
-from fastprune.reporting.masks import baseline, is_random, mask_label, patched, role
-from fastprune.reporting.record import RATES, missing
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     MASKS,
     METRICS,
     by_keywords,
@@ -26,6 +23,9 @@ from fastprune.reporting.wording import (
     percents,
     share,
 )
+from fastprune.reporting.masks import baseline, is_random, mask_label, patched, role
+from fastprune.reporting.record import RATES, missing
+from fastprune.reporting.significance import beyond_chance, fell, points, sized, threshold
 
 # Where there is less harm than this without pruning, there is little that pruning could remove.
 LITTLE = 0.10

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.masks import mask_label, meaning
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     MASKS,
     METRICS,
     MODELS,
@@ -19,6 +18,7 @@ from fastprune.reporting.wording import (
     ordered,
     result_rows,
 )
+from fastprune.reporting.masks import mask_label, meaning
 
 MODEL_MEANING = {
     "base": "trained on text alone; never taught to refuse",

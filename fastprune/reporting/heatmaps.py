@@ -10,12 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
-from fastprune.reporting.certainty import points
 from fastprune.reporting.figures import NARROW, SMALL, TEXT, WIDE, Plot, Table
-from fastprune.reporting.palette import LIGHT, STEPS, shade
-from fastprune.reporting.plot_findings import heatmap_finding, transfer_finding
-from fastprune.reporting.record import missing
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     DASH,
     clean,
     count,
@@ -26,6 +22,10 @@ from fastprune.reporting.wording import (
     rate_cell,
     short,
 )
+from fastprune.reporting.palette import LIGHT, STEPS, shade
+from fastprune.reporting.plot_findings import heatmap_finding, transfer_finding
+from fastprune.reporting.record import missing
+from fastprune.reporting.significance import points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

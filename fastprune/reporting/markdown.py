@@ -12,8 +12,7 @@ from typing import Any
 
 from fastprune.reporting.figures import Plot
 from fastprune.reporting.findings import checks_summary, headline
-from fastprune.reporting.masks import mask_label
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     METRICS,
     bound,
     cell,
@@ -27,6 +26,7 @@ from fastprune.reporting.wording import (
     rate_cell,
     result_rows,
 )
+from fastprune.reporting.masks import mask_label
 
 
 def markdown(record: Mapping[str, Any], plots: Sequence[Plot], files: Mapping[str, str]) -> str:

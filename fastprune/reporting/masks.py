@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.wording import MASKS, clean, count, number
+from fastprune.reporting.formatting import MASKS, clean, count, number
 
 _CONTROLS = {
     "random": "weights drawn at random",

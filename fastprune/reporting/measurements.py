@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastprune.reporting.figures import Table
+from fastprune.reporting.formatting import DASH, clean, count, model_label, rate_cell
 from fastprune.reporting.masks import mask_label
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import DASH, clean, count, model_label, rate_cell
 
 Part = tuple[str, Mapping[str, Any]]
 

@@ -13,12 +13,7 @@ from typing import Any
 
 from fastprune.reporting.figures import NARROW, Plot, Table
 from fastprune.reporting.findings import checks_summary, comparison, headline, noise
-from fastprune.reporting.glossary import definitions
-from fastprune.reporting.masks import mask_label, role
-from fastprune.reporting.measurements import measurements_table
-from fastprune.reporting.palette import variables
-from fastprune.reporting.record import missing
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     METRICS,
     bound,
     cell,
@@ -37,6 +32,11 @@ from fastprune.reporting.wording import (
     seconds,
     share,
 )
+from fastprune.reporting.glossary import definitions
+from fastprune.reporting.masks import mask_label, role
+from fastprune.reporting.measurements import measurements_table
+from fastprune.reporting.palette import variables
+from fastprune.reporting.record import missing
 
 WHAT_IT_IS = (
     "fastprune scores each weight of a language model by how much it promotes harmful answers, spares the weights that "

@@ -8,9 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastprune.reporting.certainty import points
+from fastprune.reporting.formatting import (
+    MODELS,
+    clean,
+    count,
+    listing,
+    model_label,
+    ordered,
+    per_mille,
+    percent,
+    share,
+)
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import MODELS, clean, count, listing, model_label, ordered, per_mille, percent, share
+from fastprune.reporting.significance import points
 
 
 def sweep_finding(record: Mapping[str, Any]) -> str:

@@ -14,11 +14,7 @@ from fastprune.errors import require
 from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
 from fastprune.reporting.findings import comparison, subject
-from fastprune.reporting.masks import baseline, mask_label, role
-from fastprune.reporting.palette import LIGHT, model_colours
-from fastprune.reporting.plot_findings import sweep_finding
-from fastprune.reporting.record import missing
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     MASKS,
     METRICS,
     MODELS,
@@ -36,6 +32,10 @@ from fastprune.reporting.wording import (
     share,
     short,
 )
+from fastprune.reporting.masks import baseline, mask_label, role
+from fastprune.reporting.palette import LIGHT, model_colours
+from fastprune.reporting.plot_findings import sweep_finding
+from fastprune.reporting.record import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

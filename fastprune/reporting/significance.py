@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fastprune.reporting.formatting import find
 from fastprune.reporting.record import missing
-from fastprune.reporting.wording import find
 
 # Without sample sizes, two rates no farther apart than this are called the same: with 64 prompts one answer is 0.016
 # and the 95 % interval of a rate of 0.98 is about 0.05 wide.

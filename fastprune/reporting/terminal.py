@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprune.errors import require
-from fastprune.printable import printable
+from fastprune.errors import printable, require
 from fastprune.reporting.findings import checks_summary, headline
-from fastprune.reporting.masks import mask_label, role
-from fastprune.reporting.record import checked
-from fastprune.reporting.wording import (
+from fastprune.reporting.formatting import (
     METRICS,
     NBSP,
     bound,
@@ -30,6 +27,8 @@ from fastprune.reporting.wording import (
     rate_cell,
     result_rows,
 )
+from fastprune.reporting.masks import mask_label, role
+from fastprune.reporting.record import checked
 
 if TYPE_CHECKING:
     from rich.console import Console

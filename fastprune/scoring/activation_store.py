@@ -19,8 +19,6 @@ import torch
 from fastprune.errors import DiskError, ScoringError
 from fastprune.files import is_full, scratch, sha256, sync
 
-TIERS = ("device", "host", "disk")
-
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
@@ -36,7 +34,7 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
             raise
         raise ScoringError(
             f"the disk of {folder} is full: {what} did not fit ({error}); free some space, name another folder "
-            "(resume=, TMPDIR), or keep hidden states in memory (boundaries='host')"
+            "(resume=, TMPDIR), or keep hidden states in memory (offload='host')"
         ) from error
 
 
@@ -49,7 +47,7 @@ class _Slot:
     dtype: torch.dtype
 
 
-class HiddenStates:
+class ActivationStore:
     """Tensors by name and micro-batch; a name's memory or file is freed by :meth:`drop`.
 
     Args:
@@ -171,6 +169,6 @@ def _temporary_folder(stack: contextlib.ExitStack) -> Path:
         return stack.enter_context(scratch(Path(tempfile.gettempdir()), "fastprune-hidden-"))
     except OSError as error:
         raise ScoringError(
-            f"boundaries: 'disk' needs a folder for temporary files, and none can be made ({error}); name one that "
-            "exists and can be written (TMPDIR, resume=), or keep hidden states in memory (boundaries='host')"
+            f"offload: 'disk' needs a folder for temporary files, and none can be made ({error}); name one that "
+            "exists and can be written (TMPDIR, resume=), or keep hidden states in memory (offload='host')"
         ) from error

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastprune.model.eligible import Matrix
 from fastprune.model.fingerprint import fingerprint_of_samples, sample
+from fastprune.model.matrices import Matrix
 from fastprune.scoring.criteria import STATISTIC
 from fastprune.scoring.journal import Journal
-from fastprune.scoring.keep import Keeper, Kept
-from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.processes import Processes
+from fastprune.scoring.top_scores import TopScores, TopScoresCollector
 
 
 class Collector:
@@ -42,7 +42,7 @@ class Collector:
         n_lists = sum(map(len, criteria.values()))
         sizes = {matrix.name: matrix.weight.numel() for matrix in matrices}
         self._keepers = {
-            (role, criterion): Keeper(sizes, fractions[role], n_lists, backend)
+            (role, criterion): TopScoresCollector(sizes, fractions[role], n_lists, backend)
             for role, names in criteria.items()
             for criterion in names
         }
@@ -100,12 +100,12 @@ class Collector:
                 role, criterion, name = label.split("/", 2)
                 keeper = self._keepers[role, criterion]
                 floor = float(noted[f"floor/{label}"])
-                keeper.insert(name, Kept(tensor, noted[f"values/{label}"], keeper.sizes[name], floor))
+                keeper.insert(name, TopScores(tensor, noted[f"values/{label}"], keeper.sizes[name], floor))
 
-    def merge(self, ranks: Ranks) -> None:
+    def merge(self, ranks: Processes) -> None:
         """Bring together what the processes selected, on each of them."""
         mine = {key: keeper.so_far for key, keeper in self._keepers.items()}
-        gathered = ranks.gather((self._samples, mine, self._losses))
+        gathered = ranks.all_gather((self._samples, mine, self._losses))
         self._losses = {role: sum(losses[role] for _, _, losses in gathered) for role in self._losses}
         for rank, (samples, lists, _) in enumerate(gathered):
             if rank == ranks.rank:
@@ -115,7 +115,7 @@ class Collector:
                 for name, kept in by_name.items():
                     self._keepers[key].insert(name, kept)
 
-    def lists(self) -> dict[str, dict[str, dict[str, Kept]]]:
+    def lists(self) -> dict[str, dict[str, dict[str, TopScores]]]:
         """Role to criterion to matrix, in model order.
 
         Raises:

@@ -8,7 +8,7 @@ difference).
 from __future__ import annotations
 
 from fastprune.errors import ArgumentError
-from fastprune.reference import GRADIENT_SUMS
+from fastprune.ops.reference import GRADIENT_SUMS
 
 STATISTIC: dict[str, str | None] = {
     "signed": "grad_sum",

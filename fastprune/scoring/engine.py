@@ -2,7 +2,7 @@
 
 In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every segment and set, as
 soon as they are final, a call with the matrices' statistics, which are freed before the next ones are begun. Hidden
-states are kept at segment boundaries only, so memory grows with the segment and not with the depth of the model. A
+states are kept at segment offload only, so memory grows with the segment and not with the depth of the model. A
 segment's weights are asked for before it runs, for both sets together: twice in the whole pass.
 """
 
@@ -18,15 +18,16 @@ from tqdm import tqdm
 
 from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
 from fastprune.errors import ScoringError
-from fastprune.model.capture import Capture
-from fastprune.model.eligible import Matrix
-from fastprune.model.view import Batch, BlockArguments, BlockView
-from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
-from fastprune.model.whole import WholeView
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.model.block_view import Batch, BlockArguments, BlockView
+from fastprune.model.hooks import Capture
+from fastprune.model.matrices import Matrix
+from fastprune.model.weights import EMBEDDING, Weights
+from fastprune.model.whole_view import WholeView
+from fastprune.planning.segments import needs
+from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.overflow import NotFiniteError, overflow
-from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.processes import Processes
 from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
 
@@ -67,7 +68,7 @@ class ScoringSet:
     batch_tokens: int
     statistics: tuple[str, ...]
 
-    def start(self, device: torch.device, ranks: Ranks, number: Iterator[int]) -> list[_Work]:
+    def start(self, device: torch.device, ranks: Processes, number: Iterator[int]) -> list[_Work]:
         """The micro-batches of this process, on ``device``."""
         mine = ranks.share(self.padded_tokens())
         return [
@@ -101,30 +102,16 @@ class ScoringSet:
         return f"{self.role} example {index}" + (f" (id {identity})" if identity is not None else "")
 
 
-def split_blocks(n_blocks: int, segments: int) -> list[range]:
-    """Cut ``n_blocks`` into ``segments`` runs whose lengths differ by at most one, the longer ones first."""
-    size, longer = divmod(n_blocks, segments)
-    starts = [index * size + min(index, longer) for index in range(segments + 1)]
-    return [range(first, last) for first, last in itertools.pairwise(starts)]
-
-
-def needs(parts: Sequence[range], number: int, *, backward: bool) -> tuple[Group, ...]:
-    """The groups of weights that segment ``number`` runs on; the last one's backward pass begins with the head."""
-    if not 0 <= number < len(parts):
-        return ()
-    return (*parts[number], HEAD) if backward and number == len(parts) - 1 else tuple(parts[number])
-
-
 class Pass:
     """Drives every set through the model once and hands out the statistics.
 
     Args:
-        view: The model; its state is the caller's business (see :func:`fastprune.model.state.quiet`).
+        view: The model; its state is the caller's business (see :func:`fastprune.model.frozen.frozen_eval`).
         weights: Where its weights come from.
         sets: Calibration sets; each segment's weights serve all of them while they are there.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
         dtype: Of the accumulators; bfloat16 for comparison only, see :mod:`fastprune.scoring.rounded`.
-        boundaries: Store of the hidden states.
+        offload: Store of the hidden states.
         gradients: Store of their gradients; on disk if there is a journal.
         ranks: The processes that share the examples.
         backend: Backend of the ops.
@@ -139,15 +126,15 @@ class Pass:
         parts: Sequence[range],
         *,
         dtype: torch.dtype,
-        boundaries: HiddenStates,
-        gradients: HiddenStates,
-        ranks: Ranks,
+        offload: ActivationStore,
+        gradients: ActivationStore,
+        ranks: Processes,
         backend: str | None = None,
         progress: bool = True,
     ) -> None:
         self._view, self._weights, self._sets, self._parts = view, weights, sets, parts
         self._dtype, self._backend, self._ranks = dtype, backend, ranks
-        self._boundaries, self._gradients = boundaries, gradients
+        self._boundaries, self._gradients = offload, gradients
         self._scale = _FP16_LOSS_SCALE if any(m.weight.dtype == torch.float16 for m in view.matrices) else 1.0
         numbers = itertools.count()
         self._work = {group.role: group.start(view.device, ranks, numbers) for group in sets}
@@ -169,7 +156,7 @@ class Pass:
             ModelError: The model does not behave as the view expects.
             ArtifactError: A shard of a streamed model cannot be read.
         """
-        # Segments from `end` on are finished; boundaries up to number `ready` are there.
+        # Segments from `end` on are finished; offload up to number `ready` are there.
         end = len(self._parts) if journal is None else journal.unfinished(len(self._parts))
         ready = 0 if journal is None else journal.ready(self._boundaries, end)
         n_items = sum(len(items) for items in self._work.values())
@@ -186,7 +173,7 @@ class Pass:
                 self._backward(number, on_final, on_losses, bar)
                 if journal is not None:
                     journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
-                    self._ranks.meet()  # nobody frees what another one's unfinished segment would need again
+                    self._ranks.barrier()  # nobody frees what another one's unfinished segment would need again
                 self._boundaries.drop(f"boundary-{number}")
                 self._gradients.drop(f"gradient-{number + 1}")
 
@@ -200,7 +187,7 @@ class Pass:
             for item in self._items():
                 hidden, item.arguments = self._view.prologue(item.batch)
                 self._boundaries.put("boundary-0", item.number, hidden)
-        self._ranks.meet()
+        self._ranks.barrier()
 
     @torch.no_grad()
     def _forward(self, number: int, end: int, bar: tqdm) -> None:
@@ -213,7 +200,7 @@ class Pass:
                 leaving = self._view.run(part.start, part.stop, hidden, item.arguments)
                 self._boundaries.put(f"boundary-{number + 1}", item.number, leaving)
                 bar.update()
-        self._ranks.meet()
+        self._ranks.barrier()
 
     def _backward(self, number: int, on_final: OnFinal, on_losses: OnLosses | None, bar: tqdm) -> None:
         part = self._parts[number]
@@ -238,10 +225,10 @@ class Pass:
                     statistics.finish(self._scale)
                 if on_losses is not None and statistics.wants_gradients and number == len(self._parts) - 1:
                     on_losses(group.role, losses.cpu())
-                self._ranks.meet()  # a sum would wait for a process that failed
+                self._ranks.barrier()  # a sum would wait for a process that failed
                 for index, matrix in of_part:
                     for tensor in statistics.of[matrix.name].values():
-                        self._ranks.sum_to(self._ranks.owner(index), tensor)
+                        self._ranks.reduce(self._ranks.owner(index), tensor)
                 mine = [matrix for index, matrix in of_part if self._ranks.owner(index) == self._ranks.rank]
                 on_final(group.role, {matrix: statistics.of[matrix.name] for matrix in mine})
                 statistics.of.clear()  # before the next set's are made: they are as large as the segment in float32

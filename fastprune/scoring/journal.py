@@ -24,8 +24,8 @@ import torch
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning
 from fastprune.files import sha256, sync, try_lock
-from fastprune.scoring.hidden import HiddenStates, disk_errors
-from fastprune.scoring.ranks import Ranks
+from fastprune.scoring.activation_store import ActivationStore, disk_errors
+from fastprune.scoring.processes import Processes
 
 VERSION = 2  # 1 did not say which it was
 _LINES = "journal.jsonl"
@@ -55,7 +55,7 @@ class Journal:
         self,
         folder: str | Path,
         key: Mapping[str, Any],
-        ranks: Ranks,
+        ranks: Processes,
         answers: tuple[Sequence[float], float] = ((), 0.0),
     ) -> None:
         folder = Path(folder)
@@ -87,7 +87,7 @@ class Journal:
             raise
 
     @staticmethod
-    def segments_of(folder: str | Path, ranks: Ranks) -> int | None:
+    def segments_of(folder: str | Path, ranks: Processes) -> int | None:
         """With how many segments the journal of a folder was begun, if there is one: a plan would choose anew."""
         begun = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -95,7 +95,7 @@ class Journal:
                 digest, _, payload = lines.readline().rstrip("\n").partition(" ")
             if digest == _line_digest(payload):
                 begun = int(json.loads(payload)["key"]["segments"])
-        return max((found for found in ranks.gather(begun) if found is not None), default=None)
+        return max((found for found in ranks.all_gather(begun) if found is not None), default=None)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -106,22 +106,22 @@ class Journal:
         end = n_segments
         while end - 1 in self._segments:
             end -= 1
-        return max(self._ranks.gather(end))
+        return max(self._ranks.all_gather(end))
 
-    def ready(self, boundaries: HiddenStates, end: int) -> int:
-        """Take over the boundaries on disk: up to which number, at most ``end - 1``, all of them are there."""
+    def ready(self, offload: ActivationStore, end: int) -> int:
+        """Take over the offload on disk: up to which number, at most ``end - 1``, all of them are there."""
         number = 0
         while number < end - 1:
             record = self._boundary_records.get(f"boundary-{number + 1}")
-            if record is None or boundaries.tier != "disk" or not boundaries.reopen(record):
+            if record is None or offload.tier != "disk" or not offload.reopen(record):
                 break
             number += 1
-        common = min(self._ranks.gather(number))
+        common = min(self._ranks.all_gather(number))
         for further in range(common + 1, number + 1):  # formed again; what is put must not meet what was
-            boundaries.drop(f"boundary-{further}")
+            offload.drop(f"boundary-{further}")
         return common
 
-    def finished(self, end: int, gradients: HiddenStates) -> list[dict[str, torch.Tensor]]:
+    def finished(self, end: int, gradients: ActivationStore) -> list[dict[str, torch.Tensor]]:
         """What was noted for each finished segment, the last segment first; the gradients below them are taken over.
 
         Raises:
@@ -150,12 +150,12 @@ class Journal:
         """Add to what belongs to the segment that is being worked on."""
         self._noted.update(tensors)
 
-    def add_boundary(self, boundaries: HiddenStates, name: str) -> None:
+    def add_boundary(self, offload: ActivationStore, name: str) -> None:
         """Record hidden states that are on disk; others are simply formed again."""
-        if boundaries.tier == "disk":
-            self._append({"kind": "boundary", **boundaries.sealed(name)})
+        if offload.tier == "disk":
+            self._append({"kind": "boundary", **offload.sealed(name)})
 
-    def add_segment(self, number: int, gradients: HiddenStates, gradient: str | None) -> None:
+    def add_segment(self, number: int, gradients: ActivationStore, gradient: str | None) -> None:
         """Record a finished segment: what was noted, and the gradients at its lower boundary."""
         path = self.folder / f"segment-{number}.safetensors"
         with disk_errors(self.folder, "the journal"):
@@ -236,7 +236,7 @@ class Journal:
             )
 
 
-def _folder_of(folder: Path, ranks: Ranks) -> Path:
+def _folder_of(folder: Path, ranks: Processes) -> Path:
     return folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
 
 

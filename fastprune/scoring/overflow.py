@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fastprune.errors import ScoringError
-from fastprune.model.eligible import decoder_blocks
-from fastprune.model.view import Batch, BlockArguments, BlockView
+from fastprune.model.block_view import Batch, BlockArguments, BlockView
+from fastprune.model.matrices import decoder_blocks
 from fastprune.model.weights import Weights
-from fastprune.model.whole import WholeView
+from fastprune.model.whole_view import WholeView
 
 WAY_OUT = 'run the model in bfloat16 or float32 (of a checkpoint folder: dtype="bfloat16")'
 

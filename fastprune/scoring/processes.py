@@ -5,8 +5,9 @@ matrix's on the process that selects from it. One process is the same code with 
 models or statistics.
 
 Nobody may wait for a process that has left. An error on one process is told to the others at the next exchange,
-whichever that is: every :meth:`Ranks.gather` carries a value or an error. Sums carry none, so a :meth:`Ranks.meet` has
-to come right before them. A process that is killed, or leaves by Ctrl-C, closes its connections, which the others see.
+whichever that is: every :meth:`Processes.all_gather` carries a value or an error. Sums carry none, so a
+:meth:`Processes.barrier` has to come right before them. A process that is killed, or leaves by Ctrl-C, closes its
+connections, which the others see.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from fastprune.errors import ArgumentError, ScoringError
 
 
-class Ranks:
+class Processes:
     """The processes of this run.
 
     Attributes:
@@ -60,7 +61,7 @@ class Ranks:
         """The process that selects from the matrix with this number."""
         return index % self.size
 
-    def sum_to(self, owner: int, tensor: torch.Tensor) -> None:
+    def reduce(self, owner: int, tensor: torch.Tensor) -> None:
         """Add up a tensor over all processes, in place on the owner; elsewhere its values are spent.
 
         Raises:
@@ -70,7 +71,7 @@ class Ranks:
             with self._connected():
                 dist.reduce(tensor, dst=owner)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """One picklable value from each process, in their order, on all of them.
 
         Raises:
@@ -78,8 +79,8 @@ class Ranks:
         """
         return [value] if self.size == 1 else self._exchange(value, None)
 
-    def meet(self) -> None:
-        """Wait for the others, and learn whether one of them failed; see :meth:`gather`."""
+    def barrier(self) -> None:
+        """Wait for the others, and learn whether one of them failed; see :meth:`all_gather`."""
         self.gather(None)
 
     @contextlib.contextmanager
@@ -94,7 +95,7 @@ class Ranks:
         """
         try:
             yield
-            self.meet()  # nobody leaves before all are through
+            self.barrier()  # nobody leaves before all are through
         except Exception as error:
             if self.size > 1 and not self._parted:
                 with contextlib.suppress(ScoringError):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastprune
-from fastprune.model.eligible import Matrix
+from fastprune.model.matrices import Matrix
 from fastprune.scoring.engine import ScoringSet
 
 

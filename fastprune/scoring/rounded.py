@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprune import ops
-from fastprune.model.eligible import Matrix
+from fastprune.model.matrices import Matrix
 from fastprune.scoring.statistics import SegmentStatistics
 
 

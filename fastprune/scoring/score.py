@@ -17,27 +17,29 @@ from pathlib import Path
 
 import torch
 
-from fastprune import backends
 from fastprune.calibration import CalibrationSet, collect
-from fastprune.devices import usable_device
+from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 from fastprune.files import as_path
 from fastprune.model.adapters import unwrap
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.block_view import BlockView
+from fastprune.model.frozen import frozen_eval, model_lock
+from fastprune.model.matrices import eligible_matrices
 from fastprune.model.positions import rotary_conflict, table_size, trained_length
-from fastprune.model.selfcheck import checked_view
-from fastprune.model.state import exclusive, quiet
-from fastprune.model.view import BlockView
+from fastprune.model.self_check import checked_view
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
-from fastprune.model.weights import EMBEDDING, HEAD, Resident, Streamed, Weights
+from fastprune.model.weights import EMBEDDING, HEAD, Resident, Weights
+from fastprune.ops import dispatch
+from fastprune.ops.devices import usable_device
+from fastprune.planning.plan import MICRO_BATCH_TOKENS, Plan, plan
+from fastprune.planning.segments import needs, split_blocks
+from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.criteria import parse_criteria, statistics_of
-from fastprune.scoring.engine import Pass, ScoringSet, needs, split_blocks
-from fastprune.scoring.hidden import HiddenStates
+from fastprune.scoring.engine import Pass, ScoringSet
 from fastprune.scoring.journal import Journal
-from fastprune.scoring.plan import MICRO_BATCH_TOKENS, Plan, plan
+from fastprune.scoring.processes import Processes
 from fastprune.scoring.provenance import inputs_of, provenance_of
-from fastprune.scoring.ranks import Ranks
 from fastprune.scoring.scores import Scores
 
 _STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -70,7 +72,7 @@ def score(
     backend: str | None = None,
     progress: bool = True,
     host_memory: int | str | None = None,
-    boundaries: str | None = None,
+    offload: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Scores:
@@ -108,7 +110,7 @@ def score(
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.
         host_memory: Budget in host memory beside a GPU, for hidden states between segments.
-        boundaries: Where these lie: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
+        offload: Where these lie: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
             ``"disk"`` for a run with a journal.
         device: Where a checkpoint folder's model runs; ``None``: a GPU if there is one (of several processes on a node,
             each its own), otherwise the CPU.
@@ -140,7 +142,7 @@ def score(
         FastpruneWarning: Both loaders hold the same examples, or the end-of-turn token carries more than a quarter of
             a set's loss.
     """
-    ranks = Ranks()
+    ranks = Processes()
     with contextlib.ExitStack() as stack:
         # Whatever the caller has switched off or on: there are gradients here, in the dtype of the weights.
         for mode in (torch.inference_mode(False), torch.enable_grad(), *_without_autocast()):
@@ -159,14 +161,14 @@ def score(
         if statistics_dtype == "bfloat16" and ranks.size > 1:
             raise ArgumentError("statistics_dtype: bfloat16 sums depend on the examples' order; score in one process")
         needed = {name for names in criteria.values() for name in statistics_of(names)}
-        backends.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
+        dispatch.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
         if harm_loader is None:
             raise ArgumentError("harm_loader: expected an iterable of batches, got None")
         if resume is not None:
             resume = as_path(resume, "resume")
         weights = _weights(model, device, dtype)
         stack.callback(weights.close)
-        stack.enter_context(exclusive(unwrap(weights.model)))
+        stack.enter_context(model_lock(unwrap(weights.model)))
         # Refuses what cannot be scored before any data is read.
         matrices = eligible_matrices(weights.model, allow_meta=weights.streamed)
         ranks.check_device(weights.device)
@@ -185,8 +187,8 @@ def score(
         budgets = {"memory": memory, "host_memory": host_memory}
         if resume is not None and segments is None:
             segments = Journal.segments_of(resume, ranks)
-        chosen = _plan(weights, sets, ranks, segments, _tier(boundaries, resume), budgets)
-        stack.enter_context(quiet(weights.model))
+        chosen = _plan(weights, sets, ranks, segments, _tier(offload, resume), budgets)
+        stack.enter_context(frozen_eval(weights.model))
         parts = split_blocks(chosen.n_blocks, chosen.segments)
         examples = [example for group in sets for example in group.examples]
         if weights.streamed:
@@ -202,9 +204,9 @@ def score(
         if resume is not None:
             journal = Journal(resume, {**key, "files": weights.files()}, ranks, weights.answers())
             stack.callback(journal.close)
-        hidden = HiddenStates(chosen.boundaries, weights.device, journal and journal.folder)
+        hidden = ActivationStore(chosen.offload, weights.device, journal and journal.folder)
         stack.callback(hidden.close)
-        gradients = hidden if journal is None else HiddenStates("disk", weights.device, journal.folder)
+        gradients = hidden if journal is None else ActivationStore("disk", weights.device, journal.folder)
         collector = Collector(view.matrices, criteria, fractions, backend, journal)
         if journal is not None:
             for noted in journal.finished(journal.unfinished(len(parts)), gradients):
@@ -215,7 +217,7 @@ def score(
             sets,
             parts,
             dtype=_STATISTICS_DTYPES[statistics_dtype],
-            boundaries=hidden,
+            offload=hidden,
             gradients=gradients,
             ranks=ranks,
             backend=backend,
@@ -248,9 +250,9 @@ def score(
 def _plan(
     weights: Weights,
     sets: Sequence[ScoringSet],
-    ranks: Ranks,
+    ranks: Processes,
     segments: int | None,
-    boundaries: str | None,
+    offload: str | None,
     budgets: Mapping[str, int | str | None],
 ) -> Plan:
     """The plan for these sets; of several processes, with as many segments as the one with the least memory needs."""
@@ -261,7 +263,7 @@ def _plan(
         weights if isinstance(weights, Streamed) else weights.model,
         n_examples,
         max(1, n_tokens // n_examples),
-        boundaries=boundaries,
+        offload=offload,
         statistics=max(len(group.statistics) for group in sets),
         micro_batch=max(group.largest() for group in sets),
         padded_tokens=[tokens for group in sets for tokens in group.padded_tokens()],
@@ -269,13 +271,13 @@ def _plan(
         **budgets,
     )
     chosen = plan_for(segments=segments)
-    most = max(ranks.gather(chosen.segments))
+    most = max(ranks.all_gather(chosen.segments))
     return chosen if chosen.segments == most else plan_for(segments=most)
 
 
-def _tier(boundaries: str | None, resume: str | Path | None) -> str | None:
+def _tier(offload: str | None, resume: str | Path | None) -> str | None:
     """Where hidden states lie unless the plan decides: what a journal names has to outlive the process."""
-    return "disk" if boundaries is None and resume is not None else boundaries
+    return "disk" if offload is None and resume is not None else offload
 
 
 def _weights(

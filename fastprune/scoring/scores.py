@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
-from fastprune.errors import ArtifactError, ScoringError, SelectionError
-from fastprune.scoring.keep import Kept
+from fastprune.errors import ArgumentError, ArtifactError, ScoringError, SelectionError
+from fastprune.masking.mask import PruneMask
+from fastprune.scoring.select import select
+from fastprune.scoring.top_scores import TopScores
 
-if TYPE_CHECKING:
-    from fastprune.masking.mask import PruneMask
-
-Lists = Mapping[str, Mapping[str, Kept]]
+Lists = Mapping[str, Mapping[str, TopScores]]
 ROLES = ("harm", "benign")
 
 
@@ -73,16 +73,16 @@ class Scores:
         return {role: tuple(by_criterion) for role, by_criterion in self._lists.items()}
 
     @property
-    def harm(self) -> dict[str, Kept]:
+    def harm(self) -> dict[str, TopScores]:
         """Lists of the first harm criterion."""
         return self.of("harm")
 
     @property
-    def benign(self) -> dict[str, Kept]:
+    def benign(self) -> dict[str, TopScores]:
         """Lists of the first benign criterion; empty without a benign set."""
         return self.of("benign") if self._lists["benign"] else {}
 
-    def of(self, role: str, criterion: str | None = None) -> dict[str, Kept]:
+    def of(self, role: str, criterion: str | None = None) -> dict[str, TopScores]:
         """Lists of one criterion.
 
         Args:
@@ -138,9 +138,70 @@ class Scores:
             FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than
                 asked.
         """
-        from fastprune.masking.select import select  # masking comes after scoring
+        criteria = {"harm": harm or self.criteria["harm"][0]}
+        if p is not None:
+            criteria["benign"] = benign or self.criteria["benign"][0]
+        layers = None if layers is None else self._checked_layers(layers)
+        masks = self._checked_protect(protect)
+        chosen = select(
+            self.shapes,
+            self.of("harm", harm),
+            None if p is None else self.of("benign", benign),
+            p,
+            q,
+            scope=scope,
+            only=None if layers is None else {name for name in self.names if self._block_of[name] in layers},
+            slice=slice,
+            protect=masks,
+        )
+        model = self.provenance.get("model")
+        fingerprint = model.get("fingerprint") if isinstance(model, dict) else None
+        metadata = {key: value for key, value in self.provenance.items() if key != "block_of"} | {
+            "kind": "selection",
+            "fingerprint": self.provenance.get("fingerprint", fingerprint),
+            "criteria": criteria,
+            "p": None if p is None else float(p),
+            "q": float(q),
+            "scope": scope,
+            "layers": layers,
+            "slice": int(slice),  # NumPy's would not go into a file
+            "protect": [mask.digest for mask in masks],
+            "report": chosen.report,
+        }
+        return PruneMask(chosen.indices, self.shapes, metadata, nominal=chosen.asked)
 
-        return select(self, p, q, harm=harm, benign=benign, scope=scope, layers=layers, slice=slice, protect=protect)
+    @property
+    def _block_of(self) -> Mapping[str, int]:
+        return self.provenance.get("block_of", {})
+
+    def _checked_layers(self, layers: Iterable[int]) -> list[int]:
+        try:
+            wanted = list(layers)
+        except TypeError:
+            raise SelectionError(f"layers: expected an iterable of block indices, got {layers!r}") from None
+        blocks = set(self._block_of.values())
+        unknown = [
+            layer
+            for layer in wanted
+            if isinstance(layer, bool) or not isinstance(layer, Integral) or layer not in blocks
+        ]
+        if unknown or not wanted:
+            known = f"{min(blocks)} to {max(blocks)}" if blocks else "not known: the scores have no block_of"
+            raise SelectionError(f"layers: expected indices of decoder blocks ({known}), got {unknown or 'none'}")
+        return sorted({int(layer) for layer in wanted})
+
+    def _checked_protect(self, protect: Iterable[PruneMask] | None) -> tuple[PruneMask, ...]:
+        if protect is None or isinstance(protect, PruneMask):
+            return () if protect is None else (protect,)
+        try:
+            masks = tuple(protect)
+        except TypeError:
+            raise ArgumentError(f"protect: expected an iterable of PruneMasks, got {protect!r}") from None
+        for mask in masks:
+            if not isinstance(mask, PruneMask) or mask.shapes != self.shapes:
+                got = f"one of {len(mask.shapes)} other shapes" if isinstance(mask, PruneMask) else type(mask).__name__
+                raise SelectionError(f"protect: expected PruneMasks over the matrices of these scores, got {got}")
+        return masks
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file.
@@ -187,7 +248,7 @@ class Scores:
             raise ArtifactError(f"{path}: this scores file lacks {error}") from error
         return cls(lists["harm"], lists["benign"], shapes, *rest)
 
-    def _check_cover(self, what: str, lists: Mapping[str, Kept]) -> None:
+    def _check_cover(self, what: str, lists: Mapping[str, TopScores]) -> None:
         if list(lists) != list(self.shapes):
             odd = sorted(set(lists) ^ set(self.shapes))
             raise ScoringError(
@@ -204,7 +265,7 @@ class Scores:
 
 def _unpack(
     tensors: Mapping[str, torch.Tensor], key: str, shapes: Mapping[str, tuple[int, ...]], path: str | Path
-) -> dict[str, Kept]:
+) -> dict[str, TopScores]:
     """The lists of one criterion from their joined tensors, checked in one go."""
     indices, values = tensors[f"{key}/indices"], tensors[f"{key}/values"]
     lengths, floors = tensors[f"{key}/lengths"], tensors[f"{key}/floors"]
@@ -224,4 +285,4 @@ def _unpack(
     parts = zip(
         shapes, indices.split(lengths.tolist()), values.split(lengths.tolist()), numel.tolist(), floors, strict=True
     )
-    return {name: Kept(some, scores, size, float(floor)) for name, some, scores, size, floor in parts}
+    return {name: TopScores(some, scores, size, float(floor)) for name, some, scores, size, floor in parts}

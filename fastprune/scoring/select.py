@@ -1,6 +1,7 @@
 """Set difference: the weights that harm needs most, without those that benign behaviour needs most.
 
-In: kept scores, fractions, and what is to be spared. Out: a mask, with a report of what was asked and what came of it.
+In: lists of top scores, fractions, and what is spared. Out: indices, with a report of what was asked and what came of
+it.
 Weights of all matrices are numbered through (offset of the matrix + flat index), so that a selection is a handful of
 sorted arrays whatever the number of matrices: a point of a sweep over p and q costs milliseconds.
 It must not know gradients or models.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
 from numbers import Integral, Real
@@ -20,69 +21,78 @@ import numpy as np
 import torch
 
 from fastprune.errors import ArgumentError, FastpruneWarning, SelectionError
-from fastprune.masking.mask import PruneMask
-from fastprune.scoring.keep import Kept
-from fastprune.scoring.scores import Scores
+from fastprune.scoring.top_scores import TopScores
 
 SCOPES = ("matrix", "global")
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a selection came to.
+
+    Attributes:
+        indices: Name of every matrix to the flat indices of its pruned weights, int64 ascending.
+        asked: Weights that the harm fraction asked for, before anything was spared.
+        report: Counts asked, selected and spared; see :func:`select`.
+    """
+
+    indices: dict[str, torch.Tensor]
+    asked: int
+    report: dict[str, Any]
+
+
 def select(
-    scores: Scores,
+    shapes: Mapping[str, tuple[int, ...]],
+    harm: Mapping[str, TopScores],
+    benign: Mapping[str, TopScores] | None,
     p: float | None,
     q: float,
     *,
-    harm: str | None,
-    benign: str | None,
     scope: str,
-    layers: Iterable[int] | None,
-    slice: int,
-    protect: Iterable[PruneMask] | None,
-) -> PruneMask:
-    """See :meth:`fastprune.scoring.scores.Scores.select`."""
+    only: set[str] | None = None,
+    slice: int = 0,
+    protect: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> Selection:
+    """The weights among the top ``q`` by harm score and not among the top ``p`` by benign score.
+
+    Args:
+        shapes: Name of every matrix to its shape, in model order.
+        harm: Name to the list of harm scores.
+        benign: The same of benign scores; read only where ``p`` is given.
+        p: Fraction of protected weights; ``None`` protects nothing.
+        q: Fraction of weights asked of harm.
+        scope: ``"matrix"`` or ``"global"``.
+        slice: Which run of the harm ranks.
+        only: Names of the matrices that take part; ``None``: all.
+        protect: Indices by matrix, as a mask holds them, that are never pruned.
+
+    Raises:
+        SelectionError, ArgumentError: As :meth:`fastprune.scoring.scores.Scores.select`.
+
+    Warns:
+        FastpruneWarning: As :meth:`fastprune.scoring.scores.Scores.select`.
+    """
     q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
     if scope not in SCOPES:
-        raise ArgumentError(f"scope must be one of {SCOPES}, got {scope!r}")
+        raise ArgumentError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     if isinstance(slice, bool) or not isinstance(slice, Integral) or slice < 0:
-        raise ArgumentError(f"slice must be an integer of 0 or more, got {slice!r}")
-    slice = int(slice)  # NumPy's would not go into a file
-    layers = None if layers is None else _check_layers(layers, scores)
-    matrices = _Numbering(scores.shapes, None if layers is None else _in_layers(layers, scores))
-    masks = _check_protect(protect)
-
-    criteria = {"harm": harm or scores.criteria["harm"][0]}
-    harmful = _Demand("q", q, slice, matrices)
-    chosen = harmful.take(scores.of("harm", harm), scope)
+        raise ArgumentError(f"slice: expected an integer of 0 or more, got {slice!r}")
+    matrices = _Numbering(shapes, only)
+    harmful = _Demand("q", q, int(slice), matrices)
+    chosen = harmful.take(harm, scope)
     report: dict[str, Any] = {"harm": harmful.report(), "benign": None}
     pruned = np.sort(chosen)
     if p is not None:
         needed = _Demand("p", p, 0, matrices)
-        pruned = _without(pruned, np.sort(needed.take(scores.of("benign", benign), scope)))
+        pruned = _without(pruned, np.sort(needed.take(benign, scope)))
         report["benign"] = needed.report()
-        criteria["benign"] = benign or scores.criteria["benign"][0]
     report["spared_by_benign"] = len(chosen) - len(pruned)
     unprotected = pruned
-    for mask in masks:
-        unprotected = _without(unprotected, matrices.number(mask))
+    for indices in protect:
+        unprotected = _without(unprotected, matrices.number(indices))
     report["spared_by_protect"] = len(pruned) - len(unprotected)
     _warn(report)
-
-    model = scores.provenance.get("model")
-    metadata = {key: value for key, value in scores.provenance.items() if key != "block_of"} | {
-        "kind": "selection",
-        "fingerprint": scores.provenance.get(
-            "fingerprint", model.get("fingerprint") if isinstance(model, dict) else None
-        ),
-        "criteria": criteria,
-        "p": p,
-        "q": q,
-        "scope": scope,
-        "layers": layers,
-        "slice": slice,
-        "protect": [mask.digest for mask in masks],
-        "report": report,
-    }
-    return PruneMask(matrices.split(unprotected), scores.shapes, metadata, nominal=harmful.asked)
+    return Selection(matrices.split(unprotected), harmful.asked, report)
 
 
 class _Numbering:
@@ -96,13 +106,11 @@ class _Numbering:
         self.offsets = np.cumsum([0, *self.sizes], dtype=np.int64)
         self.numel = int(self.offsets[-1])
 
-    def number(self, mask: PruneMask) -> np.ndarray:
-        """Numbers of a mask's weights, ascending; those of other matrices are left out."""
-        if not isinstance(mask, PruneMask) or mask.shapes != self._shapes:
-            came = f"one of {len(mask.shapes)} other shapes" if isinstance(mask, PruneMask) else type(mask).__name__
-            raise SelectionError(f"protect must hold PruneMasks over the matrices of these scores, got {came}")
-        parts = [mask[name].numpy() + offset for name, offset in zip(self.names, self.offsets, strict=False)]
-        return np.concatenate(parts)
+    def number(self, indices: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """Numbers of some weights, ascending; those of other matrices are left out."""
+        return np.concatenate(
+            [indices[name].numpy() + offset for name, offset in zip(self.names, self.offsets, strict=False)]
+        )
 
     def split(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
         """Ascending numbers to flat indices per matrix; matrices that are not selected get none."""
@@ -127,7 +135,7 @@ class _Demand:
     zero: list[str] = field(default_factory=list)
     short: dict[str, int] = field(default_factory=dict)
 
-    def take(self, lists: Mapping[str, Kept], scope: str) -> np.ndarray:
+    def take(self, lists: Mapping[str, TopScores], scope: str) -> np.ndarray:
         """Numbers of the asked ranks with a score above 0, in no particular order."""
         numbers = self._take_by_matrix(lists) if scope == "matrix" else self._take_global(lists)
         self.selected = len(numbers)
@@ -144,7 +152,7 @@ class _Demand:
         """Counts asked and selected, matrices where the fraction rounds to 0, matrices with too few positive scores."""
         return {"asked": self.asked, "selected": self.selected, "zero": self.zero, "short": self.short}
 
-    def _take_by_matrix(self, lists: Mapping[str, Kept]) -> np.ndarray:
+    def _take_by_matrix(self, lists: Mapping[str, TopScores]) -> np.ndarray:
         parts = [np.empty(0, dtype=np.int64)]
         for name, numel, offset in zip(self.matrices.names, self.matrices.sizes, self.matrices.offsets, strict=False):
             k = int(self.fraction * numel)
@@ -165,7 +173,7 @@ class _Demand:
         self._check_asked("in every matrix", max(self.matrices.sizes))
         return np.concatenate(parts)
 
-    def _take_global(self, lists: Mapping[str, Kept]) -> np.ndarray:
+    def _take_global(self, lists: Mapping[str, TopScores]) -> np.ndarray:
         self.asked = k = int(self.fraction * self.matrices.numel)
         self._check_asked("in all", self.matrices.numel)
         start, stop = self.slice * k, (self.slice + 1) * k
@@ -180,7 +188,7 @@ class _Demand:
         self._prove_exact(kept, values[chosen], numbers[chosen], stop)
         return numbers[chosen & ~_highest(values, start)]
 
-    def _prove_exact(self, kept: list[Kept], values: np.ndarray, numbers: np.ndarray, stop: int) -> None:
+    def _prove_exact(self, kept: list[TopScores], values: np.ndarray, numbers: np.ndarray, stop: int) -> None:
         """No weight that was not kept may come before the last one taken; the floors of the lists show that."""
         full = len(values) == stop
         last, owner = 0.0, 0
@@ -216,7 +224,7 @@ def _least_fraction(numel: int) -> str:
     return f"{float(fraction):.3g}"
 
 
-def _bound_below(kept: list[Kept], rank: int) -> float:
+def _bound_below(kept: list[TopScores], rank: int) -> float:
     """A score that at least ``rank`` kept ones reach, close below the ``rank``-th highest; -inf if there are too few.
 
     From every ``stride``-th entry of each list: such a sample stands for the ``stride`` entries up to it, but the
@@ -251,37 +259,8 @@ def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:
 
 def _check_fraction(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise SelectionError(f"{argument} must be a fraction in (0, 1], got {value!r}")
+        raise SelectionError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
     return float(value)
-
-
-def _check_protect(protect: object) -> tuple[PruneMask, ...]:
-    if protect is None or isinstance(protect, PruneMask):
-        return () if protect is None else (protect,)
-    try:
-        return tuple(protect)
-    except TypeError:
-        raise ArgumentError(f"protect must be an iterable of PruneMasks, got {protect!r}") from None
-
-
-def _check_layers(layers: Iterable[int], scores: Scores) -> list[int]:
-    try:
-        wanted = list(layers)
-    except TypeError:
-        raise SelectionError(f"layers must be an iterable of block indices, got {layers!r}") from None
-    blocks = set(scores.provenance.get("block_of", {}).values())
-    odd = [
-        layer for layer in wanted if isinstance(layer, bool) or not isinstance(layer, Integral) or layer not in blocks
-    ]
-    if odd or not wanted:
-        there = f"{min(blocks)} to {max(blocks)}" if blocks else "not known: the scores have no block_of"
-        raise SelectionError(f"layers must be indices of decoder blocks ({there}), got {odd or 'none'}")
-    return sorted({int(layer) for layer in wanted})
-
-
-def _in_layers(layers: list[int], scores: Scores) -> set[str]:
-    block_of = scores.provenance["block_of"]
-    return {name for name in scores.names if block_of[name] in layers}
 
 
 def _warn(report: Mapping[str, Any]) -> None:

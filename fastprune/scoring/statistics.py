@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from fastprune import ops
-from fastprune.model.eligible import Matrix
+from fastprune.model.block_view import Batch
 from fastprune.model.experts import ExpertTokens
-from fastprune.model.view import Batch
+from fastprune.model.matrices import Matrix
 from fastprune.scoring.criteria import GRADIENT_STATISTICS
 from fastprune.scoring.overflow import NotFiniteError
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,14 +20,11 @@ import torch
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, ScoringError
-
-SMALL_MATRIX = 16_384  # entries kept of each matrix whatever the fraction, so that tiny models lose nothing ...
-SMALL_BYTES = 1 << 30  # ... as long as all lists together stay below this
-ENTRY_BYTES = 12  # int64 index, float32 value
+from fastprune.planning.list_lengths import local_counts
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class TopScores:
     """The best-scored weights of one matrix: a prefix of the order by descending score, ties by ascending index.
 
     Attributes:
@@ -66,38 +63,16 @@ class Kept:
         find = bisect_right if equal else bisect_left
         return find(self.arrays[1], -threshold, key=operator.neg)
 
-    def prefix(self, length: int) -> Kept:
+    def prefix(self, length: int) -> TopScores:
         """The first ``length`` entries as a list of their own."""
         if length >= len(self):
             return self
         # cloned: a view would keep the whole list in memory
         values = self.values[:length].clone()
-        return Kept(self.indices[:length].clone(), values, self.numel, float(self.values[length]))
+        return TopScores(self.indices[:length].clone(), values, self.numel, float(self.values[length]))
 
 
-def _local_counts(sizes: Sequence[int], fraction: float, n_lists: int) -> list[int]:
-    """Entries kept of each matrix for its own sake."""
-    local = [math.ceil(fraction * n) for n in sizes]
-    raised = [max(k, min(n, SMALL_MATRIX)) for k, n in zip(local, sizes, strict=True)]
-    return raised if n_lists * ENTRY_BYTES * sum(raised) < SMALL_BYTES else local
-
-
-def kept_bytes(sizes: Sequence[int], first: int = 0, fraction: float = 1e-3, n_lists: int = 2) -> int:
-    """Memory of the lists of so many keepers over matrices of these sizes, global candidates included.
-
-    With ``first``, of the matrices from that one on: a pass goes backward, so these are the ones it has kept by then.
-    """
-    own = sum(_local_counts(sizes, fraction, n_lists)[first:])
-    of_all = min(math.ceil(fraction * sum(sizes)), sum(sizes[first:]))
-    return n_lists * ENTRY_BYTES * (own + of_all)
-
-
-def stored_bytes(sizes: Sequence[int], fractions: Sequence[float]) -> int:
-    """Least size on disk of the lists of all matrices, one list of each for every fraction."""
-    return sum(ENTRY_BYTES * sum(_local_counts(sizes, fraction, len(fractions))) for fraction in fractions)
-
-
-class Keeper:
+class TopScoresCollector:
     """Collects the lists of one criterion over one calibration set.
 
     Kept of a matrix of n weights: ``ceil(fraction * n)``, raised to ``min(n, 16384)`` if that fits (see
@@ -123,13 +98,15 @@ class Keeper:
         self.sizes = dict(sizes)
         self._backend = backend
         self._n_global = math.ceil(fraction * sum(self.sizes.values()))
-        self._n_local = dict(zip(self.sizes, _local_counts(list(self.sizes.values()), fraction, n_lists), strict=True))
-        self._kept: dict[str, Kept] = {}
+        self._n_local = dict(zip(self.sizes, local_counts(list(self.sizes.values()), fraction, n_lists), strict=True))
+        self._kept: dict[str, TopScores] = {}
         # Scores below this one cannot be among the n_global highest. It only rises, so a stale one is merely generous.
         self._threshold = -math.inf
         self._fresh = 0  # candidates added since the threshold was taken
 
-    def add(self, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], criterion: str) -> dict[str, Kept]:
+    def add(
+        self, matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], criterion: str
+    ) -> dict[str, TopScores]:
         """Form the scores of some matrices and keep the best.
 
         Together they say how high a score has to be. As soon as there are as many as the whole model may keep, only a
@@ -157,7 +134,7 @@ class Keeper:
             ks = {name: min(self.sizes[name], ask + 1) for name, ask in asks.items()}
             asked = {name: matrices[name] for name in asks}
             for name, best in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
-                found = Kept(*(tensor.cpu() for tensor in best), self.sizes[name], -math.inf)
+                found = TopScores(*(tensor.cpu() for tensor in best), self.sizes[name], -math.inf)
                 lowest[name] = float(found.values[-1]) if len(found) else -math.inf
                 enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
                 self._kept[name] = found.prefix(enough)
@@ -169,7 +146,7 @@ class Keeper:
             }
         return {name: self._kept[name] for name in matrices}
 
-    def insert(self, name: str, kept: Kept) -> None:
+    def insert(self, name: str, kept: TopScores) -> None:
         """Add a list that was formed before (by a keeper of the same settings), e.g. one read from a journal.
 
         Raises:
@@ -182,11 +159,11 @@ class Keeper:
             self._trim()
 
     @property
-    def so_far(self) -> dict[str, Kept]:
+    def so_far(self) -> dict[str, TopScores]:
         """The lists that are there."""
         return dict(self._kept)
 
-    def finish(self) -> dict[str, Kept]:
+    def finish(self) -> dict[str, TopScores]:
         """The lists in model order.
 
         Raises:
@@ -215,7 +192,7 @@ class Keeper:
     def _is_candidate(self, value: float) -> bool:
         return value >= self._threshold and value > 0
 
-    def _candidates(self, kept: Kept) -> int:
+    def _candidates(self, kept: TopScores) -> int:
         return min(kept.above(self._threshold, equal=True), kept.above(0.0, equal=False))
 
     def _trim(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastprune.model.adapters import unwrap
-from fastprune.model.eligible import eligible_matrices
+from fastprune.model.matrices import eligible_matrices
 
 
 class StayDouble(TorchFunctionMode):

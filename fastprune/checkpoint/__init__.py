@@ -1,0 +1,1 @@
+"""Files of a model on disk: load, stream, patch and undo."""
