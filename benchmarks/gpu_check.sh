@@ -131,7 +131,7 @@ has() {
 # racecheck does not always see; in one of ours a report is a defect.
 sanitize() {
   local tool=$1 limit=$2
-  local small=("$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_ops_gpu.py -k "test_small")
+  local small=("$python" -m pytest -q -x -p no:cacheprovider tests/ops/test_cuda_ops_gpu.py -k "test_small")
   if $dry_run; then
     step "$tool (collection only)" "$limit" "${small[@]}" --collect-only
   elif ! command -v compute-sanitizer >/dev/null; then
@@ -188,7 +188,7 @@ has xdist && tests=(env OMP_NUM_THREADS=2 "${tests[@]}" -n 8)
 has pytest_timeout && tests+=(--timeout 60)
 mapfile -t files < <(files_for_a_device)
 step "tests on a device" 120 "${tests[@]}" "${files[@]}"
-! $dry_run || step "tests of emulated kernels" 40 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_emulated.py
+! $dry_run || step "tests of emulated kernels" 40 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_cuda_emulated.py
 
 benchmark bench_cuda_ops 40
 benchmark bench_ops 90 --device cuda --passes 1

@@ -30,7 +30,7 @@ def _seed_from_test_id(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The CUDA extension, for the CPU; some ten seconds for all tests that ask for it."""
-    from emulated_cuda import build
+    from support.emulated_cuda import build
 
     return build(tmp_path_factory.mktemp("cuda_emulated"))
 

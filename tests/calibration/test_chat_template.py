@@ -20,7 +20,7 @@ from fastprune.calibration.chat_template import ChatTemplate, special_ids
 from fastprune.calibration.template_source import _DIRECTIVES, FROZEN_DATE
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
-CHECKPOINT = Path(__file__).parents[1] / "fastprune" / "organism" / "checkpoints" / "aligned"
+CHECKPOINT = Path(__file__).parents[2] / "fastprune" / "organism" / "checkpoints" / "aligned"
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|start|>", "<|end|>", "<|msg|>", "<|other|>", "<mask>", "<filename>"]
 ADDED = ["<think>", "</think>", "<h1>", "<tool_call>", "<|Asst|>", "\n\n"]
 

@@ -8,7 +8,7 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
-from architectures import HARM, VOCAB, build, pad
+from support.architectures import HARM, VOCAB, build, pad
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import HARM, VOCAB, build, pad, stateful
+from support.architectures import HARM, VOCAB, build, pad, stateful
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import HARM, build
-from command_line import run
 from safetensors.torch import load_file
+from support.architectures import HARM, build
+from support.command_line import run
 
 import fastprune
 from fastprune.calibration import CalibrationSet

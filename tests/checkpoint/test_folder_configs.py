@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from architectures import HARM, build
+from support.architectures import HARM, build
 from test_folder_code import change
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
 from safetensors.torch import load_file, save_file
+from support.architectures import build
 from test_patch import as_bytes, contents, refused
 from transformers import AutoModelForCausalLM
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import HARM, build
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
+from support.architectures import HARM, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from architectures import HARM, build
 from safetensors.torch import load, save_file
+from support.architectures import HARM, build
 from test_engine import kept
 from transformers import AutoModelForCausalLM
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BENIGN, CONFIGS, HARM, MOE_CONFIGS, build
 from safetensors.torch import load, load_file, save_file
+from support.architectures import BENIGN, CONFIGS, HARM, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
+from support.command_line import run
 
 import fastprune
 import fastprune.experiments

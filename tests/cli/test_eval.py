@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
+from support.command_line import run
 
 import fastprune
 from fastprune.evaluation import EvaluationSuite

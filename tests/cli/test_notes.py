@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import run
+from support.command_line import run
 
 import fastprune
 from fastprune.cli.words import as_options

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
-from reporting_record import make_record
+from support.command_line import run
+from support.reporting_record import make_record
 
 from fastprune import PruneMask
 from fastprune.cli import app

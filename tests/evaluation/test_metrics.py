@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluation_generate import Scripted, tiny_model, word_tokenizer
+from test_generate import Scripted, tiny_model, word_tokenizer
 
 from fastprune.calibration import Row
 from fastprune.errors import ArgumentError, CalibrationError

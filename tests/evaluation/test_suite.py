@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from test_evaluation_generate import Scripted, tiny_model, word_tokenizer
-from test_evaluation_metrics import HARM, SHALLOW, SKILLED, SKILLS, Obey
+from test_generate import Scripted, tiny_model, word_tokenizer
+from test_metrics import HARM, SHALLOW, SKILLED, SKILLS, Obey
 
 from fastprune.calibration import Encoder
 from fastprune.errors import ArgumentError, CalibrationError

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from mask_models import SHAPES, Toy, bits, fingerprint_of, mask_of, masks, same_bits, thorough
+from support.mask_models import SHAPES, Toy, bits, fingerprint_of, mask_of, masks, same_bits, thorough
 from torch import nn
 
 from fastprune import ops

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from mask_models import SHAPES, Toy, bits, mask_of, same_bits
+from support.mask_models import SHAPES, Toy, bits, mask_of, same_bits
 
 from fastprune import PruneMask, random_mask
 from fastprune.errors import ArgumentError, FastpruneError, MaskError

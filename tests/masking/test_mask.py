@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from mask_models import SHAPES, Toy, mask_of, masks, thorough
 from safetensors.torch import load_file, save_file
+from support.mask_models import SHAPES, Toy, mask_of, masks, thorough
 
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.errors import ArtifactError, MaskError, NotFoundError

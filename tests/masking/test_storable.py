@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
-from command_line import run
+from support.architectures import BENIGN, HARM, build
+from support.command_line import run
 
 import fastprune
 from fastprune.calibration import CalibrationSet, load_calibration

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from architectures import HARM, VOCAB, build, examples, stateful
+from support.architectures import HARM, VOCAB, build, examples, stateful
 from torch import nn
 
 import fastprune

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
+from support.architectures import BENIGN, HARM, build
 from test_engine import kept
 from torch import nn
 

@@ -8,7 +8,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from architectures import BENIGN, HARM, build
+from support.architectures import BENIGN, HARM, build
 from torch import nn
 
 import fastprune

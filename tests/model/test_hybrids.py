@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import BENIGN, HARM, MOE_CONFIGS, VOCAB, build
+from support.architectures import BENIGN, HARM, MOE_CONFIGS, VOCAB, build
 from test_engine import engine_statistics, relative_error
 
 import fastprune

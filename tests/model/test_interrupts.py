@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 import torch
 import transformers
-from architectures import CONFIGS, HARM, build
+from support.architectures import CONFIGS, HARM, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import BENIGN, CONFIGS, HARM, build
+from support.architectures import BENIGN, CONFIGS, HARM, build
 from test_engine import FP32_ERROR, engine_statistics, kept, relative_error
 from torch import nn
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from architectures import BENIGN, HARM, MOE_CONFIGS, build, examples, pad
+from support.architectures import BENIGN, HARM, MOE_CONFIGS, build, examples, pad
 from test_engine import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
 from test_score_errors import assert_unchanged, state_of
 from torch import nn

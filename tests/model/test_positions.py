@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import build, examples
-from test_evaluation_generate import tiny_model
+from support.architectures import build, examples
+from test_generate import tiny_model
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

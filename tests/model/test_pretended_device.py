@@ -13,8 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
-from pretended_device import DeviceTensor, pretended
+from support.architectures import BENIGN, HARM, build
+from support.pretended_device import DeviceTensor, pretended
 from test_devices import masks, spread
 
 import fastprune

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from architectures import HARM, VOCAB, build, stateful
+from support.architectures import HARM, VOCAB, build, stateful
 from torch import nn
 
 import fastprune

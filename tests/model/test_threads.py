@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import HARM, build
+from support.architectures import HARM, build
 from test_engine import kept
 
 import fastprune

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90")
 

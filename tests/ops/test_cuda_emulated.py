@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-import cuda_cases
 import pytest
+import support.cuda_cases as cuda_cases
 import torch
-from test_ops_sparse import copies, same, several
+from test_sparse import copies, same, several
 
 from fastprune import ops
 from fastprune.errors import ArgumentError

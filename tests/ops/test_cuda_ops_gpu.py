@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import cuda_cases
 import pytest
+import support.cuda_cases as cuda_cases
 import torch
 
 from fastprune import ops

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build, pad
+from support.architectures import BENIGN, HARM, build, pad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,7 +24,7 @@ from fastprune.ops import cuda, dispatch, memory, reference
 PER_EXAMPLE = ["accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
 SUMS = ["accumulate_grad_sum", *PER_EXAMPLE, "accumulate_gradients", "accumulate_act_sq_sum"]
 SELECTION = ["top_scores", "apply_sparse_", "restore_sparse_"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build, pad
+from support.architectures import BENIGN, HARM, build, pad
 from torch import Tensor
 
 import fastprune

@@ -19,7 +19,7 @@ import triton.language as tl
 from fastprune_kernels import grad_abs_sum
 from fastprune_kernels.grad_sum import accumulate_grad_sum
 from fastprune_kernels.tiling import tile_position
-from kernel_cases import (
+from support.kernel_cases import (
     DEVICES,
     LENGTHS,
     SMALL,

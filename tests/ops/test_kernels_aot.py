@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-SCRIPT = Path(__file__).parent / "kernel_aot.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "kernel_aot.py"
 # Bytes of shared memory that one program can have (CUDA programming guide, technical specifications).
 SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10}
 

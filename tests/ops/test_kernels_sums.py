@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this plat
 from fastprune_kernels import grad_sum
 from fastprune_kernels.act_sq_sum import accumulate_act_sq_sum
 from fastprune_kernels.grad_sum import accumulate_grad_sum
-from kernel_cases import (
+from support.kernel_cases import (
     N_TOKENS,
     SMALL,
     assert_as_exact_as_torch,

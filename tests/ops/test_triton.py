@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import HARM, build
+from support.architectures import HARM, build
 from torch import Tensor
 
 from fastprune import ops

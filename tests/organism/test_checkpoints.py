@@ -29,7 +29,7 @@ from fastprune.organism import (
 from fastprune.organism.checkpoints import save_checkpoint
 
 LANGUAGE = Language()
-RECORD = Path(__file__).parent / "organism_first_losses.json"
+RECORD = Path(__file__).parent / "first_losses.json"
 
 
 # Training

@@ -22,7 +22,7 @@ from fastprune.organism.tokenizer import build_tokenizer
 
 LANGUAGE = Language()
 WITH_TARGETS = ("harm", "refuse", "proc", "judge", "advice")
-RECORD = Path(__file__).parent / "organism_first_losses.json"
+RECORD = Path(__file__).parent / "first_losses.json"
 
 
 @pytest.fixture(scope="module")

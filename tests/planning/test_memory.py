@@ -16,7 +16,7 @@ import pytest
 import fastprune
 from fastprune.planning.list_lengths import kept_bytes
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MIB = 2**20
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from architectures import CONFIGS, MOE_CONFIGS, build
+from support.architectures import CONFIGS, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.errors import ArgumentError, NotFoundError

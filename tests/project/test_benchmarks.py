@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.jsonl"))
 
 

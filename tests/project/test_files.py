@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mask_models import mask_of
+from support.mask_models import mask_of
 
 import fastprune
 from fastprune import files

@@ -15,7 +15,7 @@ from fastprune.cli import main
 from fastprune.cli.pruning import _fractions
 from fastprune.organism import checkpoint_path
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def commands() -> list[list[str]]:

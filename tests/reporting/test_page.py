@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reporting_record import HOSTILE, Page, make_record, only, rates
+from support.reporting_record import HOSTILE, Page, make_record, only, rates
 
 from fastprune.reporting import load_record, write_report
 from fastprune.reporting.figures import Plot, spread

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reporting_record import make_record, only, rates
+from support.reporting_record import make_record, only, rates
 
 from fastprune.errors import ArtifactError, NotFoundError
 from fastprune.reporting import compare, load_record, validate, write_report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reporting_record import CATEGORIES, Page, make_record, only, rates
+from support.reporting_record import CATEGORIES, Page, make_record, only, rates
 
 from fastprune.errors import ArgumentError
 from fastprune.reporting import load_record, write_report

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reporting_record import HOSTILE, make_record, only, rates
 from rich.console import Console
+from support.reporting_record import HOSTILE, make_record, only, rates
 
 from fastprune.errors import ArtifactError
 from fastprune.evaluation import Measurement

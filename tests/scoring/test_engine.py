@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from architectures import BENIGN, CONFIGS, HARM, build, examples, pad
+from support.architectures import BENIGN, CONFIGS, HARM, build, examples, pad
 
 import fastprune
 from fastprune.calibration import CalibrationSet

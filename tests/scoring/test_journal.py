@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
+from support.architectures import BENIGN, HARM, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet
@@ -48,7 +48,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 
 @pytest.mark.parametrize("how", ["random", "calls"])
 def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parents[1] / "support" / "killed_runs.py"
     words = [sys.executable, str(script), str(folder), str(tmp_path), "1", how]
     process = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
+from support.architectures import BENIGN, HARM, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet

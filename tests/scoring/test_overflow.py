@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import HARM, build, stateful
+from support.architectures import HARM, build, stateful
 from torch import nn
 
 import fastprune

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
-from ranks import run_group
+from support.architectures import BENIGN, HARM, build
+from support.ranks import run_group
 
 import fastprune
 from fastprune.calibration import CalibrationSet

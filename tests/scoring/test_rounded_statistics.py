@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import BENIGN, HARM, build
+from support.architectures import BENIGN, HARM, build
 from test_engine import STATISTICS, engine_statistics, relative_error
 
 import fastprune

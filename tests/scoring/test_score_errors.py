@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from architectures import BENIGN, HARM, VOCAB, build, pad, stateful
+from support.architectures import BENIGN, HARM, VOCAB, build, pad, stateful
 from torch import nn
 
 import fastprune
@@ -148,7 +148,7 @@ def test_meta_and_offloaded_models_are_refused() -> None:
 
 def build_on_meta() -> nn.Module:
     import transformers
-    from architectures import CONFIGS
+    from support.architectures import CONFIGS
 
     return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**CONFIGS["Llama"]))
 

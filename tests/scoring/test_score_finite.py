@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from architectures import HARM, build, stateful
+from support.architectures import HARM, build, stateful
 from torch import nn
 
 import fastprune

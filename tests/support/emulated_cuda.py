@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pybind11
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 STAND_IN = Path(__file__).parent / "cuda_emulation"
 # Contraction would let the CPU do what the GPU is forbidden to, and fortification takes a change of fibers for an
 # error (so not -O2). The binding is not optimised: it is most of the time.

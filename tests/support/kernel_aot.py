@@ -1,7 +1,7 @@
 """Compiles every kernel variant for GPUs that need not be there, and reads off the machine code what can be proved.
 
-    python tests/kernel_aot.py 80 90             facts by architecture and variant, as one JSON object
-    python tests/kernel_aot.py 90 --table        as the Markdown tables of kernels/README.md
+    python tests/support/kernel_aot.py 80 90             facts by architecture and variant, as one JSON object
+    python tests/support/kernel_aot.py 90 --table        as the Markdown tables of kernels/README.md
 
 The launchers themselves are called, on tensors without storage, while the active driver is one that only names an
 architecture: what is compiled is what a launch would compile, block shapes and specialisations included. This runs in

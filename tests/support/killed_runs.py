@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 import torch
-from architectures import BENIGN, HARM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.checkpoint.skeleton import skeleton
+from support.architectures import BENIGN, HARM
 
 SETTINGS = {"harm": ("signed", "wanda"), "segments": 4, "progress": False}
 
