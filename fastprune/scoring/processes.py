@@ -81,7 +81,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for the others, and learn whether one of them failed; see :meth:`all_gather`."""
-        self.gather(None)
+        self.all_gather(None)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ class Processes:
         Raises:
             ArgumentError: Some fact differs; names it and the process.
         """
-        for rank, other in enumerate(self.gather(dict(facts))):
+        for rank, other in enumerate(self.all_gather(dict(facts))):
             for name in {**facts, **other}:
                 if other.get(name) != facts.get(name):
                     self._parted = True  # who is not like all the others is refused on all of them
@@ -132,7 +132,7 @@ class Processes:
     def sharing(self, device: torch.device) -> int:
         """How many processes of this run have their model on the same device of the same machine."""
         here = (socket.gethostname(), str(device))
-        return self.gather(here).count(here)
+        return self.all_gather(here).count(here)
 
     def _exchange(self, value: Any, failure: str | None) -> list[Any]:
         answers: list[Any] = [None] * self.size

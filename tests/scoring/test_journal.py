@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,9 +49,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 
 @pytest.mark.parametrize("how", ["random", "calls"])
 def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "support" / "killed_runs.py"
+    tests = Path(__file__).parents[1]
+    script = tests / "support" / "killed_runs.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
     words = [sys.executable, str(script), str(folder), str(tmp_path), "1", how]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["same"]
