@@ -53,7 +53,7 @@ class Streamed(Weights):
     streamed = True
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        self.folder, self.device = Path(folder), device
+        self.folder, self._device = Path(folder), device
         self.model, recipes, self._stored = skeleton(folder, dtype)
         self._groups: dict[Group, list[_Parameter]] = {}
         self._reserved: list[_Parameter] = []
@@ -61,6 +61,11 @@ class Streamed(Weights):
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastprune-read")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sort(recipes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._device
 
     def _sort(self, recipes: dict[str, Recipe]) -> None:
         """Sort parameters into groups; load at once what belongs to none."""

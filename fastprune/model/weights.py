@@ -27,13 +27,16 @@ class Weights(abc.ABC):
 
     Attributes:
         model: The model; parameters that are not held may be on the meta device.
-        device: Where token ids go.
         streamed: Whether weights are in memory only while they are held.
     """
 
     model: nn.Module
-    device: torch.device
     streamed: bool
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where token ids go."""
 
     @abc.abstractmethod
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
@@ -62,7 +65,11 @@ class Resident(Weights):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
 
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
         """All are there at all times."""

@@ -138,9 +138,6 @@ class Scores:
             FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than
                 asked.
         """
-        criteria = {"harm": harm or self.criteria["harm"][0]}
-        if p is not None:
-            criteria["benign"] = benign or self.criteria["benign"][0]
         layers = None if layers is None else self._checked_layers(layers)
         masks = self._checked_protect(protect)
         chosen = select(
@@ -154,6 +151,9 @@ class Scores:
             slice=slice,
             protect=masks,
         )
+        criteria = {"harm": harm or self.criteria["harm"][0]}
+        if p is not None:
+            criteria["benign"] = benign or self.criteria["benign"][0]
         model = self.provenance.get("model")
         fingerprint = model.get("fingerprint") if isinstance(model, dict) else None
         metadata = {key: value for key, value in self.provenance.items() if key != "block_of"} | {

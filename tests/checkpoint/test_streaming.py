@@ -18,7 +18,7 @@ from fastprune.checkpoint import skeleton
 from fastprune.checkpoint.load import load_model
 from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError, ArtifactError, ModelError
-from fastprune.model import self_check, weights
+from fastprune.model import self_check
 from fastprune.model.weights import EMBEDDING, HEAD
 
 SETS = (CalibrationSet(HARM).loader(24), CalibrationSet(BENIGN).loader(24))
@@ -233,7 +233,7 @@ def test_a_shard_that_ends_during_the_run(tmp_path: Path, monkeypatch: pytest.Mo
             shard.write_bytes(b"")
         return real(self, groups, then)
 
-    monkeypatch.setattr(weights.Streamed, "held", cut_then_held)
+    monkeypatch.setattr(streamed.Streamed, "held", cut_then_held)
     with pytest.raises(ArtifactError, match="ended while it was read"):
         score(folder, 2)
 

@@ -196,9 +196,9 @@ def test_more_may_be_asked_where_what_was_not_kept_is_not_above_zero():
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.0001, math.nan, math.inf, True, "0.1", [0.1]])
 def test_fractions_outside_0_1_are_refused(value):
     scores = make_scores(random_dense(100), random_dense(100))
-    with pytest.raises(SelectionError, match=r"q must be a fraction in \(0, 1\]"):
+    with pytest.raises(SelectionError, match=r"q: expected a fraction in \(0, 1\]"):
         scores.select(None, value)
-    with pytest.raises(SelectionError, match=r"p must be a fraction in \(0, 1\]"):
+    with pytest.raises(SelectionError, match=r"p: expected a fraction in \(0, 1\]"):
         scores.select(value, 0.1)
     with pytest.raises(ValueError):
         scores.select(None, None)
@@ -206,20 +206,20 @@ def test_fractions_outside_0_1_are_refused(value):
 
 def test_other_arguments_are_checked():
     scores = make_scores(random_dense(100, 100), random_dense(100, 100))
-    with pytest.raises(ArgumentError, match=r"scope must be one of \('matrix', 'global'\), got 'layer'"):
+    with pytest.raises(ArgumentError, match=r"scope: expected one of matrix, global, got 'layer'"):
         scores.select(0.1, 0.1, scope="layer")
     for value in (-1, 0.5, True, None):
-        with pytest.raises(ArgumentError, match="slice must be an integer of 0 or more"):
+        with pytest.raises(ArgumentError, match="slice: expected an integer of 0 or more"):
             scores.select(0.1, 0.1, slice=value)
     for value in ([1], [-1], [0, 7], [0.0], [True], [], "0"):
-        with pytest.raises(SelectionError, match=r"layers must be indices of decoder blocks \(0 to 0\)"):
+        with pytest.raises(SelectionError, match=r"layers: expected indices of decoder blocks \(0 to 0\)"):
             scores.select(0.1, 0.1, layers=value)
-    with pytest.raises(SelectionError, match="layers must be an iterable of block indices, got 0"):
+    with pytest.raises(SelectionError, match="layers: expected an iterable of block indices, got 0"):
         scores.select(0.1, 0.1, layers=0)
     with pytest.raises(SelectionError, match="harm criterion must be one of"):
         scores.select(0.1, 0.1, harm="wanda")
     for value in ([PruneMask({"m0": torch.tensor([0])}, {"m0": (2, 2)})], [{"m0": torch.tensor([0])}], ["m0"]):
-        with pytest.raises(SelectionError, match="protect must hold PruneMasks over the matrices of these scores"):
+        with pytest.raises(SelectionError, match="protect: expected PruneMasks over the matrices of these scores"):
             scores.select(0.1, 0.1, protect=value)
 
 

@@ -39,7 +39,7 @@ def test_nothing_to_protect_may_be_none():
     mask = scores.select(None, 0.1, protect=None)
     assert mask == scores.select(None, 0.1) and mask.metadata["protect"] == []
     assert scores.select(None, 0.1, protect=mask).total == 0  # a mask is an iterable, too, of names
-    with pytest.raises(ArgumentError, match="protect must be an iterable of PruneMasks, got 3"):
+    with pytest.raises(ArgumentError, match="protect: expected an iterable of PruneMasks, got 3"):
         scores.select(None, 0.1, protect=3)
 
 
@@ -49,5 +49,5 @@ def test_a_slice_may_be_an_integer_of_numpy(tmp_path):
     assert mask == scores.select(None, 0.1, slice=2) and type(mask.metadata["slice"]) is int
     mask.save(tmp_path / "a.mask")
     for value in (True, np.bool_(True), np.float64(2), np.int64(-1)):
-        with pytest.raises(ArgumentError, match="slice must be an integer of 0 or more"):
+        with pytest.raises(ArgumentError, match="slice: expected an integer of 0 or more"):
             scores.select(None, 0.1, slice=value)
