@@ -14,7 +14,7 @@ from support.architectures import BENIGN, CONFIGS, HARM, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.calibration import CalibrationSet
-from fastprune.checkpoint import skeleton
+from fastprune.checkpoint import skeleton, streamed
 from fastprune.checkpoint.load import load_model
 from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError, ArtifactError, ModelError
