@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+pytest.register_assert_rewrite("support")  # a failed assertion there shows its values, as one in a test does
 
 
 @pytest.fixture(autouse=True)

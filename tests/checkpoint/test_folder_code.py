@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.architectures import HARM, build
+from support.checkpoints import change
 from support.command_line import run
 
 import fastprune
@@ -52,11 +52,6 @@ def folder(tmp_path: Path, marker: Path) -> Path:
     (folder / "custom_generate").mkdir()
     shutil.copy(folder / "theirs.py", folder / "custom_generate" / "generate.py")
     return folder
-
-
-def change(folder: Path, name: str = "config.json", **values: object) -> None:
-    file = folder / name
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 CALLS: dict[str, Callable[[Path], object]] = {

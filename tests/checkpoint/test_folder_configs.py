@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.architectures import HARM, build
-from test_folder_code import change
+from support.checkpoints import change
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 import fastprune

@@ -11,33 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.checkpoints import as_bytes, contents, mask_for, refused
 from transformers import AutoModelForCausalLM
 
 from fastprune.checkpoint import changes, patch
 from fastprune.checkpoint.patch import patch_checkpoint, patch_in_place, undo_patch
 from fastprune.checkpoint.undo_file import UNDO_NAME
 from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning, MaskError, NotFoundError
-from fastprune.masking.apply import matrices_of
 from fastprune.masking.mask import PruneMask
-from fastprune.model.fingerprint import fingerprint
-
-
-def mask_for(model: torch.nn.Module) -> PruneMask:
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
-    generator = torch.Generator().manual_seed(1)
-    indices = {
-        name: torch.randperm(math.prod(shape), generator=generator)[: 5 if "mlp" in name else 0].sort().values
-        for name, shape in shapes.items()
-    }
-    return PruneMask(indices, shapes, {"fingerprint": fingerprint(matrices_of(model, shapes))})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def as_bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -158,17 +139,6 @@ def test_only_the_masked_numbers_are_read(model, tmp_path, monkeypatch):
     monkeypatch.setattr(changes.ops, "apply_sparse_", spy)
     patch_checkpoint(tmp_path / "in", mask, tmp_path / "out")
     assert sizes == [5] * 6
-
-
-def refused(
-    tmp_path: Path, error: type[BaseException], message: str | None, mask: PruneMask, **options: object
-) -> None:
-    """The call fails with this message, and neither folder shows any trace of it."""
-    before = contents(tmp_path)
-    with pytest.raises(error, match=message):
-        patch_checkpoint(tmp_path / "in", mask, tmp_path / "out", **options)
-    assert contents(tmp_path) == before
-    assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
 
 def test_checkpoints_that_the_mask_does_not_fit_are_refused(model, tmp_path):

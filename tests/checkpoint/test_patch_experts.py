@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.architectures import build
-from test_patch import as_bytes, contents, refused
+from support.checkpoints import as_bytes, contents, refused
 from transformers import AutoModelForCausalLM
 
 import fastprune

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_patch import contents, mask_for
+from support.checkpoints import contents, mask_for
 
 import fastprune
 from fastprune.checkpoint import byte_edits

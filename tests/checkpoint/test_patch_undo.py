@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_patch import contents, mask_for
+from support.checkpoints import contents, mask_for
 from transformers import AutoModelForCausalLM
 
 import fastprune

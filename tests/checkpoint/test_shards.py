@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load, save_file
 from support.architectures import HARM, build
-from test_engine import kept
+from support.statistics import kept
 from transformers import AutoModelForCausalLM
 
 import fastprune

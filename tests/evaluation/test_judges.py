@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_generate import word_tokenizer
+from support.generation import word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_generate import ARCHITECTURES, tiny_model, word_tokenizer
+from support.generation import ARCHITECTURES, tiny_model, word_tokenizer
 
 from fastprune.errors import ArgumentError, CalibrationError, ScoringError
 from fastprune.evaluation import perplexity

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import peft
 import pytest
 import torch
-from test_generate import tiny_model, word_tokenizer
+from support.generation import tiny_model, word_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from test_generate import Scripted, tiny_model, word_tokenizer
-from test_metrics import HARM, SHALLOW, SKILLED, SKILLS, Obey
+from support.evaluation_rows import HARM, SHALLOW, SKILLED, SKILLS, Obey
+from support.generation import Scripted, tiny_model, word_tokenizer
 
 from fastprune.calibration import Encoder
 from fastprune.errors import ArgumentError, CalibrationError

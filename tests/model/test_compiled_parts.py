@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
-from test_engine import kept
+from support.statistics import kept
 from torch import nn
 
 import fastprune

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from support.architectures import BENIGN, HARM, MOE_CONFIGS, build, examples, pad
-from test_engine import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
-from test_score_errors import assert_unchanged, state_of
+from support.model_state import assert_unchanged, state_of
+from support.statistics import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
 from torch import nn
 from transformers.integrations import moe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.architectures import build, examples
-from test_generate import tiny_model
+from support.generation import tiny_model
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
+from support.devices import masks, spread
 from support.pretended_device import DeviceTensor, pretended
-from test_devices import masks, spread
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from support.architectures import HARM, build
-from test_engine import kept
+from support.statistics import kept
 from torch import nn
 from transformers import FineGrainedFP8Config, Mxfp4Config
 

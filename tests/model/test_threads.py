@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.architectures import HARM, build
-from test_engine import kept
+from support.statistics import kept
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

@@ -6,41 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from support.accumulation import BACKENDS, DTYPES, GOOD, LENGTHS, N_TOKENS, STARTS, arguments, error, exact
 
 from fastprune import ops
 from fastprune.errors import ArgumentError
 from fastprune.ops import cpp, reference
 
-BACKENDS = [name for name in ("torch", "cpp") if ops.available_backends()[name] == "available"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (3, 5), (17, 129), (130, 64), (0, 4), (4, 0)]  # (out, in)
 PRODUCT_OPS = ["accumulate_grad_sum", "accumulate_grad_abs_sum", "accumulate_grad_sq_sum"]
 PER_EXAMPLE_OPS = PRODUCT_OPS[1:]
-# An empty example, tokens 29 to 33 in no example, and examples that do not stand in the order of their tokens.
-STARTS, LENGTHS, N_TOKENS = torch.tensor([7, 0, 5, 34]), torch.tensor([22, 7, 0, 6]), 40
-
-
-def sliced(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """A tensor that is a window of a larger one, with a gap after each row and before the first."""
-    return torch.randn(rows + 1, cols + 5).to(dtype)[1:, 2 : 2 + cols]
-
-
-def arguments(op: str, out: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    tensors = (sliced(N_TOKENS, out, dtype), sliced(N_TOKENS, inner, dtype))
-    return tensors if op == "accumulate_grad_sum" else (*tensors, STARTS, LENGTHS)
-
-
-def exact(op: str, start: Tensor, args: tuple[Tensor, ...]) -> Tensor:
-    acc = start.to(torch.float64, copy=True)
-    getattr(reference, op)(acc, *args)
-    return acc
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Norm-wise relative error."""
-    norm = float(wanted.norm())
-    return float((found.double() - wanted).norm()) / norm if norm else float(found.double().norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -237,15 +211,6 @@ def test_number_of_threads_changes_no_bit_of_act_sq_sum(backend):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
-
-
-GOOD = {
-    "acc": torch.zeros(3, 5),
-    "dy": torch.zeros(4, 3),
-    "x": torch.zeros(4, 5),
-    "starts": torch.tensor([0, 2]),
-    "lengths": torch.tensor([2, 2]),
-}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import support.cuda_cases as cuda_cases
 import torch
-from test_sparse import copies, same, several
+from support.sparse import copies, same, several
 
 from fastprune import ops
 from fastprune.errors import ArgumentError

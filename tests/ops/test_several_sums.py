@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_accumulate import BACKENDS, GOOD, LENGTHS, N_TOKENS, STARTS, arguments, error, exact
+from support.accumulation import BACKENDS, GOOD, LENGTHS, N_TOKENS, STARTS, arguments, error, exact
 
 from fastprune import ops
 from fastprune.errors import ArgumentError

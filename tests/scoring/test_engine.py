@@ -7,25 +7,13 @@ import functools
 import pytest
 import torch
 from support.architectures import BENIGN, CONFIGS, HARM, build, examples, pad
+from support.statistics import FP32_ERROR, assert_same_set, engine_statistics, kept, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.model.block_view import BlockView, tokens_per_chunk
-from fastprune.model.frozen import frozen_eval
-from fastprune.model.matrices import decoder_blocks
-from fastprune.model.self_check import checked_view
-from fastprune.model.weights import Resident
 from fastprune.planning.segments import split_blocks
-from fastprune.scoring.activation_store import ActivationStore
-from fastprune.scoring.engine import Pass, ScoringSet
-from fastprune.scoring.processes import Processes
 from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
-
-STATISTICS = ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum")
-
-# Norm-wise relative error of float32 statistics per matrix. Forward and backward of a few blocks carry some tens of
-# roundings of 6e-8 each; the rotary tables and norms of the models add as much again.
-FP32_ERROR = 1e-5
 
 
 @functools.cache
@@ -33,25 +21,6 @@ def truth(name: str, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, 
     """The oracle's statistics of both sets, computed once an architecture."""
     model = build(name, dtype=dtype)
     return {"harm": oracle_statistics(model, HARM), "benign": oracle_statistics(model, BENIGN)}
-
-
-def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.float32, rows=HARM):
-    """Statistics of the engine itself, before any score is formed."""
-    found = {}
-
-    def keep(role, final):
-        for matrix, statistics in final.items():
-            found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
-
-    weights, hidden = Resident(model), ActivationStore("device", torch.device("cpu"))
-    with frozen_eval(model):
-        parts = split_blocks(len(decoder_blocks(model)[1]), segments)
-        view = checked_view(weights, parts, segments)
-        assert isinstance(view, BlockView)
-        group = ScoringSet("harm", CalibrationSet(rows), batch_tokens, STATISTICS)
-        stores = {"offload": hidden, "gradients": hidden, "ranks": Processes()}
-        Pass(view, weights, [group], parts, dtype=dtype, progress=False, **stores).run(keep)
-    return found
 
 
 def test_the_head_takes_tokens_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +41,6 @@ def test_hidden_states_may_have_any_strides() -> None:
     for name, statistics in engine_statistics(turned, segments=2, batch_tokens=24).items():
         for key, value in statistics.items():
             assert relative_error(value, expected[name][key].double()) < FP32_ERROR
-
-
-def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((value.double() - exact.view_as(value)).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("segments", [1, 3, 4])
@@ -116,17 +81,6 @@ def test_half_precision_models_have_float32_statistics_near_the_oracle(dtype: to
     for matrix, statistics in exact.items():
         assert found[matrix]["grad_abs_sum"].dtype == torch.float32
         assert relative_error(found[matrix]["grad_abs_sum"], statistics["grad_abs_sum"]) < bound, matrix
-
-
-def assert_same_set(found: list[int], exact: list[int], *scored: tuple[torch.Tensor, int]) -> None:
-    """Equal, except for weights within 1e-5 (relative) of one of the thresholds of the exact scores."""
-    for index in set(found) ^ set(exact):
-        near = []
-        for score, k in scored:
-            flat = score.flatten()
-            threshold = float(flat.topk(k).values[-1])
-            near.append(abs(float(flat[index]) - threshold) <= 1e-5 * abs(threshold))
-        assert any(near), f"weight {index} is on one side only and not near a threshold"
 
 
 HARM_CRITERIA = ("signed", "signed_reverse", "abs_of_sum", "fisher", "wanda", "magnitude")
@@ -184,10 +138,6 @@ def test_global_scope_equals_the_oracle(name: str) -> None:
         chosen = oracle_select({"all": harm}, {"all": benign}, p, q)["all"]
         n = harm.numel()
         assert_same_set(found, chosen, (harm, int(q * n)), *([(benign, int(p * n))] if p is not None else []))
-
-
-def kept(scores) -> dict[str, tuple[list[int], list[float]]]:
-    return {name: (scores.harm[name].indices.tolist(), scores.harm[name].values.tolist()) for name in scores.names}
 
 
 def test_segments_give_the_same_bits() -> None:

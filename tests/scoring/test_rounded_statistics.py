@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
-from test_engine import STATISTICS, engine_statistics, relative_error
+from support.statistics import STATISTICS, engine_statistics, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

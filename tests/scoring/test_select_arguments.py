@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from test_select import make_scores, random_dense
+from support.selection import make_scores, random_dense
 
 from fastprune.errors import ArgumentError, SelectionError
 from fastprune.scoring.select import _least_fraction
