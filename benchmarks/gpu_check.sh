@@ -108,14 +108,14 @@ benchmark() {
   step "$name" "$limit" "$python" "benchmarks/$name.py" "$@" --out "$results"
 }
 
-# Test files with the mark, or with a module that gives it to their tests.
+# Test files with the mark, or with an import from tests/support that gives it to their tests.
 files_for_a_device() {
   local file
-  for file in $(grep -l 'mark\.gpu' tests/*.py); do
-    if [[ $file == tests/test_* ]]; then
-      echo "$file"
+  for file in $(grep -rl --include='*.py' 'mark\.gpu' tests); do
+    if [[ $file == tests/support/* ]]; then
+      grep -rlE --include='test_*.py' "^(from|import) support\b.*\b$(basename "$file" .py)\b" tests
     else
-      grep -lw "from $(basename "$file" .py) import\|import $(basename "$file" .py)" tests/test_*.py
+      echo "$file"
     fi
   done | sort -u
 }

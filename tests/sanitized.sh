@@ -24,4 +24,4 @@ import fastprune._cpp
 assert "__asan_init" in open(fastprune._cpp.__file__, "rb").read().decode("latin-1"), "built without the sanitizer"
 PYTHON
 "$python" -m pytest -q -p no:cacheprovider --rootdir="$root/tests" -c "$root/pyproject.toml" \
-  "$root"/tests/test_ops_{accumulate,several_sums,sparse}.py "$root"/tests/ops/test_top_scores.py
+  "$root"/tests/ops/test_{accumulate,several_sums,sparse,top_scores}.py

@@ -14,12 +14,12 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 core=(torch transformers safetensors numpy tqdm)
-others=("setuptools>=77" pybind11 pytest hypothesis accelerate peft matplotlib typer rich)
+others=("setuptools>=77" pybind11 pytest hypothesis accelerate peft matplotlib typer rich pyyaml scipy)
 # What reads, calls or writes through another package; eight minutes on two cores.
-quick=(adapters admission calibration calibration_batches engine evaluation_cache evaluation_generate evaluation_metrics
-  evaluation_perplexity evaluation_refused evaluation_suite experts hybrids masks_applied model_modes moe ops_accumulate
-  ops_garbage ops_memory ops_sparse ops_triton organism patch positions recomputed_weights reporting reporting_page scores
-  selfcheck shards streaming top_scores wanda_root)
+quick=(calibration/{sets,batches} checkpoint/{patch,shards,streaming} masking/apply organism/checkpoints
+  evaluation/{cache,generate,metrics,perplexity,refused,suite} reporting/{page,report} scoring/{engine,scores}
+  model/{adapters,experts,hybrids,modes,moe,positions,recomputed_weights,self_check,supported}
+  ops/{accumulate,memory,sparse,top_scores,triton,validate,wanda_root})
 
 # The declared minimum of a package.
 lowest() { sed -n "s/^ *\"$1>=\([0-9.]*\)\",\$/\1/p" "$root/pyproject.toml"; }
@@ -34,8 +34,8 @@ first_found() {
   return 1
 }
 
-files=("${quick[@]/#/tests/test_}")
-files=("${files[@]/%/.py}")
+files=()
+for name in "${quick[@]}"; do files+=("tests/${name%/*}/test_${name#*/}.py"); done
 failed=()
 for set in "${sets[@]}"; do
   venv="$folder/$set"
