@@ -1,6 +1,6 @@
 """A Hugging Face causal LM seen as prologue, decoder blocks and epilogue.
 
-In: a model and its weights. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's
+In: the anatomy of a model. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's
 arguments are written by hand: the model's own forward runs with every decoder block replaced by a stub that records
 what the real block would have been given, and the head runs on hidden states that the last stub hands back. Nothing
 here knows statistics or criteria.
@@ -19,12 +19,10 @@ from torch import nn
 
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
-from fastprune.model.adapters import unwrap
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
-from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
 from fastprune.model.vocabulary import predictable_tokens
-from fastprune.model.weights import Weights
 
 
 def tokens_per_chunk(vocabulary: int, *, on_gpu: bool) -> int:
@@ -111,12 +109,12 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
 class View:
     """What both views share: the model's own forward, the eligible matrices and the loss."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.model = unwrap(weights.model)
-        self.device = weights.device  # where token ids go
-        self.matrices: list[Matrix] = eligible_matrices(self.model, allow_meta=weights.streamed)
+    def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
+        self.anatomy = anatomy
+        self.model, self.matrices = anatomy.model, anatomy.matrices
+        self.device = device  # where token ids go
         self._experts = list({matrix.module: None for matrix in self.matrices if matrix.expert is not None})
-        self.n_blocks = len(decoder_blocks(self.model)[1])
+        self.n_blocks = len(anatomy.blocks)
         self.accepted = set(inspect.signature(self.model.forward).parameters)
 
     def forward(
@@ -146,14 +144,14 @@ class View:
 class BlockView(View):
     """The model in three parts: ``prologue``, ``run`` (any range of blocks) and ``losses_and_gradient``.
 
-    Raises:
-        ModelError: The decoder blocks cannot be found, or hold weights that cannot be scored.
+    Args:
+        anatomy: The model, taken apart.
+        device: Where token ids go.
     """
 
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights)
-        self.block_list = decoder_blocks(self.model)[1]
-        self.blocks: list[nn.Module] = list(self.block_list)
+    def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
+        super().__init__(anatomy, device)
+        self.block_list, self.blocks = anatomy.block_list, anatomy.blocks
         # What a block returns beside hidden states, or that it returns them alone; learnt when a block first runs.
         self.returns_beside: tuple[None, ...] | None = None
 

@@ -90,22 +90,25 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, blocks
 
 
-def eligible_matrices(model: nn.Module, *, allow_meta: bool = False) -> list[Matrix]:
+def eligible_matrices(
+    model: nn.Module, *, allow_meta: bool = False, blocks: tuple[str, nn.ModuleList] | None = None
+) -> list[Matrix]:
     """All weights that are scored, in model order.
 
     Args:
         model: A causal LM.
         allow_meta: Accept weights without values, for planning.
+        blocks: What :func:`decoder_blocks` found, where that is known.
 
     Raises:
         ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
             Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two modules.
     """
-    prefix, blocks = decoder_blocks(model)
+    prefix, block_list = blocks or decoder_blocks(model)
     check_causal(model)
-    check_not_quantised(model, prefix, blocks)
+    check_not_quantised(model, prefix, block_list)
     matrices: list[Matrix] = []
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(block_list):
         parts = adapter_parts(f"{prefix}.{index}", block)
         parts += [module for module in block.modules() if _is_chooser(module)]
         not_scored = {id(parameter) for part in parts for parameter in part.parameters()}

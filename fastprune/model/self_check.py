@@ -88,7 +88,7 @@ def checked_view(
         ModelError: The view disagrees with the model and more than one segment was asked for, or the model's weights
             cannot be scored at all.
     """
-    view = BlockView(weights)
+    view = BlockView(weights.anatomy, weights.device)
     tokens = tokens_of(view, examples)
     batch, alone = probe(view, tokens)
     window = exceeded_window(view.model.config, longest := max(map(len, examples), default=0))
@@ -129,7 +129,7 @@ def checked_view(
             f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, "
             "which runs it whole"
         )
-    whole = WholeView(weights)
+    whole = WholeView(weights.anatomy, weights.device)
     _refuse_use_of_padding(whole, batch)
     _refuse_later_tokens_without_mask(whole, alone)
     if window is not None:
@@ -301,14 +301,14 @@ def _disagreement(
         hidden, arguments = view.prologue(batch)
         if parts[-1].stop < view.n_blocks and (shared := _shared_container(arguments)):
             return f"all blocks are given one {shared}, in which a later one may find what an earlier one left"
-        offload = [hidden]
+        boundaries = [hidden]
         for part in parts:
-            offload.append(view.run(part.start, part.stop, offload[-1], arguments))
-        left = offload[-1][attended.to(offload[-1].device)]
+            boundaries.append(view.run(part.start, part.stop, boundaries[-1], arguments))
+        left = boundaries[-1][attended.to(boundaries[-1].device)]
     sink, downstream = _Gradients(), None
     for part in reversed(parts):
-        expected = offload.pop()
-        entering = other if part.start == 0 else other_padding(offload[-1], attended)
+        expected = boundaries.pop()
+        entering = other if part.start == 0 else other_padding(boundaries[-1], attended)
         entering = entering.detach().requires_grad_(True)
         watched = [matrix for matrix in gradients if matrix.block in part]
         with Capture(watched, sink) as capture, capture.micro_batch(batch.input_ids.shape):
@@ -321,7 +321,7 @@ def _disagreement(
         text = attended.to(leaving.device)
         if (error := relative_error(leaving[text], expected[text])) > tolerance:
             with torch.no_grad():
-                again = view.run(part.start, part.stop, offload[-1], arguments)
+                again = view.run(part.start, part.stop, boundaries[-1], arguments)
             if (repeated := relative_error(again[text], expected[text])) > tolerance:
                 return (
                     f"what leaves block {part.stop - 1} differs by {repeated:.1e} (relative) when it is computed "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.identity import answers_of, identity_of
 
 Group = int | str
@@ -32,6 +34,15 @@ class Weights(abc.ABC):
 
     model: nn.Module
     streamed: bool
+
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """The model taken apart, when it is first asked for.
+
+        Raises:
+            ModelError: It holds weights that cannot be scored.
+        """
+        return Anatomy.of(self.model, allow_meta=self.streamed)
 
     @property
     @abc.abstractmethod

@@ -1,16 +1,16 @@
 """The view of a model that only runs as a whole, behind the interface of the one that comes apart.
 
-In: a model's weights. Out: the steps that the engine drives, with one "block". It must not know scores or files.
+In: the anatomy of a model. Out: the steps that the engine drives, with one "block". It must not know scores or files.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import Batch, View
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
-from fastprune.model.weights import Weights
 
 
 class WholeView(View):
@@ -19,8 +19,8 @@ class WholeView(View):
     Memory for the whole model's activations and statistics is needed at once (``segments=1``).
     """
 
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights)
+    def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
+        super().__init__(anatomy, device)
         self.n_blocks = 1
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:

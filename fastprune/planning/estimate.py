@@ -11,8 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import tokens_per_chunk
 from fastprune.planning.footprint import Footprint, activation_bound, activation_bytes, footprint
 from fastprune.planning.list_lengths import kept_bytes
@@ -107,7 +106,7 @@ class Estimate:
 
     def __init__(
         self,
-        model: nn.Module,
+        anatomy: Anatomy,
         *,
         streamed: bool,
         on_cpu: bool,
@@ -117,9 +116,9 @@ class Estimate:
         statistics: int,
         rates: tuple[float | None, float | None],
     ) -> None:
-        self.sizes: Footprint = footprint(model)
+        self.sizes: Footprint = footprint(anatomy)
         self.on_cpu = on_cpu
-        self._model, self._streamed, self._statistics, self._rates = model, streamed, statistics, rates
+        self._model, self._streamed, self._statistics, self._rates = anatomy.model, streamed, statistics, rates
         self._tokens = tokens
         self._rows, self._length, self._scored = micro_batch
         self._micro_batch = self._rows * self._length
@@ -128,7 +127,7 @@ class Estimate:
         matrices = [n for block in self.sizes.eligible for n in block]
         firsts = itertools.accumulate((len(block) for block in self.sizes.eligible[:-1]), initial=0)
         self._kept_from = [kept_bytes(matrices, first) for first in firsts]
-        self._activations = activation_bound(model) * self._micro_batch  # of one block
+        self._activations = activation_bound(anatomy) * self._micro_batch  # of one block
         # Masks and position tables that blocks are given, of one micro-batch.
         self._given = self._rows * self._length**2 + 4 * self._length * self.sizes.hidden
 

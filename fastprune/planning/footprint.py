@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from fastprune.model.adapters import unwrap
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import BlockView
 from fastprune.model.frozen import frozen_eval
-from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
+from fastprune.model.matrices import Matrix
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,9 @@ class Footprint:
         return sum(map(sum, self.eligible))
 
 
-def footprint(model: nn.Module) -> Footprint:
+def footprint(anatomy: Anatomy) -> Footprint:
     """Weigh a model; its weights may be on the meta device."""
-    model = unwrap(model)
-    matrices = eligible_matrices(model, allow_meta=True)
-    blocks = decoder_blocks(model)[1]
+    model, matrices, blocks = anatomy.model, anatomy.matrices, anatomy.blocks
     eligible: list[list[int]] = [[] for _ in blocks]
     for matrix in matrices:
         eligible[matrix.block].append(matrix.weight.numel())
@@ -107,11 +105,10 @@ def _share(model: nn.Module, matrix: Matrix) -> float:
     return min(1.0, (getattr(model.config.get_text_config(), "num_experts_per_tok", None) or n_experts) / n_experts)
 
 
-def activation_bound(model: nn.Module) -> int:
+def activation_bound(anatomy: Anatomy) -> int:
     """Bytes a token that autograd and the capture can keep of the largest block: every input and output apart."""
-    model = unwrap(model)
-    widths = [0.0] * len(decoder_blocks(model)[1])
-    matrices = eligible_matrices(model, allow_meta=True)
+    model, matrices = anatomy.model, anatomy.matrices
+    widths = [0.0] * len(anatomy.blocks)
     for matrix in matrices:
         widths[matrix.block] += sum(matrix.weight.shape) * _share(model, matrix)
     hidden = model.get_input_embeddings().weight.shape[1]
@@ -138,8 +135,7 @@ def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] 
     with contextlib.suppress(Exception), FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
         with frozen_eval(model):
-            weights = SimpleNamespace(model=model, device=torch.device("cpu"), streamed=True)
-            view = BlockView(weights)
+            view = BlockView(Anatomy.of(model, allow_meta=True), torch.device("cpu"))
             positions = torch.arange(tokens).expand(rows, tokens)
             batch = SimpleNamespace(
                 input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None, position_ids=positions

@@ -20,6 +20,8 @@ from fastprune.checkpoint.built_size import build_on_meta
 from fastprune.checkpoint.load import load_config
 from fastprune.checkpoint.streamed import Streamed
 from fastprune.errors import ArgumentError
+from fastprune.model.anatomy import Anatomy
+from fastprune.model.weights import Resident, Weights
 from fastprune.planning.estimate import Estimate, Plan, human
 from fastprune.planning.segments import OFFLOADS
 
@@ -145,12 +147,12 @@ def plan(
     if offload is not None and offload not in OFFLOADS:
         raise ArgumentError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")
     source = _source(model_or_config)
-    model = source if isinstance(source, nn.Module) else source.model if isinstance(source, Streamed) else None
+    streamed = not isinstance(source, nn.Module) and not isinstance(source, Resident)
     # Of a model on several devices, all that a segment needs may fall to the one with the least room.
-    devices = {source.device} if isinstance(source, Streamed) else _devices_of(model)
+    devices = _devices_of(source)
     estimate = Estimate(
-        model if model is not None else build_on_meta(source),
-        streamed=not isinstance(source, nn.Module),
+        _anatomy_of(source),
+        streamed=streamed,
         on_cpu=all(device.type == "cpu" for device in devices) if devices else host_memory is None,
         tokens=n_examples * n_tokens,
         # Of unknown data: two sets alike, and every token scored.
@@ -168,7 +170,7 @@ def plan(
         )
     budget = parse_bytes("memory", memory) if memory is not None else None
     if budget is None and devices:
-        held = 0 if isinstance(source, Streamed) else estimate.sizes.weight_bytes
+        held = 0 if streamed else estimate.sizes.weight_bytes
         free = min(_USABLE.get(device.type, _USABLE["cpu"]) * _available(device) for device in devices)
         budget = held + int(free / processes)
     host_budget = parse_bytes("host_memory", host_memory) if host_memory is not None else None
@@ -181,7 +183,7 @@ def _source(model_or_config: object) -> object:
     """A model, streamed weights or a config; that of the checkpoint where a folder is given."""
     if isinstance(model_or_config, str | os.PathLike):
         return load_config(model_or_config)
-    known = isinstance(model_or_config, nn.Module | Streamed) or hasattr(model_or_config, "get_text_config")
+    known = isinstance(model_or_config, nn.Module | Weights) or hasattr(model_or_config, "get_text_config")
     if not known or isinstance(model_or_config, type):
         raise ArgumentError(
             "model_or_config: expected a causal language model, a Hugging Face config or the folder of a checkpoint, "
@@ -195,8 +197,18 @@ def _micro_batch(examples: int, length: int) -> tuple[int, int, int]:
     return rows, length, rows * length
 
 
-def _devices_of(model: nn.Module | None) -> set[torch.device]:
-    return set() if model is None else {parameter.device for parameter in model.parameters()}
+def _anatomy_of(source: object) -> Anatomy:
+    if isinstance(source, Weights):
+        return source.anatomy
+    return Anatomy.of(source if isinstance(source, nn.Module) else build_on_meta(source), allow_meta=True)
+
+
+def _devices_of(source: object) -> set[torch.device]:
+    """Where the weights are, or will be; nowhere, for a config."""
+    if isinstance(source, Streamed):
+        return {source.device}
+    model = source.model if isinstance(source, Resident) else source
+    return {parameter.device for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
 
 
 def _choose(

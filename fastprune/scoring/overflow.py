@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fastprune.errors import ScoringError
+from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import Batch, BlockArguments, BlockView
-from fastprune.model.matrices import decoder_blocks
 from fastprune.model.weights import Weights
 from fastprune.model.whole_view import WholeView
 
@@ -62,7 +62,7 @@ def overflow(
     states = (
         _of_whole(view, batch) if isinstance(view, WholeView) else _of_blocks(view, weights, parts, entering, arguments)
     )
-    place, finite_weights = "the final norm or the head", _all_finite(_outside_blocks(view.model))
+    place, finite_weights = "the final norm or the head", _all_finite(_outside_blocks(view.anatomy))
     for index, block, hidden in states:
         if not bool(hidden[error.row, : int(batch.lengths[error.row])].isfinite().all()):
             place, finite_weights = f"block {index}", block is not None and _all_finite(block.parameters())
@@ -97,16 +97,16 @@ def _of_whole(view: WholeView, batch: Batch) -> list[_State]:
         states.append((index, block, output if isinstance(output, torch.Tensor) else output[0]))
 
     with contextlib.ExitStack() as hooks:
-        for index, block in enumerate(decoder_blocks(view.model)[1]):
+        for index, block in enumerate(view.anatomy.blocks):
             handle = block.register_forward_hook(lambda block, args, output, index=index: note(index, block, output))
             hooks.callback(handle.remove)
         view.causal_forward(batch)
     return states
 
 
-def _outside_blocks(model: nn.Module) -> list[nn.Parameter]:
+def _outside_blocks(anatomy: Anatomy) -> list[nn.Parameter]:
     """Weights behind the blocks: not the embedding, which may hold anything for tokens that no example has."""
-    inside = {id(each) for each in decoder_blocks(model)[1].parameters()}
+    model, inside = anatomy.model, {id(each) for block in anatomy.blocks for each in block.parameters()}
     head = getattr(model.get_output_embeddings(), "weight", None)
     embedding = model.get_input_embeddings().weight
     others = [each for each in model.parameters() if id(each) not in inside]

@@ -24,7 +24,6 @@ from fastprune.files import as_path
 from fastprune.model.adapters import unwrap
 from fastprune.model.block_view import BlockView
 from fastprune.model.frozen import frozen_eval, model_lock
-from fastprune.model.matrices import eligible_matrices
 from fastprune.model.positions import rotary_conflict, table_size, trained_length
 from fastprune.model.self_check import checked_view
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
@@ -170,7 +169,7 @@ def score(
         stack.callback(weights.close)
         stack.enter_context(model_lock(unwrap(weights.model)))
         # Refuses what cannot be scored before any data is read.
-        matrices = eligible_matrices(weights.model, allow_meta=weights.streamed)
+        matrices = weights.anatomy.matrices
         ranks.check_device(weights.device)
         sets = [
             _scoring_set(role, loader, criteria[role], weights.model)
@@ -260,7 +259,7 @@ def _plan(
     n_tokens = sum(len(example) for group in sets for example in group.examples)
     plan_for = functools.partial(
         plan,
-        weights if isinstance(weights, Streamed) else weights.model,
+        weights,
         n_examples,
         max(1, n_tokens // n_examples),
         offload=offload,

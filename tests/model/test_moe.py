@@ -147,7 +147,11 @@ def test_an_exception_inside_an_expert_leaves_everything_as_it_was(
     model.set_experts_implementation("batched_mm")
     before, registered = state_of(model), list(moe.ALL_EXPERTS_FUNCTIONS)
     # Past the self-check, so that nothing but the pass itself is there to clean up.
-    monkeypatch.setattr(sys.modules["fastprune.scoring.score"], "checked_view", lambda weights, *_: BlockView(weights))
+    monkeypatch.setattr(
+        sys.modules["fastprune.scoring.score"],
+        "checked_view",
+        lambda weights, *_: BlockView(weights.anatomy, weights.device),
+    )
     real, calls = experts._product, []
 
     def interrupted(*args):

@@ -11,6 +11,7 @@ from support.architectures import CONFIGS, MOE_CONFIGS, build
 
 import fastprune
 from fastprune.errors import ArgumentError, NotFoundError
+from fastprune.model.anatomy import Anatomy
 from fastprune.planning.estimate import _FRAGMENTED, _WORKSPACE
 from fastprune.planning.footprint import activation_bound, activation_bytes
 
@@ -174,7 +175,7 @@ def test_the_bound_covers_what_autograd_keeps(name: str) -> None:
     counted = activation_bytes(config, rows=4, tokens=16)
     assert (counted is None) == (name in MOE_CONFIGS)  # their routing looks at values
     if counted is not None:
-        assert counted[0] <= 1.1 * 64 * activation_bound(model)
+        assert counted[0] <= 1.1 * 64 * activation_bound(Anatomy.of(model, allow_meta=True))
 
 
 def test_the_count_of_what_autograd_keeps_is_real() -> None:

@@ -264,7 +264,9 @@ def test_an_error_leaves_a_journal_that_can_be_resumed(folder: Path, tmp_path: P
             lambda self, hidden, batch, *rest: (torch.full((len(batch.targets),), torch.nan), hidden),
         )
         patched.setattr(
-            sys.modules["fastprune.scoring.score"], "checked_view", lambda weights, *rest: BlockView(weights)
+            sys.modules["fastprune.scoring.score"],
+            "checked_view",
+            lambda weights, *rest: BlockView(weights.anatomy, weights.device),
         )
         with pytest.raises(ScoringError, match="no finite"):
             fastprune.score(folder, *SETS, resume=tmp_path / "journal", **SETTINGS)

@@ -1,0 +1,46 @@
+"""A causal LM taken apart once: its decoder blocks and the matrices that are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastprune.model.adapters import unwrap
+from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of one model. It is formed once a run and handed on, so that all steps mean the same parts.
+
+    Attributes:
+        model: The plain model, without compilation and adapters around it.
+        block_path: Name of the list of decoder blocks in the model.
+        block_list: The list itself, in which a view puts stubs for a while.
+        blocks: The decoder blocks, whatever is in the list at the moment.
+        matrices: Everything that is scored, in model order.
+    """
+
+    model: nn.Module
+    block_path: str
+    block_list: nn.ModuleList
+    blocks: tuple[nn.Module, ...]
+    matrices: tuple[Matrix, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, allow_meta: bool = False) -> Anatomy:
+        """Take a model apart.
+
+        Args:
+            model: A causal LM, compiled or with adapters too.
+            allow_meta: Accept weights without values, for planning and for weights that are streamed.
+
+        Raises:
+            ModelError: As :func:`fastprune.model.matrices.eligible_matrices`.
+        """
+        plain = unwrap(model)
+        found = decoder_blocks(plain)
+        path, block_list = found
+        matrices = eligible_matrices(plain, allow_meta=allow_meta, blocks=found)
+        return cls(plain, path, block_list, tuple(block_list), tuple(matrices))
