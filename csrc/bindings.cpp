@@ -101,13 +101,10 @@ PYBIND11_MODULE(_cpp, module) {
       .value("float64", Dtype::float64)
       .value("float16", Dtype::float16)
       .value("bfloat16", Dtype::bfloat16);
-  py::enum_<Formula>(module, "Formula")
-      .value("product", Formula::product)
-      .value("negated_product", Formula::negated_product)
-      .value("abs_product", Formula::abs_product)
-      .value("abs_weight_times", Formula::abs_weight_times)
-      .value("square_times", Formula::square_times)
-      .value("abs_weight", Formula::abs_weight);
+  py::enum_<Formula> formulas(module, "Formula");
+#define FASTPRUNE_VALUE(name, score) formulas.value(#name, Formula::name);
+  FASTPRUNE_FORMULAS(FASTPRUNE_VALUE)
+#undef FASTPRUNE_VALUE
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("has_gradient_kernel", &fastprune::has_gradient_kernel);
   module.def("allow_avx512", &fastprune::allow_avx512);

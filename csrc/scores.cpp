@@ -9,15 +9,23 @@
 namespace fastprune {
 namespace {
 
+template <class Compute>
+FASTPRUNE_INLINE Compute multiply(Compute a, Compute b) {
+  return a * b;
+}
+
+template <class Compute>
+FASTPRUNE_INLINE Compute magnitude(Compute a) {
+  return std::fabs(a);
+}
+
 template <Formula formula, class Compute>
 FASTPRUNE_INLINE Compute score(Compute w, Compute s) {
   switch (formula) {
-    case Formula::product: return w * s;
-    case Formula::negated_product: return -(w * s);
-    case Formula::abs_product: return std::fabs(w * s);
-    case Formula::abs_weight_times: return std::fabs(w) * s;
-    case Formula::square_times: return (w * w) * s;
-    case Formula::abs_weight: return std::fabs(w);
+#define FASTPRUNE_SCORE(name, score) \
+  case Formula::name: return score;
+    FASTPRUNE_FORMULAS(FASTPRUNE_SCORE)
+#undef FASTPRUNE_SCORE
   }
   return w;
 }
@@ -36,12 +44,10 @@ FASTPRUNE_INLINE void form_loop(const Weight* weight, const Statistic* statistic
 template <class Weight, class Statistic>
 FASTPRUNE_INLINE void form_typed(Formula formula, const Weight* weight, const Statistic* statistic, int count, float* out) {
   switch (formula) {
-    case Formula::product: return form_loop<Formula::product>(weight, statistic, count, out);
-    case Formula::negated_product: return form_loop<Formula::negated_product>(weight, statistic, count, out);
-    case Formula::abs_product: return form_loop<Formula::abs_product>(weight, statistic, count, out);
-    case Formula::abs_weight_times: return form_loop<Formula::abs_weight_times>(weight, statistic, count, out);
-    case Formula::square_times: return form_loop<Formula::square_times>(weight, statistic, count, out);
-    case Formula::abs_weight: return form_loop<Formula::abs_weight>(weight, statistic, count, out);
+#define FASTPRUNE_LOOP(name, score) \
+  case Formula::name: return form_loop<Formula::name>(weight, statistic, count, out);
+    FASTPRUNE_FORMULAS(FASTPRUNE_LOOP)
+#undef FASTPRUNE_LOOP
   }
 }
 

@@ -7,14 +7,22 @@
 
 namespace fastprune {
 
-// The criteria with their sign and absolute value resolved; a square root has been taken by the caller.
+// The products of a weight w and its statistic s that criteria are made of (fastprune/ops/criteria.py); a square root has
+// been taken by the caller. A new product is one line here: enum, switches and bindings expand this list, on the CPU and
+// in CUDA. `multiply` and `magnitude` are each side's own; only they may be used, so that no compiler contracts a product
+// with a sum, and every backend gives the bits that torch gives.
+#define FASTPRUNE_FORMULAS(X)                    \
+  X(product, multiply(w, s))                     \
+  X(negated_product, -multiply(w, s))            \
+  X(abs_product, magnitude(multiply(w, s)))      \
+  X(abs_weight_times, multiply(magnitude(w), s)) \
+  X(square_times, multiply(multiply(w, w), s))   \
+  X(abs_weight, magnitude(w)) /* reads no statistic */
+
 enum class Formula : int {
-  product,           //  w * s
-  negated_product,   // -(w * s)
-  abs_product,       // |w * s|
-  abs_weight_times,  // |w| * s
-  square_times,      //  w * w * s
-  abs_weight,        // |w|
+#define FASTPRUNE_NAME(name, score) name,
+  FASTPRUNE_FORMULAS(FASTPRUNE_NAME)
+#undef FASTPRUNE_NAME
 };
 
 struct ScoreSource {
@@ -30,7 +38,7 @@ struct ScoreSource {
 constexpr int kTile = 1024;  // scores per call: 4 KB of output and at most 16 KB of input stay in the first cache
 
 // out[i] = score of weight begin + i, count <= kTile. Formed in float64 where an operand is, else in float32, and rounded
-// to float32; -0 comes out as +0. Only products are used, so every compiler gives the bits that torch gives.
+// to float32; -0 comes out as +0.
 void form_scores(const ScoreSource& source, int64_t begin, int count, float* out);
 
 }  // namespace fastprune

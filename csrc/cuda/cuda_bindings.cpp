@@ -27,19 +27,18 @@ const std::array<std::pair<const char*, Dtype>, 4> kDtypes = {{{"float32", Dtype
                                                                {"float64", Dtype::float64},
                                                                {"float16", Dtype::float16},
                                                                {"bfloat16", Dtype::bfloat16}}};
-const std::array<std::pair<const char*, Formula>, 6> kFormulas = {{{"product", Formula::product},
-                                                                   {"negated_product", Formula::negated_product},
-                                                                   {"abs_product", Formula::abs_product},
-                                                                   {"abs_weight_times", Formula::abs_weight_times},
-                                                                   {"square_times", Formula::square_times},
-                                                                   {"abs_weight", Formula::abs_weight}}};
+const std::pair<const char*, Formula> kFormulas[] = {
+#define FASTPRUNE_PAIR(name, score) {#name, Formula::name},
+    FASTPRUNE_FORMULAS(FASTPRUNE_PAIR)
+#undef FASTPRUNE_PAIR
+};
 
 template <class Named>
 auto named(const Named& table, const char* what, const std::string& name) {
   for (const auto& [known, value] : table) {
     if (name == known) return value;
   }
-  throw std::invalid_argument(std::string(what) + ": unknown name '" + name + "'");
+  throw std::invalid_argument(std::string(what) + ": expected one that the extension was built with, got '" + name + "'");
 }
 
 // weight, its dtype, size, columns, statistic, its dtype, its row stride, its column stride, formula

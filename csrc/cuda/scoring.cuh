@@ -28,12 +28,10 @@ constexpr uint32_t kTile = 2 * kStep;  // of one block; 16.7 M weights are 2048 
 template <class Compute>
 __device__ __forceinline__ Compute product(Formula formula, Compute w, Compute s) {
   switch (formula) {
-    case Formula::product: return multiply(w, s);
-    case Formula::negated_product: return -multiply(w, s);
-    case Formula::abs_product: return magnitude(multiply(w, s));
-    case Formula::abs_weight_times: return multiply(magnitude(w), s);
-    case Formula::square_times: return multiply(multiply(w, w), s);
-    case Formula::abs_weight: return magnitude(w);
+#define FASTPRUNE_SCORE(name, score) \
+  case Formula::name: return score;
+    FASTPRUNE_FORMULAS(FASTPRUNE_SCORE)
+#undef FASTPRUNE_SCORE
   }
   return w;
 }
@@ -137,12 +135,10 @@ __device__ __forceinline__ void form_step(const Matrix& matrix, uint32_t start, 
     default: load_weight(static_cast<const float*>(matrix.weight), start, w);
   }
   switch (matrix.formula) {
-    case Formula::product: return form<Formula::product>(w, s, scores);
-    case Formula::negated_product: return form<Formula::negated_product>(w, s, scores);
-    case Formula::abs_product: return form<Formula::abs_product>(w, s, scores);
-    case Formula::abs_weight_times: return form<Formula::abs_weight_times>(w, s, scores);
-    case Formula::square_times: return form<Formula::square_times>(w, s, scores);
-    case Formula::abs_weight: return form<Formula::abs_weight>(w, s, scores);
+#define FASTPRUNE_FORM(name, score) \
+  case Formula::name: return form<Formula::name>(w, s, scores);
+    FASTPRUNE_FORMULAS(FASTPRUNE_FORM)
+#undef FASTPRUNE_FORM
   }
 }
 

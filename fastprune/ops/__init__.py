@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import ArgumentError
-from fastprune.ops import cpp, dispatch, memory, reference, validate
+from fastprune.ops import cpp, criteria, dispatch, memory, reference, validate
 
-CRITERIA = reference.CRITERIA
+CRITERIA = tuple(criteria.CRITERIA)
 BACKENDS = dispatch.BACKENDS
 
 
@@ -166,7 +166,7 @@ def top_scores(
         weight: ``(rows, cols)``, any float dtype, may be strided.
         statistic: float32 or float64 of the weight's shape; for ``wanda`` broadcastable to it (``(cols,)`` for a
             Linear, ``(rows, 1)`` for a Conv1D); ``None`` for ``magnitude``.
-        criterion: One of :data:`CRITERIA`; :func:`fastprune.ops.reference.form_scores` has the formulas.
+        criterion: One of :data:`CRITERIA`; :mod:`fastprune.ops.criteria` has the formulas.
         k: How many; all of them if the weight has fewer.
         backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
 

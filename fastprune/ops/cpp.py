@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastprune.errors import BackendError
 from fastprune.ops import memory, reference
+from fastprune.ops.criteria import GRADIENT_SUMS
 from fastprune.ops.score_source import Source, dtype_name
 
 
@@ -38,7 +40,7 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
     offsets, some = torch.tensor(spans, dtype=torch.int64), next(iter(accs.values()))
     _cpp.add_gradients(
         _cpp_dtype(some),
-        *(accs[name].data_ptr() if name in accs else 0 for name in reference.GRADIENT_SUMS),
+        *(accs[name].data_ptr() if name in accs else 0 for name in GRADIENT_SUMS),
         some.stride(0),
         _cpp_dtype(dy),
         dy.data_ptr(),
@@ -93,7 +95,7 @@ def top_scores_of_each(
         (
             *(source.weight.data_ptr(), _cpp_dtype(source.weight), source.weight.numel(), source.columns),
             *(source.statistic.data_ptr(), _cpp_dtype(source.statistic), *source.strides),
-            getattr(_cpp.Formula, source.formula),
+            _formula(source.formula),
             *(found[name][0].numel(), found[name][0].data_ptr(), found[name][1].data_ptr()),
         )
         for name, source in sources.items()
@@ -126,6 +128,23 @@ def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], 
         where, values = where.contiguous(), values.contiguous()
         _cpp.scatter(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), values.data_ptr())
         memory.note_write(weight)
+
+
+def _formula(name: str) -> object:
+    """The extension's value of a product.
+
+    Raises:
+        BackendError: The extension was built from a list without it.
+    """
+    from fastprune import _cpp
+
+    try:
+        return _cpp.Formula.__members__[name]
+    except KeyError:
+        raise BackendError(
+            f"backend: expected an extension with the formula {name!r}, got one without it; add it to csrc/scores.h "
+            "and build again (pip install -e .)"
+        ) from None
 
 
 def _cpp_dtype(tensor: Tensor) -> object:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import ScoringError
+from fastprune.ops.criteria import CRITERIA, FORMULAS
 
-CRITERIA = ("signed", "abs", "abs_of_sum", "fisher", "wanda", "signed_reverse", "magnitude")
-GRADIENT_SUMS = ("grad_sum", "grad_abs_sum", "grad_sq_sum")
-"""Statistics of gradients, in the order in which the C++ kernel takes their accumulators."""
 ACT_SQ_LANES = 128
 
 
@@ -67,31 +65,18 @@ def form_scores(weight: Tensor, statistic: Tensor | None, criterion: str) -> Ten
         weight: ``(rows, cols)``, any float dtype; upcast before the product.
         statistic: float32 or float64, of the weight's shape or (``wanda``) broadcastable to it; ``None`` for
             ``magnitude``.
-        criterion: One of :data:`CRITERIA`.
+        criterion: Name of a row of :mod:`fastprune.ops.criteria`, which has the formulas.
 
     Returns:
         float32 ``(rows, cols)``; the product is formed in float64 where an operand is, and then rounded. -0 is +0.
-
-    Source: arXiv 2604.09544 (signed, abs), 2402.05162 (abs_of_sum, wanda).
     """
     wide = torch.float64 if torch.float64 in (weight.dtype, getattr(statistic, "dtype", None)) else torch.float32
     w = weight.to(wide)
     s = None if statistic is None else statistic.to(wide)
-    match criterion:
-        case "signed":
-            scores = -(w * s)
-        case "signed_reverse":
-            scores = w * s
-        case "abs":
-            scores = w.abs() * s
-        case "abs_of_sum":
-            scores = (w * s).abs()
-        case "fisher":
-            scores = w * w * s
-        case "wanda":
-            scores = w.abs() * root(s)
-        case "magnitude":
-            scores = w.abs()
+    row = CRITERIA[criterion]
+    if s is not None and row.root:
+        s = root(s)
+    scores = FORMULAS[row.formula](w, s)
     return scores.to(torch.float32) + 0.0
 
 

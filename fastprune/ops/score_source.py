@@ -11,17 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprune.ops.criteria import CRITERIA
 from fastprune.ops.reference import root
-
-_FORMULAS = {
-    "signed": "negated_product",
-    "signed_reverse": "product",
-    "abs": "abs_weight_times",
-    "abs_of_sum": "abs_product",
-    "fisher": "square_times",
-    "wanda": "abs_weight_times",  # with the root of the statistic
-    "magnitude": "abs_weight",
-}
 
 
 @dataclass(frozen=True)
@@ -48,16 +39,16 @@ class Source:
     @classmethod
     def of(cls, weight: Tensor, statistic: Tensor | None, criterion: str) -> Source:
         """The source of a criterion's scores."""
-        weight, formula = weight.detach().contiguous(), _FORMULAS[criterion]
+        row, weight = CRITERIA[criterion], weight.detach().contiguous()
         if statistic is None:
-            return cls(weight, weight.new_empty(0, dtype=torch.float32), (0, 0), formula)
+            return cls(weight, weight.new_empty(0, dtype=torch.float32), (0, 0), row.formula)
         statistic = statistic.detach()
-        if criterion == "wanda":
+        if row.root:
             statistic = root(statistic.to(torch.promote_types(weight.dtype, statistic.dtype)))
         statistic = statistic.expand(weight.shape)
         if weight.dim() == 2:
-            return cls(weight, statistic, statistic.stride(), formula)
-        return cls(weight, statistic.contiguous(), (weight.shape[-1] if weight.dim() else 1, 1), formula)
+            return cls(weight, statistic, statistic.stride(), row.formula)
+        return cls(weight, statistic.contiguous(), (weight.shape[-1] if weight.dim() else 1, 1), row.formula)
 
 
 def dtype_name(tensor: Tensor) -> str:

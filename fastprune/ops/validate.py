@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastprune.errors import ArgumentError, FastpruneError
 from fastprune.ops import memory
-from fastprune.ops.reference import CRITERIA, GRADIENT_SUMS
+from fastprune.ops.criteria import CRITERIA, GRADIENT_SUMS
 
 
 @contextmanager
@@ -134,9 +134,10 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
         raise ArgumentError(f"k: expected an integer, got {k!r}") from None
     if k < 0:
         raise ArgumentError(f"k: expected 0 or more, got {k}")
-    if criterion == "magnitude":
+    row = CRITERIA[criterion]
+    if row.statistic is None:
         if statistic is not None:
-            raise ArgumentError("statistic: expected None for 'magnitude', which needs no data")
+            raise ArgumentError(f"statistic: expected None for {criterion!r}, which needs no data")
         return k
     if statistic is not None:
         memory.check_held("statistic", statistic)
@@ -146,7 +147,7 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     check_float("statistic", statistic, like=weight)
     try:
         fits = statistic.shape == weight.shape or (
-            criterion == "wanda" and torch.broadcast_shapes(statistic.shape, weight.shape) == weight.shape
+            row.broadcasts and torch.broadcast_shapes(statistic.shape, weight.shape) == weight.shape
         )
     except RuntimeError:
         fits = False

@@ -12,7 +12,7 @@ import torch
 
 from fastprune.model.fingerprint import fingerprint_of_samples, sample
 from fastprune.model.matrices import Matrix
-from fastprune.scoring.criteria import STATISTIC
+from fastprune.ops.criteria import CRITERIA
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.processes import Processes
 from fastprune.scoring.top_scores import TopScores, TopScoresCollector
@@ -75,10 +75,10 @@ class Collector:
             if matrix.name not in self._samples:
                 self._samples[matrix.name] = noted[f"sample/{matrix.name}"] = sample(matrix.weight)
         for criterion in self._criteria[role]:
-            matrices = {}
+            matrices, row = {}, CRITERIA[criterion]
             for matrix, statistics in final.items():
-                values = statistics[STATISTIC[criterion]] if STATISTIC[criterion] is not None else None
-                if criterion == "wanda" and matrix.input_major:
+                values = None if row.statistic is None else statistics[row.statistic]
+                if row.broadcasts and matrix.input_major:
                     values = values.unsqueeze(1)
                 matrices[matrix.name] = matrix.weight, values
             for name, kept in self._keepers[role, criterion].add(matrices, criterion).items():

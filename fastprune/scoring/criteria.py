@@ -8,20 +8,7 @@ difference).
 from __future__ import annotations
 
 from fastprune.errors import ArgumentError
-from fastprune.ops.reference import GRADIENT_SUMS
-
-STATISTIC: dict[str, str | None] = {
-    "signed": "grad_sum",
-    "signed_reverse": "grad_sum",
-    "abs": "grad_abs_sum",
-    "abs_of_sum": "grad_sum",
-    "fisher": "grad_sq_sum",
-    "wanda": "act_sq_sum",
-    "magnitude": None,
-}
-"""Criterion -> statistic; ``magnitude`` needs none."""
-
-GRADIENT_STATISTICS = frozenset(GRADIENT_SUMS)
+from fastprune.ops.criteria import CRITERIA, STATISTICS
 
 
 def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -34,7 +21,7 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
     Raises:
         ArgumentError: Unknown, repeated or no criterion.
     """
-    known = ", ".join(STATISTIC)
+    known = ", ".join(CRITERIA)
     try:
         names = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
@@ -44,7 +31,7 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
             raise ArgumentError(
                 f"{argument}: 'random' is a mask, not a score; use fastprune.random_mask(model, like=mask)"
             )
-        if not isinstance(name, str) or name not in STATISTIC:
+        if not isinstance(name, str) or name not in CRITERIA:
             raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {name!r}")
     if not names or len(set(names)) != len(names):
         raise ArgumentError(f"{argument}: expected one or more different criteria out of {known}, got {value!r}")
@@ -53,5 +40,5 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
 
 def statistics_of(criteria: tuple[str, ...]) -> tuple[str, ...]:
     """The statistics that these criteria need, each once, in a fixed order."""
-    needed = {STATISTIC[name] for name in criteria}
-    return tuple(name for name in (*GRADIENT_SUMS, "act_sq_sum") if name in needed)
+    needed = {CRITERIA[name].statistic for name in criteria}
+    return tuple(name for name in STATISTICS if name in needed)

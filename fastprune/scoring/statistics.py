@@ -14,7 +14,7 @@ from fastprune import ops
 from fastprune.model.block_view import Batch
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.matrices import Matrix
-from fastprune.scoring.criteria import GRADIENT_STATISTICS
+from fastprune.ops.criteria import GRADIENT_SUMS
 from fastprune.scoring.overflow import NotFiniteError
 
 
@@ -34,7 +34,7 @@ class SegmentStatistics:
         self._statistics = statistics
         self._backend = backend
         self.wants_inputs = "act_sq_sum" in statistics
-        self.wants_gradients = bool(GRADIENT_STATISTICS.intersection(statistics))
+        self.wants_gradients = not set(GRADIENT_SUMS).isdisjoint(statistics)
         self.per_example = bool({"grad_abs_sum", "grad_sq_sum"}.intersection(statistics))
         self.of: dict[str, dict[str, torch.Tensor]] = {
             matrix.name: {name: self._zeros(matrix, name, dtype) for name in statistics} for matrix in matrices
@@ -89,7 +89,7 @@ class SegmentStatistics:
         self, matrix: Matrix, left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
     ) -> None:
         """Add ``left^T right`` of each example, whose tokens ``starts`` and ``lengths`` give."""
-        sums = {name: total for name, total in self.of[matrix.name].items() if name in GRADIENT_STATISTICS}
+        sums = {name: total for name, total in self.of[matrix.name].items() if name in GRADIENT_SUMS}
         ops.accumulate_gradients(sums, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -162,5 +162,5 @@ class SegmentStatistics:
             return
         for accumulators in self.of.values():
             for name, accumulator in accumulators.items():
-                if name in GRADIENT_STATISTICS:
+                if name in GRADIENT_SUMS:
                     accumulator.mul_(1.0 / scale**2 if name == "grad_sq_sum" else 1.0 / scale)

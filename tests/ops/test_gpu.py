@@ -174,7 +174,7 @@ def check_selection(backend: str | None, dtype: torch.dtype, device: str = DEVIC
     """Selection, apply and restore on a device give the bits of the reference on the CPU."""
     weight, statistic = selection_arguments(dtype, device)
     before = weight.clone().cpu()
-    for criterion in reference.CRITERIA:
+    for criterion in ops.CRITERIA:
         given = {"magnitude": None, "wanda": statistic[0].abs()}.get(criterion, statistic)
         given = statistic.abs() if criterion in ("abs", "fisher") else given
         found = ops.top_scores(weight, given, criterion, 700, backend=backend)

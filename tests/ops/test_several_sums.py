@@ -66,7 +66,7 @@ def test_strides_of_a_single_row_or_column_mean_nothing(backend, shape):
         assert error(accs[name], exact(f"accumulate_{name}", torch.zeros(shape), (dy, x, *spans))) < 1e-6
 
 
-@pytest.mark.parametrize("name", ops.validate.GRADIENT_SUMS)
+@pytest.mark.parametrize("name", ops.criteria.GRADIENT_SUMS)
 def test_spans_are_checked_whatever_is_summed(name):
     acc = torch.zeros(3, 5)
     with pytest.raises(ArgumentError, match="example 0 has start 0 and length 99"):

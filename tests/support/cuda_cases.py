@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastprune.errors import ScoringError
 from fastprune.ops import cuda, reference
+from fastprune.ops.criteria import CRITERIA
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[Tensor, Tensor | None, str, int]
@@ -87,7 +88,7 @@ CASES: dict[str, Callable[[], Case]] = {
         f"{shape}": lambda shape=shape: _random(shape, k=4) for shape in [(1, 1), (3, 5), (17, 129), (1000,), (5, 4, 9)]
     },
     **{f"{dtype}": lambda dtype=dtype: _random((257, 260), "signed", 66, dtype) for dtype in DTYPES},
-    **{criterion: lambda criterion=criterion: _random((257, 260), criterion, 70) for criterion in reference.CRITERIA},
+    **{criterion: lambda criterion=criterion: _random((257, 260), criterion, 70) for criterion in CRITERIA},
     **{f"k={k}": lambda k=k: _random((257, 260), "abs", k) for k in (0, 1, 8000, 20_000, 66_820, 70_000)},
     "columns not a multiple of four": lambda: _random((301, 311), "wanda", 70),
     "one row": lambda: _random((1, 40_001), k=11),
