@@ -45,6 +45,7 @@ def first_losses(steps: int) -> list[float]:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_short_retraining_starts_the_same_way():
     """Same weights, same data, same schedule as when the checkpoints were made.
 
