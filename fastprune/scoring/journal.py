@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
-from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning
+from fastprune.errors import ArgumentError, ArtifactError, warn
 from fastprune.files import sha256, sync, try_lock
 from fastprune.scoring.activation_store import ActivationStore, disk_errors
 from fastprune.scoring.processes import Processes
@@ -190,7 +189,7 @@ class Journal:
                 f"resume: line {len(records) + 1} of {self.folder / _LINES} is damaged; {dropped} lines from there on "
                 "are dropped, and what they name is formed again"
             )
-            warnings.warn(message, FastpruneWarning, stacklevel=4)
+            warn(message)
         for record in records[1:]:
             if record["kind"] == "boundary":
                 self._boundary_records[record["name"]] = record
