@@ -28,7 +28,6 @@ from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.overflow import NotFiniteError, overflow
 from fastprune.scoring.processes import Processes
-from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
 
 View = BlockView | WholeView
@@ -110,7 +109,7 @@ class Pass:
         weights: Where its weights come from.
         sets: Calibration sets; each segment's weights serve all of them while they are there.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
-        dtype: Of the accumulators; bfloat16 for comparison only, see :mod:`fastprune.scoring.rounded`.
+        dtype: Of the accumulators.
         offload: Store of the hidden states.
         gradients: Store of their gradients; on disk if there is a journal.
         ranks: The processes that share the examples.
@@ -213,7 +212,7 @@ class Pass:
         following = needs(self._parts, number - 1, backward=True)
         with self._weights.held(needs(self._parts, number, backward=True), then=following):
             for group in self._sets:
-                statistics = segment_statistics(matrices, group.statistics, self._dtype, self._backend)
+                statistics = SegmentStatistics(matrices, group.statistics, self._dtype, self._backend)
                 losses = torch.zeros(2, dtype=torch.float64, device=self._view.device)
                 with Capture(matrices, statistics) as capture:
                     for item in self._work[group.role]:

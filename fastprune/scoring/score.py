@@ -41,7 +41,7 @@ from fastprune.scoring.processes import Processes
 from fastprune.scoring.provenance import inputs_of, provenance_of
 from fastprune.scoring.scores import Scores
 
-_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_STATISTICS_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _WEIGHT_DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -102,9 +102,7 @@ def score(
         resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
             has the bits of an uninterrupted run (on a GPU as far as two runs have the same bits there: the backward
             pass of some attention kernels adds in any order). Remove the folder when the scores are saved.
-        statistics_dtype: ``"float32"`` or ``"float64"``. ``"bfloat16"`` is for comparison only: rounded gradients are
-            added to rounded sums, one example at a time, as the published code does; sums of absolute values come out
-            too low, and other weights are chosen (docs/precision.md).
+        statistics_dtype: Of the sums: ``"float32"`` or ``"float64"``.
         backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.
@@ -157,8 +155,6 @@ def score(
             raise ArgumentError(
                 f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
             )
-        if statistics_dtype == "bfloat16" and ranks.size > 1:
-            raise ArgumentError("statistics_dtype: bfloat16 sums depend on the examples' order; score in one process")
         needed = {name for names in criteria.values() for name in statistics_of(names)}
         dispatch.check_serves(backend, [*(f"accumulate_{name}" for name in sorted(needed)), "top_scores"])
         if harm_loader is None:

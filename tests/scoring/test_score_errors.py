@@ -76,6 +76,7 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"benign": None}, "benign: expected one of signed, .*, got None"),
         ({"harm": (["signed"],)}, r"harm: expected one of signed, .*, got \['signed'\]"),
         ({"statistics_dtype": "int8"}, "statistics_dtype"),
+        ({"statistics_dtype": "bfloat16"}, "statistics_dtype: expected one of float32, float64, got 'bfloat16'"),
         ({"memory": "much"}, "memory"),
         ({"memory": "1KiB"}, "memory.*need"),
         ({"resume": "no/such/folder/somewhere"}, "resume.*existing folder"),
