@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ class Journal:
         folder: Made if it does not exist; its parent has to.
         key: JSON-able facts that name the inputs and settings of the run.
         ranks: The processes of the run; each writes a folder of its own below ``folder``.
-        answers: Numbers that belong to the key and are equal from run to run up to rounding; and their tolerance,
-            relative and norm-wise.
 
     Raises:
         ArgumentError: The journal there is of other inputs (names the first that differs), or in use, or the folder
@@ -50,13 +48,7 @@ class Journal:
         FastpruneWarning: A line in the middle is damaged; what it and those after it name is formed again.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        key: Mapping[str, Any],
-        ranks: Processes,
-        answers: tuple[Sequence[float], float] = ((), 0.0),
-    ) -> None:
+    def __init__(self, folder: str | Path, key: Mapping[str, Any], ranks: Processes) -> None:
         folder = Path(folder)
         dangling = folder.is_symlink() and not folder.exists()
         if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()) or dangling:
@@ -75,7 +67,6 @@ class Journal:
         self._segments: dict[int, dict[str, Any]] = {}
         self._boundary_records: dict[str, dict[str, Any]] = {}
         key = json.loads(json.dumps({**key, "process": [ranks.rank, ranks.size]}))
-        self._answers, self._tolerance = answers
         self._file = (self.folder / _LINES).open("a+b")
         try:
             if not try_lock(self._file.fileno()):
@@ -197,7 +188,7 @@ class Journal:
                 self._segments[record["number"]] = record
         self._file.truncate(sum(map(len, lines[: len(records)])))
         if not records:
-            self._append({"kind": "start", "version": VERSION, "key": key, "answers": list(self._answers)})
+            self._append({"kind": "start", "version": VERSION, "key": key})
             sync(self.folder)
 
     def _foreign(self) -> ArtifactError:
@@ -215,7 +206,6 @@ class Journal:
                 f"version {VERSION}; remove the folder and run the same `fastprune score --resume` again"
             )
         self._check_key(record["key"], key)
-        self._check_answers(record.get("answers"))
 
     def _check_key(self, found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
         for name in {**found, **key}:
@@ -224,15 +214,6 @@ class Journal:
                     f"resume: the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
                     f"{key.get(name)!r} now; name another folder, or start with the same inputs"
                 )
-
-    def _check_answers(self, found: Any) -> None:
-        there, now = (torch.tensor(values or (), dtype=torch.float64).nan_to_num() for values in (found, self._answers))
-        if len(there) != len(now) or float((there - now).norm()) > self._tolerance * float(now.norm()):
-            raise ArgumentError(
-                f"resume: the journal in {self.folder} is of another model: its weights are the same, and it answers "
-                "differently, as one with other hooks, adapters or buffers; name another folder, or start with the "
-                "model as it was"
-            )
 
 
 def _folder_of(folder: Path, ranks: Processes) -> Path:

@@ -99,9 +99,9 @@ def score(
         memory: Budget in bytes or ``"80GiB"`` on the model's device, weights included; decides the segments.
             ``None``: most of what is free.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
-        resume: Folder of a journal. What a run finished there before it was killed is not done again, and the result
-            has the bits of an uninterrupted run (on a GPU as far as two runs have the same bits there: the backward
-            pass of some attention kernels adds in any order). Remove the folder when the scores are saved.
+        resume: Folder of a journal, for a checkpoint folder. What a run finished there before it was killed is not done
+            again, and the result is bit-identical to that of an uninterrupted run (on a GPU as far as two runs are: the
+            backward pass of some attention kernels adds in any order). Remove the folder when the scores are saved.
         statistics_dtype: Of the sums: ``"float32"`` or ``"float64"``.
         backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
             to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
@@ -161,6 +161,11 @@ def score(
             raise ArgumentError("harm_loader: expected an iterable of batches, got None")
         if resume is not None:
             resume = as_path(resume, "resume")
+            if not isinstance(model, str | os.PathLike):
+                raise ArgumentError(
+                    f"resume: expected a checkpoint folder as the model, got a {type(model).__name__} in memory; save "
+                    "it with save_pretrained and score that folder"
+                )
         weights = _weights(model, device, dtype)
         stack.callback(weights.close)
         stack.enter_context(model_lock(unwrap(weights.model)))
@@ -197,7 +202,7 @@ def score(
         ranks.check_same({"segments": len(parts)})  # a check that fails on one of them alone
         journal = None
         if resume is not None:
-            journal = Journal(resume, {**key, "files": weights.files()}, ranks, weights.answers())
+            journal = Journal(resume, {**key, "files": weights.files()}, ranks)
             stack.callback(journal.close)
         hidden = ActivationStore(chosen.offload, weights.device, journal and journal.folder)
         stack.callback(hidden.close)

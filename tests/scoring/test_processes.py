@@ -185,7 +185,7 @@ def _not_a_number(self: Pass, number: int, item: Any, *rest: Any) -> None:
 _one_micro_batch = Pass._one_micro_batch
 
 
-def _fail_in_turn(rank: int, folder: Path) -> list[str]:
+def _fail_in_turn(rank: int, checkpoint: Path, folder: Path) -> list[str]:
     """All failures in one group: whoever was told can go on with another call."""
     errors = []
     for cause in FAILURES:
@@ -211,14 +211,15 @@ def _fail_in_turn(rank: int, folder: Path) -> list[str]:
                     patch.setattr(Collector, "lists", _out_of_luck)
             try:
                 harm = settings.pop("harm", CalibrationSet(HARM).loader(BATCH_TOKENS))
-                fastprune.score(llama(), harm, progress=False, **settings)
+                model = checkpoint if cause == "journal" else llama()
+                fastprune.score(model, harm, progress=False, **settings)
             except (fastprune.FastpruneError, RuntimeError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
     return errors
 
 
-def test_an_error_on_one_process_ends_the_others_by_name(tmp_path: Path) -> None:
-    first, failed = run_group(2, _fail_in_turn, tmp_path)
+def test_an_error_on_one_process_ends_the_others_by_name(folder: Path, tmp_path: Path) -> None:
+    first, failed = run_group(2, _fail_in_turn, folder, tmp_path)
     assert len(first) == len(failed) == len(FAILURES)
     for told, own, pattern in zip(first, failed, FAILURES.values(), strict=True):
         assert re.match(pattern, own)
@@ -253,22 +254,35 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "segments": {"segments": 3},
     "fractions": {"q_max": 0.5},
     "statistics_dtype": {"statistics_dtype": "float64"},
-    "weights": {"seed": 5},
+    "weights": {"model": "another model"},
     "resume": {"resume": "somewhere"},
 }
 
 
-def _differ(rank: int, folder: Path) -> list[str]:
+def _differ(rank: int, checkpoint: Path, folder: Path) -> list[str]:
+    """``folder`` holds ``another model``, and takes the journal."""
     os.chdir(folder)
     refused = []
     for change in DIFFERENCES.values():
         settings = dict(change) if rank == 1 else {}
         try:
-            scored(llama(seed=settings.pop("seed", 0)), **settings)
+            scored(settings.pop("model", checkpoint), device="cpu", **settings)
         except ArgumentError as error:
             refused.append(str(error).split(" has another ")[1].split(" than ")[0])
     return refused
 
 
-def test_processes_that_were_started_differently_are_refused_by_name(tmp_path: Path) -> None:
-    assert run_group(2, _differ, tmp_path) == [list(DIFFERENCES)] * 2
+def test_processes_that_were_started_differently_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    llama(seed=5).save_pretrained(tmp_path / "another model")
+    assert run_group(2, _differ, folder, tmp_path) == [list(DIFFERENCES)] * 2
+
+
+def _hold_other_weights(rank: int) -> str:
+    with pytest.raises(ArgumentError, match="has another weights than process") as refused:
+        scored(llama(seed=5 if rank else 0))
+    return str(refused.value).split(":")[0]
+
+
+def test_processes_with_other_weights_in_memory_are_refused() -> None:
+    found = run_group(2, _hold_other_weights)
+    assert found == [f"process {1 - rank} has another weights than process {rank}" for rank in range(2)]
