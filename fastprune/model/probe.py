@@ -37,7 +37,7 @@ def batch_of(view: View, rows: Sequence[Sequence[int]]) -> Batch:
     """Rows by rising length, padded as the engine pads them."""
     examples = [Example(input_ids=tuple(ids), labels=(-100, *ids[1:])) for ids in rows]
     (micro_batch,) = micro_batches(examples, batch_tokens=max(map(len, rows)) * len(rows))
-    return Batch.from_micro_batch(micro_batch, view.device)
+    return micro_batch.to(view.device)
 
 
 def probe(view: View, tokens: torch.Tensor) -> tuple[Batch, Batch]:

@@ -11,6 +11,7 @@ from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import Batch, View
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
+from fastprune.model.matrices import Matrix
 
 
 class WholeView(View):
@@ -19,9 +20,15 @@ class WholeView(View):
     Memory for the whole model's activations and statistics is needed at once (``segments=1``).
     """
 
+    leaves_logits = True
+
     def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
         super().__init__(anatomy, device)
         self.n_blocks = 1
+
+    def matrices_of(self, part: range) -> tuple[Matrix, ...]:
+        """All of them: the one "block" is the whole model."""
+        return self.matrices
 
     def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""

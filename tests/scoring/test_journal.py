@@ -224,7 +224,7 @@ def test_an_error_leaves_a_journal_that_can_be_resumed(folder: Path, tmp_path: P
             lambda self, hidden, batch, *rest: (torch.full((len(batch.targets),), torch.nan), hidden),
         )
         patched.setattr(
-            sys.modules["fastprune.scoring.score"],
+            sys.modules["fastprune.scoring.run"],
             "checked_view",
             lambda weights, *rest: BlockView(weights.anatomy, weights.device),
         )

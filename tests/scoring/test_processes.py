@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import signal
@@ -17,14 +16,13 @@ from support.architectures import BENIGN, HARM, build
 from support.ranks import run_group
 
 import fastprune
-from fastprune.calibration import CalibrationSet
+from fastprune.calibration import CalibrationSet, MicroBatch
 from fastprune.errors import ArgumentError, ScoringError
+from fastprune.scoring import run as run_module
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.engine import Pass
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.processes import Processes
-
-score_module = importlib.import_module("fastprune.scoring.score")  # the package has a function of this name
 
 # Two examples a micro-batch or so, so that there are enough of them to be shared.
 BATCH_TOKENS = 24
@@ -93,14 +91,14 @@ def test_any_number_of_processes_gives_what_one_gives_on_each_of_them(
 def _tight_memory_on_one(rank: int) -> list[int]:
     """As if memory asked for three segments on the second process and for one on the first."""
     chosen = []
-    plan = score_module.plan
+    plan = run_module.plan
 
     def watched(*args: Any, **options: Any) -> Any:
         found = plan(*args, **{**options, "segments": options["segments"] or (1, 3)[rank]})
         chosen.append(found.segments)
         return found
 
-    score_module.plan = watched
+    run_module.plan = watched
     scored(llama(), HARM, None)
     return chosen
 
@@ -176,10 +174,10 @@ def _out_of_luck(*args: Any) -> None:
     raise RuntimeError("out of luck")
 
 
-def _not_a_number(self: Pass, number: int, item: Any, *rest: Any) -> None:
-    shape = (*item.batch.input_ids.shape, 32)
-    self._gradients.put(f"gradient-{number + 1}", item.number, torch.full(shape, torch.nan))
-    _one_micro_batch(self, number, item, *rest)
+def _not_a_number(self: Pass, number: int, item: int, batch: MicroBatch, *rest: Any) -> None:
+    shape = (*batch.input_ids.shape, 32)
+    self._gradients.put(f"gradient-{number + 1}", item, torch.full(shape, torch.nan))
+    _one_micro_batch(self, number, item, batch, *rest)
 
 
 _one_micro_batch = Pass._one_micro_batch
@@ -199,7 +197,7 @@ def _fail_in_turn(rank: int, checkpoint: Path, folder: Path) -> list[str]:
                 case "memory":
                     settings["memory"] = "1MiB"
                 case "check":
-                    patch.setattr(score_module, "checked_view", _out_of_luck)
+                    patch.setattr(run_module, "checked_view", _out_of_luck)
                 case "gradient":
                     patch.setattr(Pass, "_one_micro_batch", _not_a_number)
                 case "journal":
