@@ -43,9 +43,6 @@ class BlockArguments:
     calls: list[tuple[tuple, dict]]
 
 
-Batch = MicroBatch
-
-
 class _PrologueDone(Exception):
     """Raised by the last stub of a prologue: head and final norm need not run."""
 
@@ -105,7 +102,7 @@ class View:
         extra = {name: value for name, value in extra.items() if name in self.accepted and value is not None}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.to(self.device)
 
-    def causal_forward(self, batch: Batch) -> torch.Tensor:
+    def causal_forward(self, batch: MicroBatch) -> torch.Tensor:
         """:meth:`forward` without a mask of the padding.
 
         It comes after a row's tokens, none of which sees it, as the self-check makes sure. With it, attention may be
@@ -163,7 +160,7 @@ class BlockView(View):
         with self._stubbed(lambda index, args, kwargs: _split_hidden(args, kwargs)[0], first=depth):
             yield
 
-    def learn_return_type(self, batch: Batch) -> torch.Tensor:
+    def learn_return_type(self, batch: MicroBatch) -> torch.Tensor:
         """Run the model once as it is, note what its blocks return, and return its logits."""
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
@@ -176,11 +173,11 @@ class BlockView(View):
             with uninterrupted():
                 hook.remove()
 
-    def entering(self, batch: Batch) -> torch.Tensor:
+    def entering(self, batch: MicroBatch) -> torch.Tensor:
         """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""
         return self._until(0, batch)[0]
 
-    def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
+    def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, BlockArguments]:
         """Everything before the first block.
 
         Returns:
@@ -189,7 +186,7 @@ class BlockView(View):
         entering, calls = self._until(self.n_blocks - 1, batch)
         return entering, BlockArguments(calls)
 
-    def _until(self, last: int, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    def _until(self, last: int, batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """What the first block is given, and what all are given besides, up to a block at which the forward ends."""
         entering: list[torch.Tensor] = []
         calls: list[tuple[tuple, dict]] = []
@@ -255,7 +252,7 @@ class BlockView(View):
                 embedding.forward = own
 
     def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float
+        self, hidden: torch.Tensor, batch: MicroBatch, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted loss of each scored token and the gradient of their sum.
 
