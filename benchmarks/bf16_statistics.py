@@ -7,16 +7,22 @@ set and fraction; docs/precision.md shows them as tables. ``--out FILE`` appends
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from measure import write_lines
 
+from fastprune import ops
 from fastprune.calibration import CalibrationSet, load_calibration
+from fastprune.model.matrices import Matrix
 from fastprune.organism import SKILLS, Language, load_organism
+from fastprune.scoring import engine
 from fastprune.scoring.score import score
 from fastprune.scoring.scores import Scores
+from fastprune.scoring.statistics import SegmentStatistics
 from fastprune.scoring.top_scores import TopScores
 
 N_EXAMPLES = 412  # of each set, as in the paper
@@ -27,6 +33,56 @@ RUNS = {  # name -> (dtype of the model, dtype of the sums)
     "bfloat16 model, float32 sums": (torch.bfloat16, "float32"),
     "bfloat16 model, bfloat16 sums": (torch.bfloat16, "bfloat16"),
 }
+
+
+class RoundedStatistics(SegmentStatistics):
+    """The sums of a segment as the published code keeps them; they are wrong, and this measures how much.
+
+    Each example's gradient is formed in float32, rounded to bfloat16, and added to a bfloat16 sum, one example after
+    the other in the order of the micro-batches; an addend below 2^-9 of the sum is lost. ``act_sq_sum`` is float32
+    throughout. Arguments as for :class:`SegmentStatistics`, whose ``dtype`` is not used.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], statistics: tuple[str, ...], dtype: torch.dtype, backend: str | None
+    ) -> None:
+        super().__init__(matrices, statistics, torch.bfloat16, backend)
+        self.per_example = self.wants_gradients  # the plain sum too: the order of roundings is the point
+
+    @staticmethod
+    def _zeros(matrix: Matrix, statistic: str, dtype: torch.dtype) -> torch.Tensor:
+        return SegmentStatistics._zeros(matrix, statistic, torch.float32 if statistic == "act_sq_sum" else dtype)
+
+    def _add(
+        self, matrix: Matrix, left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
+        exact = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            if length == 0:
+                continue
+            tokens = slice(start, start + length)
+            ops.accumulate_grad_sum(exact.zero_(), left[tokens], right[tokens], backend=self._backend)
+            gradient = exact.to(torch.bfloat16)
+            for name, accumulator in self.of[matrix.name].items():
+                match name:
+                    case "grad_sum":
+                        accumulator += gradient
+                    case "grad_abs_sum":
+                        accumulator += gradient.abs()
+                    case "grad_sq_sum":
+                        accumulator += gradient.square()
+
+    def finish(self, scale: float) -> None:
+        """As for the exact sums; then float32, in which scores are formed."""
+        super().finish(scale)
+        self.of = {name: {key: total.float() for key, total in sums.items()} for name, sums in self.of.items()}
+
+
+@contextlib.contextmanager
+def rounded_sums() -> Iterator[None]:
+    """Every pass inside adds in bfloat16. In one process only: the sums depend on the order of the examples."""
+    with mock.patch.object(engine, "SegmentStatistics", RoundedStatistics):
+        yield
 
 
 def calibration(tokenizer: object) -> tuple[CalibrationSet, CalibrationSet]:
@@ -81,10 +137,19 @@ def main() -> None:
     model, tokenizer = load_organism("aligned")
     harm, benign = calibration(tokenizer)
 
-    def run(model_dtype: torch.dtype, statistics_dtype: str) -> Scores:
-        # the organism's weights are stored in bfloat16, so that both models have the same ones
-        options = {"p_max": 1.0, "q_max": 1.0, "statistics_dtype": statistics_dtype, "progress": False}
-        return score(model.to(model_dtype), harm, benign, **options)
+    def run(model_dtype: torch.dtype, sums: str) -> Scores:
+        rounded = sums == "bfloat16"
+        with rounded_sums() if rounded else contextlib.nullcontext():
+            # The organism's weights are stored in bfloat16, so both models have the same ones.
+            return score(
+                model.to(model_dtype),
+                harm,
+                benign,
+                p_max=1.0,
+                q_max=1.0,
+                statistics_dtype="float32" if rounded else sums,
+                progress=False,
+            )
 
     exact = run(torch.float32, "float64")
     lines = [

@@ -7,7 +7,11 @@ somebody who has never heard of this module still works. Messages name the argum
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import unicodedata
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +78,17 @@ class MissingExtra(FastpruneError, ImportError):
 
 class FastpruneWarning(UserWarning):
     """Something the user should know although the call went on (a shortfall, a fallback, dropped rows)."""
+
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+def warn(message: str) -> None:
+    """Issue a FastpruneWarning that names the line outside of this package that the call came from."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, FastpruneWarning, stacklevel=level)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -7,6 +7,7 @@ It must not know text, tokenizers or models.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Iterable, Sequence
@@ -73,21 +74,52 @@ class Example:
 class MicroBatch:
     """Examples that go through the model together, padded on the right with each row's own last token.
 
-    No other token of the vocabulary is shown to the model: the row of one that no example has may hold anything.
+    No other token of the vocabulary is shown to the model: the embedding of a token that no example has may hold
+    anything.
 
     Attributes:
         input_ids: ``(rows, tokens)`` int64.
-        labels: ``(rows, tokens)`` int64, -100 where not scored and on padding.
         attention_mask: ``(rows, tokens)`` int64, 1 on real tokens.
-        lengths: ``(rows,)`` int64, real tokens of each row.
-        example_indices: Where each row's example stands in the sequence that was batched.
+        position_ids: ``(rows, tokens)`` int64, from 0 in each row; ``None`` leaves positions to the model.
+        scored: ``(n_scored,)`` int64, ascending: ``row * tokens + t`` where the token at ``t + 1`` counts, which the
+            hidden state at ``t`` predicts. Indices, because looking for them in a mask would synchronize the device.
+        rows_of_scored: ``(n_scored,)`` int64, the row of each scored token.
+        targets: ``(n_scored,)`` int64, the tokens to predict.
+        token_weights: ``(n_scored,)`` float64, 1 / (number of scored tokens of the example).
+        ends_turn: ``(rows,)`` bool, whether the last scored token of a row is an end of turn.
+        lengths: ``(rows,)`` int64, real tokens of each row; kept on the CPU so that reading them does not synchronize
+            the device.
+        example_indices: Index of each row's example in the sequence that was batched.
+        names: Of each row's example, for messages.
     """
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
     attention_mask: torch.Tensor
+    position_ids: torch.Tensor | None
+    scored: torch.Tensor
+    rows_of_scored: torch.Tensor
+    targets: torch.Tensor
+    token_weights: torch.Tensor
+    ends_turn: torch.Tensor
     lengths: torch.Tensor
-    example_indices: list[int]
+    example_indices: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """``(rows, tokens)`` int64: the token to predict at each scored place, -100 elsewhere."""
+        labels = torch.full_like(self.input_ids, UNSCORED)
+        labels.view(-1)[self.scored + 1] = self.targets
+        return labels
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device, except for ``lengths``."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor) and name != "lengths"
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroBatch]:
@@ -137,17 +169,39 @@ def check_batch_tokens(batch_tokens: int) -> None:
         raise ArgumentError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
 
 
-def _pad(examples: Sequence[Example], indices: list[int]) -> MicroBatch:
-    lengths = torch.tensor([len(examples[i]) for i in indices], dtype=torch.int64)
-    shape = (len(indices), int(lengths.max()))
+def _pad(examples: Sequence[Example], indices: Sequence[int]) -> MicroBatch:
+    chosen = [examples[index] for index in indices]
+    lengths = torch.tensor([len(example) for example in chosen], dtype=torch.int64)
+    shape = (len(chosen), int(lengths.max()))
     input_ids = torch.empty(shape, dtype=torch.int64)
     labels = torch.full(shape, UNSCORED, dtype=torch.int64)
-    for row, index in enumerate(indices):
-        input_ids[row, : lengths[row]] = torch.tensor(examples[index].input_ids)
-        input_ids[row, lengths[row] :] = examples[index].input_ids[-1]
-        labels[row, : lengths[row]] = torch.tensor(examples[index].labels)
+    for row, example in enumerate(chosen):
+        input_ids[row, : len(example)] = torch.tensor(example.input_ids)
+        input_ids[row, len(example) :] = example.input_ids[-1]
+        labels[row, : len(example)] = torch.tensor(example.labels)
     attention_mask = (torch.arange(shape[1]) < lengths[:, None]).to(torch.int64)
-    return MicroBatch(input_ids, labels, attention_mask, lengths, indices)
+    predicting = torch.zeros(shape, dtype=torch.bool)
+    predicting[:, :-1] = labels[:, 1:] != UNSCORED
+    scored = predicting.flatten().nonzero()[:, 0]
+    weights = 1.0 / predicting.sum(1, dtype=torch.float64)
+    rows = scored // shape[1]
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        scored=scored,
+        rows_of_scored=rows,
+        targets=labels.flatten()[scored + 1],
+        token_weights=weights[rows],
+        ends_turn=torch.tensor([example.ends_turn for example in chosen]),
+        lengths=lengths,
+        example_indices=tuple(indices),
+        names=tuple(_name(index, example) for index, example in zip(indices, chosen, strict=True)),
+    )
+
+
+def _name(index: int, example: Example) -> str:
+    return f"example {index}" if example.id is None else f"example {index} (id {example.id})"
 
 
 def hash_examples(examples: Iterable[Example]) -> str:

@@ -8,7 +8,6 @@ It must not know models; the size of the vocabulary is all it is told.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from fastprune.calibration.batch_keys import unread_keys
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.sets import CalibrationLoader, CalibrationSet
-from fastprune.errors import CalibrationError, FastpruneWarning
+from fastprune.errors import CalibrationError, warn
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _ENOUGH = 3  # labels that are all the next token's: no chance
-_STACKLEVEL = 5  # of a note in collect: it is about the line that calls score
 
 
 def collect(
@@ -78,7 +76,7 @@ def collect(
         raise CalibrationError(f"{name} yields no examples; at least one is needed")
     if unread:
         message = f"{name}: its batches hold {', '.join(unread)}, which scoring does not use"
-        warnings.warn(message, FastpruneWarning, stacklevel=_STACKLEVEL)
+        warn(message)
     _note_other_tokens(examples, name)
     return CalibrationSet(examples)
 
@@ -158,11 +156,9 @@ def _note_other_tokens(examples: Sequence[Example], name: str) -> None:
     pairs = [pair for each in examples for pair in zip(each.input_ids, each.labels, strict=True) if pair[1] != UNSCORED]
     other = sum(token != label for token, label in pairs)
     if 2 * other > len(pairs):
-        warnings.warn(
+        warn(
             f"{name}: {other} of {len(pairs)} labels are other tokens than those at their places; expected the same, "
-            "as for causal language models (masked language modeling, mlm=True, hides the tokens that it asks for)",
-            FastpruneWarning,
-            stacklevel=_STACKLEVEL + 1,
+            "as for causal language models (masked language modeling, mlm=True, hides the tokens that it asks for)"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, overload
 import torch
 
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, holding
-from fastprune.calibration.examples import Example, check_batch_tokens, hash_examples, micro_batches
+from fastprune.calibration.examples import Example, MicroBatch, check_batch_tokens, hash_examples, micro_batches
 from fastprune.calibration.rows import FINISHES, Row, describe, read_rows
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
@@ -123,18 +123,22 @@ class CalibrationLoader:
         self.batch_tokens = batch_tokens
 
     @cached_property
-    def _batches(self) -> list[dict[str, torch.Tensor]]:
-        return [
-            {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
-            for batch in micro_batches(self.calibration.examples, self.batch_tokens)
-        ]
+    def micro_batches(self) -> list[MicroBatch]:
+        """The batches as scoring sees them."""
+        return micro_batches(self.calibration.examples, self.batch_tokens)
+
+    @property
+    def padded_tokens(self) -> list[int]:
+        """Tokens of each micro-batch, padding included."""
+        return [batch.input_ids.numel() for batch in self.micro_batches]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.micro_batches)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in self._batches:
-            yield {key: tensor.clone() for key, tensor in batch.items()}
+        for batch in self.micro_batches:
+            tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+            yield {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def load_calibration(

@@ -141,10 +141,6 @@ class Streamed(Weights):
         found = [(folder.name, folder.stat()) for folder in sorted({stored.path for stored in self._stored.values()})]
         return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 
-    def answers(self) -> tuple[list[float], float]:
-        """None: nobody has put a hook into a model that is made from files."""
-        return [], 0.0
-
     def close(self) -> None:
         """Drop what is still in memory and end the reading thread."""
         self._drop(self._reserved)

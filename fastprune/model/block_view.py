@@ -22,6 +22,7 @@ from fastprune.errors import ModelError
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
+from fastprune.model.matrices import Matrix
 from fastprune.model.vocabulary import predictable_tokens
 
 
@@ -40,40 +41,6 @@ class BlockArguments:
     """What the model passes to each of its blocks besides the hidden states, for one micro-batch."""
 
     calls: list[tuple[tuple, dict]]
-
-
-@dataclass
-class Batch:
-    """One micro-batch, where the model's token ids go. All tensors are ``(rows, tokens)``; padding is on the right."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor | None
-    """From 0 in each row; ``None`` leaves them to the model, for the check alone."""
-    scored: torch.Tensor
-    """int64 ``(n_scored,)``, ascending: row * tokens + t where the token at t + 1 counts, which the hidden state at t
-    predicts. Places, not a mask, whose places cannot be found without waiting for the device."""
-    rows_of_scored: torch.Tensor
-    """int64 ``(n_scored,)``: the row of each scored token."""
-    targets: torch.Tensor
-    """int64 ``(n_scored,)``: the tokens to predict."""
-    token_weights: torch.Tensor
-    """float64 ``(n_scored,)``: 1 / (number of scored tokens of the example)."""
-    lengths: torch.Tensor
-    """int64 ``(rows,)``, on the CPU: real tokens of each row. Who needs them need not wait for the device."""
-
-    @classmethod
-    def from_micro_batch(cls, micro_batch: MicroBatch, device: torch.device) -> Batch:
-        """Move a micro-batch to ``device`` and precompute what the loss needs."""
-        mask = micro_batch.attention_mask
-        scored = torch.zeros_like(mask, dtype=torch.bool)
-        scored[:, :-1] = micro_batch.labels[:, 1:] != -100
-        targets = micro_batch.labels[:, 1:][scored[:, :-1]]
-        weights = (1.0 / scored.sum(1, dtype=torch.float64)).unsqueeze(1).expand(scored.shape)[scored]
-        places = scored.flatten().nonzero()[:, 0]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        fields = (micro_batch.input_ids, mask, positions, places, places // scored.shape[1], targets, weights)
-        return cls(*(field.to(device, non_blocking=True) for field in fields), lengths=micro_batch.lengths)
 
 
 class _PrologueDone(Exception):
@@ -107,7 +74,13 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
 
 
 class View:
-    """What both views share: the model's own forward, the eligible matrices and the loss."""
+    """What both views share: the model's own forward, the eligible matrices and the loss.
+
+    Attributes:
+        leaves_logits: Whether the last block hands on logits, not hidden states.
+    """
+
+    leaves_logits = False
 
     def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
         self.anatomy = anatomy
@@ -117,6 +90,10 @@ class View:
         self.n_blocks = len(anatomy.blocks)
         self.accepted = set(inspect.signature(self.model.forward).parameters)
 
+    def matrices_of(self, part: range) -> tuple[Matrix, ...]:
+        """The eligible matrices of some blocks, in model order."""
+        return tuple(matrix for matrix in self.matrices if matrix.block in part)
+
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
@@ -125,7 +102,7 @@ class View:
         extra = {name: value for name, value in extra.items() if name in self.accepted and value is not None}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).logits.to(self.device)
 
-    def causal_forward(self, batch: Batch) -> torch.Tensor:
+    def causal_forward(self, batch: MicroBatch) -> torch.Tensor:
         """:meth:`forward` without a mask of the padding.
 
         It comes after a row's tokens, none of which sees it, as the self-check makes sure. With it, attention may be
@@ -183,7 +160,7 @@ class BlockView(View):
         with self._stubbed(lambda index, args, kwargs: _split_hidden(args, kwargs)[0], first=depth):
             yield
 
-    def learn_return_type(self, batch: Batch) -> torch.Tensor:
+    def learn_return_type(self, batch: MicroBatch) -> torch.Tensor:
         """Run the model once as it is, note what its blocks return, and return its logits."""
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
@@ -196,11 +173,11 @@ class BlockView(View):
             with uninterrupted():
                 hook.remove()
 
-    def entering(self, batch: Batch) -> torch.Tensor:
+    def entering(self, batch: MicroBatch) -> torch.Tensor:
         """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""
         return self._until(0, batch)[0]
 
-    def prologue(self, batch: Batch) -> tuple[torch.Tensor, BlockArguments]:
+    def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, BlockArguments]:
         """Everything before the first block.
 
         Returns:
@@ -209,7 +186,7 @@ class BlockView(View):
         entering, calls = self._until(self.n_blocks - 1, batch)
         return entering, BlockArguments(calls)
 
-    def _until(self, last: int, batch: Batch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
+    def _until(self, last: int, batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """What the first block is given, and what all are given besides, up to a block at which the forward ends."""
         entering: list[torch.Tensor] = []
         calls: list[tuple[tuple, dict]] = []
@@ -275,7 +252,7 @@ class BlockView(View):
                 embedding.forward = own
 
     def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float
+        self, hidden: torch.Tensor, batch: MicroBatch, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted loss of each scored token and the gradient of their sum.
 

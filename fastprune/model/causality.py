@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
-from fastprune.model.block_view import Batch, BlockView
+from fastprune.model.block_view import BlockView
 from fastprune.model.quirks import LAYER_INDICES, WINDOWS
 
 # Largest accepted share of what earlier tokens depend on that lies in later ones: exactly nothing in a causal model.
@@ -73,7 +74,7 @@ def long_row(window: int, longest: int) -> int:
     return min(longest, window + _BEHIND)
 
 
-def refuse_later_tokens_of_long_rows(view: BlockView, batch: Batch, window: int, depth: int) -> None:
+def refuse_later_tokens_of_long_rows(view: BlockView, batch: MicroBatch, window: int, depth: int) -> None:
     """Raise if tokens depend on later ones in a row that is longer than a window.
 
     The row goes through the blocks, and back through the first one of each kind alone: a model whose blocks are causal

@@ -1,8 +1,7 @@
-"""What tells a resident model from another one, or from itself before a change: for who goes on with an earlier run.
+"""Identity of an in-memory model: do the processes of a run hold the same weights?
 
-In: a model in memory. Out: a hash of what it holds, and numbers that show what it does. The hash has every bit of every
-parameter and stored buffer in its place, and how adapters are set. What a hook does, or a buffer that a forward makes
-for itself, is in no bits that could be read; the model's logits of a few tokens show it.
+In: a model in memory. Out: a hash of every bit of every parameter and stored buffer, each in its place, and of the
+settings of adapters. Samples would not do: a mask hardly ever meets one.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from fastprune.model.adapters import adapter_settings, plain_name
 
 # Words of 32 bits that are summed together: their products, in 64 bits, take 8 MiB.
 _CHUNK = 1 << 20
-_TOKENS, _LOGITS = 8, 64
 
 
 def identity_of(model: nn.Module) -> str:
@@ -28,20 +26,6 @@ def identity_of(model: nn.Module) -> str:
         digest.update(f"{plain_name(name)} {tensor.dtype} {list(tensor.shape)} {_sums(tensor)}\n".encode())
     digest.update(repr(adapter_settings(model)).encode())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def answers_of(model: nn.Module) -> tuple[list[float], float]:
-    """Some of the logits behind a few fixed tokens, and by how much (norm-wise) those of the same model may differ.
-
-    On one machine they have the same bits. Another number of threads adds up in another order, which is worth 1e-6 in
-    float32 and a fraction of an ulp in shorter dtypes.
-    """
-    embedding = model.get_input_embeddings().weight
-    ids = (torch.arange(_TOKENS, device=embedding.device) * 7919 % len(embedding)).unsqueeze(0)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
-    coarsest = max(torch.finfo(each.dtype).eps for each in model.parameters() if each.is_floating_point())
-    return logits[:: -(-len(logits) // _LOGITS)].double().tolist(), max(1e-5, 2 * coarsest)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

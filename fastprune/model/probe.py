@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastprune.calibration import Example, micro_batches
-from fastprune.model.block_view import Batch, View
+from fastprune.calibration import Example, MicroBatch, micro_batches
+from fastprune.model.block_view import View
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 
 LENGTHS = (4, 6)
@@ -33,14 +33,14 @@ def draw(tokens: torch.Tensor, length: int) -> list[int]:
     return tokens[torch.randint(len(tokens), (length,), generator=torch.Generator().manual_seed(length))].tolist()
 
 
-def batch_of(view: View, rows: Sequence[Sequence[int]]) -> Batch:
+def batch_of(view: View, rows: Sequence[Sequence[int]]) -> MicroBatch:
     """Rows by rising length, padded as the engine pads them."""
     examples = [Example(input_ids=tuple(ids), labels=(-100, *ids[1:])) for ids in rows]
     (micro_batch,) = micro_batches(examples, batch_tokens=max(map(len, rows)) * len(rows))
-    return Batch.from_micro_batch(micro_batch, view.device)
+    return micro_batch.to(view.device)
 
 
-def probe(view: View, tokens: torch.Tensor) -> tuple[Batch, Batch]:
+def probe(view: View, tokens: torch.Tensor) -> tuple[MicroBatch, MicroBatch]:
     """Two short rows, and the longer one of them alone. The loss is of the first tokens of that one."""
     rows = [draw(tokens, length) for length in LENGTHS]
     batch, alone = batch_of(view, rows), batch_of(view, rows[LOUD:])
@@ -49,7 +49,7 @@ def probe(view: View, tokens: torch.Tensor) -> tuple[Batch, Batch]:
     return batch, alone
 
 
-def padded_otherwise(batch: Batch) -> Batch:
+def padded_otherwise(batch: MicroBatch) -> MicroBatch:
     """The same rows, with other tokens in the place of the padding."""
     ids = torch.where(batch.attention_mask.bool(), batch.input_ids, batch.input_ids.flip(1))
     return dataclasses.replace(batch, input_ids=ids)

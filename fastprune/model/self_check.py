@@ -20,9 +20,9 @@ from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSe
 import torch
 from torch import nn
 
-from fastprune.calibration import Example
+from fastprune.calibration import Example, MicroBatch
 from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
-from fastprune.model.block_view import Batch, BlockArguments, BlockView, View
+from fastprune.model.block_view import BlockArguments, BlockView, View
 from fastprune.model.causality import (
     NotScorableError,
     exceeded_window,
@@ -143,7 +143,7 @@ def checked_view(
     return whole
 
 
-def _counts_otherwise(view: BlockView, batch: Batch) -> bool:
+def _counts_otherwise(view: BlockView, batch: MicroBatch) -> bool:
     """Whether the model's own positions are others than those that are given to it, as its embeddings show.
 
     Where positions act inside the blocks, as rotary ones do, only their differences matter.
@@ -175,7 +175,7 @@ def _leaves_behind_embedding(model: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
-def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
+def _reference(view: BlockView, batch: MicroBatch, depth: int) -> tuple[torch.Tensor, dict[Matrix, torch.Tensor]]:
     """Logits of the untouched model, and its gradient of the first matrix and of one expert if there are any.
 
     Raises:
@@ -215,14 +215,14 @@ def _reference(view: BlockView, batch: Batch, depth: int) -> tuple[torch.Tensor,
     return logits, chosen
 
 
-def _refuse_later_tokens_without_mask(view: View, alone: Batch, early: int = EARLY) -> None:
+def _refuse_later_tokens_without_mask(view: View, alone: MicroBatch, early: int = EARLY) -> None:
     """Raise if the logits of a row's first tokens depend on those behind them where no row is padded."""
     with _leaves_behind_embedding(view.model) as leaves:
         asked = view.causal_forward(alone)[0, :early].float().sum()
     refuse_without_mask(view.model, torch.autograd.grad(asked, leaves, allow_unused=True), alone.input_ids.shape, early)
 
 
-def _untouched(view: BlockView, batch: Batch, depth: int) -> torch.Tensor:
+def _untouched(view: BlockView, batch: MicroBatch, depth: int) -> torch.Tensor:
     """Logits of the model as any user runs it, or of its first blocks."""
     try:
         return view.learn_return_type(dataclasses.replace(batch, position_ids=None))
@@ -240,7 +240,7 @@ def _itself_fails(model: nn.Module, error: Exception) -> NotScorableError:
 
 
 @torch.no_grad()
-def _refuse_use_of_padding(whole: WholeView, batch: Batch) -> None:
+def _refuse_use_of_padding(whole: WholeView, batch: MicroBatch) -> None:
     """Raise if logits of the text depend on the padding behind it, or on its mask, which no pass gives to the model.
 
     Where the model comes apart, the comparison of the parts with the whole says so.
@@ -284,7 +284,7 @@ def _containers(values: tuple) -> Iterator[object]:
 
 def _disagreement(
     view: BlockView,
-    batch: Batch,
+    batch: MicroBatch,
     logits: torch.Tensor,
     gradients: dict[Matrix, torch.Tensor],
     parts: Sequence[range],

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastprune.model.anatomy import Anatomy
-from fastprune.model.identity import answers_of, identity_of
+from fastprune.model.identity import identity_of
 
 Group = int | str
 EMBEDDING, HEAD = "embedding", "head"
@@ -57,13 +57,9 @@ class Weights(abc.ABC):
     def identity(self) -> str:
         """A hash over the weights; tells a model from another one."""
 
-    @abc.abstractmethod
-    def answers(self) -> tuple[list[float], float]:
-        """Numbers that show what hooks and adapters do to the weights, and how far rounding may take them."""
-
-    @abc.abstractmethod
     def files(self) -> list[list[Any]]:
         """Name, size and time of change of each file that is read."""
+        return []
 
     def close(self) -> None:  # noqa: B027 -- nothing to do for a model in memory
         """Drop what is still in memory."""
@@ -89,11 +85,3 @@ class Resident(Weights):
     def identity(self) -> str:
         """A hash over all that the model holds, each bit of which counts; tells a model from a pruned one."""
         return identity_of(self.model)
-
-    def answers(self) -> tuple[list[float], float]:
-        """Numbers that show what hooks and adapters do to what it holds, and how far rounding may take them."""
-        return answers_of(self.model)
-
-    def files(self) -> list[list[Any]]:
-        """No file is read."""
-        return []

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from fastprune.calibration import MicroBatch
 from fastprune.model.anatomy import Anatomy
-from fastprune.model.block_view import Batch, View
+from fastprune.model.block_view import View
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
+from fastprune.model.matrices import Matrix
 
 
 class WholeView(View):
@@ -19,15 +21,21 @@ class WholeView(View):
     Memory for the whole model's activations and statistics is needed at once (``segments=1``).
     """
 
+    leaves_logits = True
+
     def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
         super().__init__(anatomy, device)
         self.n_blocks = 1
 
-    def prologue(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
+    def matrices_of(self, part: range) -> tuple[Matrix, ...]:
+        """All of them: the one "block" is the whole model."""
+        return self.matrices
+
+    def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, MicroBatch]:
         """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
         return torch.zeros(len(batch.input_ids), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device), batch
 
-    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: Batch) -> torch.Tensor:
+    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: MicroBatch) -> torch.Tensor:
         """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output.
 
         ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
@@ -45,7 +53,7 @@ class WholeView(View):
                     hook.remove()
 
     def losses_and_gradient(
-        self, hidden: torch.Tensor, batch: Batch, scale: float
+        self, hidden: torch.Tensor, batch: MicroBatch, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`BlockView.losses_and_gradient`; ``hidden`` are the logits."""
         logits = hidden.detach().requires_grad_(True)

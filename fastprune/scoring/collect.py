@@ -1,7 +1,7 @@
-"""What the pass leaves of every matrix: its best-scored weights, and the samples that name the model.
+"""What the pass leaves of every matrix: its best-scored weights, and the samples that identify the model.
 
 In: final statistics, segment by segment, from this process, a journal or other processes. Out: the kept lists of every
-criterion and the model's fingerprint. It must not know how statistics are formed.
+criterion and the model's fingerprint.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from fastprune.model.fingerprint import fingerprint_of_samples, sample
 from fastprune.model.matrices import Matrix
 from fastprune.ops.criteria import CRITERIA
-from fastprune.scoring.journal import Journal
+from fastprune.scoring.journal import Journal, NullJournal
 from fastprune.scoring.processes import Processes
 from fastprune.scoring.top_scores import TopScores, TopScoresCollector
 
 
 class Collector:
-    """Takes what is final and keeps a thousandth of it.
+    """The sink of a pass: forms scores of what is final and keeps the best, about a thousandth.
 
     Args:
         matrices: In model order.
         criteria: Of each role.
         fractions: Kept fraction of each role.
         backend: Backend of the ops.
-        journal: Where everything that is added is noted.
+        journal: Notes everything that is added.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Collector:
         criteria: Mapping[str, tuple[str, ...]],
         fractions: Mapping[str, float],
         backend: str | None,
-        journal: Journal | None,
+        journal: Journal | NullJournal,
     ) -> None:
         self.shapes = {matrix.name: tuple(matrix.weight.shape) for matrix in matrices}
         self._criteria, self._journal = criteria, journal
@@ -52,11 +52,10 @@ class Collector:
     def add_losses(self, role: str, losses: torch.Tensor) -> None:
         """Take a set's ``(2,)`` losses: on end-of-turn tokens, and in all."""
         self._losses[role] = losses
-        if self._journal is not None:
-            self._journal.note({f"losses/{role}": losses})
+        self._journal.note({f"losses/{role}": losses})
 
     def end_of_turn_shares(self) -> dict[str, float]:
-        """Share of each set's loss on end-of-turn tokens, in three digits: beyond these, runs differ by rounding."""
+        """Share of each set's loss on end-of-turn tokens, to three decimals: further ones differ by rounding."""
         sums = {role: losses.tolist() for role, losses in self._losses.items()}
         return {role: round(ends / total, 3) if total > 0 else 0.0 for role, (ends, total) in sums.items()}
 
@@ -85,8 +84,7 @@ class Collector:
                 label = f"{role}/{criterion}/{name}"
                 noted |= {f"indices/{label}": kept.indices, f"values/{label}": kept.values}
                 noted[f"floor/{label}"] = torch.tensor([kept.floor], dtype=torch.float32)
-        if self._journal is not None:
-            self._journal.note(noted)
+        self._journal.note(noted)
 
     def restore(self, noted: Mapping[str, torch.Tensor]) -> None:
         """Add what a journal noted of a finished segment."""
@@ -102,13 +100,13 @@ class Collector:
                 floor = float(noted[f"floor/{label}"])
                 keeper.insert(name, TopScores(tensor, noted[f"values/{label}"], keeper.sizes[name], floor))
 
-    def merge(self, ranks: Processes) -> None:
-        """Bring together what the processes selected, on each of them."""
+    def merge(self, processes: Processes) -> None:
+        """Bring together on every process what each of them kept."""
         mine = {key: keeper.so_far for key, keeper in self._keepers.items()}
-        gathered = ranks.all_gather((self._samples, mine, self._losses))
+        gathered = processes.all_gather((self._samples, mine, self._losses))
         self._losses = {role: sum(losses[role] for _, _, losses in gathered) for role in self._losses}
         for rank, (samples, lists, _) in enumerate(gathered):
-            if rank == ranks.rank:
+            if rank == processes.rank:
                 continue
             self._samples |= samples
             for key, by_name in lists.items():
@@ -127,5 +125,5 @@ class Collector:
         }
 
     def fingerprint(self) -> str:
-        """Of the model whose weights went by."""
+        """The fingerprint of the model whose weights were scored."""
         return fingerprint_of_samples({name: (self.shapes[name], values) for name, values in self._samples.items()})

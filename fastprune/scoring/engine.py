@@ -1,39 +1,33 @@
 """The one pass over the model: blocks outside, examples inside.
 
-In: a view of the model and the calibration sets with the statistics wanted of each. Out: for every segment and set, as
-soon as they are final, a call with the matrices' statistics, which are freed before the next ones are begun. Hidden
-states are kept at segment offload only, so memory grows with the segment and not with the depth of the model. A
-segment's weights are asked for before it runs, for both sets together: twice in the whole pass.
+In: a view of the model, and the micro-batches of each calibration set with the statistics wanted of it. Out: for every
+segment and set, as soon as they are final, a call with the matrices' statistics, which are freed before the next ones
+are begun. Hidden states are kept at segment boundaries only, so memory grows with the segment and not with the depth of
+the model. The weights of a segment are asked for before it runs, for both sets together: twice in the whole pass.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
 
-from fastprune.calibration import CalibrationSet, MicroBatch, micro_batches
+from fastprune.calibration import CalibrationLoader, MicroBatch
 from fastprune.errors import ScoringError
-from fastprune.model.block_view import Batch, BlockArguments, BlockView
+from fastprune.model.block_view import BlockArguments, BlockView
 from fastprune.model.hooks import Capture
 from fastprune.model.matrices import Matrix
 from fastprune.model.weights import EMBEDDING, Weights
 from fastprune.model.whole_view import WholeView
 from fastprune.planning.segments import needs
 from fastprune.scoring.activation_store import ActivationStore
-from fastprune.scoring.journal import Journal
+from fastprune.scoring.journal import Journal, NullJournal
 from fastprune.scoring.overflow import NotFiniteError, overflow
 from fastprune.scoring.processes import Processes
-from fastprune.scoring.rounded import segment_statistics
 from fastprune.scoring.statistics import SegmentStatistics
-
-View = BlockView | WholeView
-OnFinal = Callable[[str, Mapping[Matrix, dict[str, torch.Tensor]]], None]
-OnLosses = Callable[[str, torch.Tensor], None]
 
 # The loss of an fp16 model is scaled so that gradients of about 1e-6, common behind a mean over 100 tokens, stay
 # clear of fp16's subnormals (below 6e-5); 1024 leaves room up to a gradient of 64 before overflow. Exact, being a
@@ -41,114 +35,74 @@ OnLosses = Callable[[str, torch.Tensor], None]
 _FP16_LOSS_SCALE = 1024.0
 
 
-@dataclass
-class _Work:
-    """One micro-batch on its way through the model."""
+class Sink(Protocol):
+    """Takes what a pass finishes."""
 
-    number: int
-    batch: Batch
-    names: list[str]
-    ends_turn: torch.Tensor  # bool (rows,), whether a row's last scored token is its end of turn
-    arguments: BlockArguments | Batch | None = None
+    def add(self, role: str, final: Mapping[Matrix, Mapping[str, torch.Tensor]]) -> None:
+        """Take the statistics of some matrices; of several processes, on the owner of each matrix."""
 
+    def add_losses(self, role: str, losses: torch.Tensor) -> None:
+        """Take the sums ``(2,)`` float64 of this process's weighted losses: of end-of-turn tokens, and of all tokens.
 
-@dataclass
-class ScoringSet:
-    """A calibration set in the pass.
-
-    Attributes:
-        role: ``"harm"`` or ``"benign"``.
-        examples: The tokenised examples.
-        batch_tokens: Budget of a micro-batch in padded tokens.
-        statistics: Statistics to form, see :mod:`fastprune.scoring.criteria`.
-    """
-
-    role: str
-    examples: CalibrationSet
-    batch_tokens: int
-    statistics: tuple[str, ...]
-
-    def start(self, device: torch.device, ranks: Processes, number: Iterator[int]) -> list[_Work]:
-        """The micro-batches of this process, on ``device``."""
-        mine = ranks.share(self.padded_tokens())
-        return [
-            _Work(
-                next(number),
-                Batch.from_micro_batch(self._batches[index], device),
-                [self._name(example) for example in self._batches[index].example_indices],
-                torch.tensor(
-                    [self.examples.examples[example].ends_turn for example in self._batches[index].example_indices],
-                    device=device,
-                ),
-            )
-            for index in mine
-        ]
-
-    def largest(self) -> tuple[int, int, int]:
-        """Rows, tokens of each and scored tokens of the largest micro-batch."""
-        batch = max(self._batches, key=lambda batch: batch.input_ids.numel())
-        return (*batch.input_ids.shape, int((batch.labels != -100).sum()))
-
-    def padded_tokens(self) -> list[int]:
-        """Tokens of each micro-batch."""
-        return [batch.input_ids.numel() for batch in self._batches]
-
-    @functools.cached_property
-    def _batches(self) -> list[MicroBatch]:
-        return micro_batches(self.examples.examples, self.batch_tokens)
-
-    def _name(self, index: int) -> str:
-        identity = self.examples.examples[index].id
-        return f"{self.role} example {index}" + (f" (id {identity})" if identity is not None else "")
+        Called once for each set that has gradients.
+        """
 
 
 class Pass:
     """Drives every set through the model once and hands out the statistics.
 
     Args:
-        view: The model; its state is the caller's business (see :func:`fastprune.model.frozen.frozen_eval`).
+        view: The model; the caller has put it into :func:`fastprune.model.frozen.frozen_eval`.
         weights: Where its weights come from.
-        sets: Calibration sets; each segment's weights serve all of them while they are there.
+        loaders: Calibration sets by role; each segment's weights serve all of them while they are there.
+        statistics: Statistics to form for each role, see :mod:`fastprune.scoring.criteria`.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
-        dtype: Of the accumulators; bfloat16 for comparison only, see :mod:`fastprune.scoring.rounded`.
+        dtype: Of the accumulators.
         offload: Store of the hidden states.
         gradients: Store of their gradients; on disk if there is a journal.
-        ranks: The processes that share the examples.
+        processes: The processes that share the examples.
         backend: Backend of the ops.
         progress: Show a bar (never when standard error is not a terminal).
     """
 
     def __init__(
         self,
-        view: View,
+        view: BlockView | WholeView,
         weights: Weights,
-        sets: Sequence[ScoringSet],
+        loaders: Mapping[str, CalibrationLoader],
+        statistics: Mapping[str, tuple[str, ...]],
         parts: Sequence[range],
         *,
         dtype: torch.dtype,
         offload: ActivationStore,
         gradients: ActivationStore,
-        ranks: Processes,
+        processes: Processes,
         backend: str | None = None,
         progress: bool = True,
     ) -> None:
-        self._view, self._weights, self._sets, self._parts = view, weights, sets, parts
-        self._dtype, self._backend, self._ranks = dtype, backend, ranks
-        self._boundaries, self._gradients = offload, gradients
+        self._view, self._weights, self._parts = view, weights, parts
+        self._statistics, self._dtype, self._backend = statistics, dtype, backend
+        self._boundaries, self._gradients, self._processes = offload, gradients, processes
         self._scale = _FP16_LOSS_SCALE if any(m.weight.dtype == torch.float16 for m in view.matrices) else 1.0
+        self._owners = {matrix.name: processes.owner(index) for index, matrix in enumerate(view.matrices)}
+        # The micro-batches of this process, by the numbers under which their hidden states are stored.
         numbers = itertools.count()
-        self._work = {group.role: group.start(view.device, ranks, numbers) for group in sets}
-        self._show = progress and ranks.rank == 0
+        self._batches = {
+            role: {
+                next(numbers): loader.micro_batches[index].to(view.device)
+                for index in processes.share(loader.padded_tokens)
+            }
+            for role, loader in loaders.items()
+        }
+        self._arguments: dict[int, BlockArguments | MicroBatch] = {}
+        self._show = progress and processes.rank == 0
 
-    def run(self, on_final: OnFinal, journal: Journal | None = None, on_losses: OnLosses | None = None) -> None:
+    def run(self, sink: Sink, journal: Journal | NullJournal) -> None:
         """Go through the model, from where ``journal`` says.
 
         Args:
-            on_final: Called for each set with its role and each matrix's statistics, last segment first; of several
-                processes, on the matrix's owner.
+            sink: Given each set's losses and each matrix's statistics as soon as they are final, last segment first.
             journal: Of an earlier run on the same inputs, or a new one; finished segments are not run again.
-            on_losses: Called for each set that has gradients with its role and ``(2,)`` float64: this process's sums of
-                the weighted losses of end-of-turn tokens, and of all tokens.
 
         Raises:
             ScoringError: A loss or gradient is not finite (names the example and the block), the disk is full, or
@@ -156,38 +110,34 @@ class Pass:
             ModelError: The model does not behave as the view expects.
             ArtifactError: A shard of a streamed model cannot be read.
         """
-        # Segments from `end` on are finished; offload up to number `ready` are there.
-        end = len(self._parts) if journal is None else journal.unfinished(len(self._parts))
-        ready = 0 if journal is None else journal.ready(self._boundaries, end)
-        n_items = sum(len(items) for items in self._work.values())
-        total = n_items * (max(0, end - 1 - ready) + end)
+        # Segments from `end` on are finished; boundaries up to number `ready` are there.
+        end = journal.unfinished(len(self._parts))
+        ready = journal.ready(self._boundaries, end)
+        total = sum(map(len, self._batches.values())) * (max(0, end - 1 - ready) + end)
         with tqdm(total=total, desc="scoring", unit="step", disable=None if self._show else True, leave=False) as bar:
             if end:
                 self._prologue(ready, end)
             for number in range(ready, end - 1):
                 self._forward(number, end, bar)
-                if journal is not None:
-                    journal.add_boundary(self._boundaries, f"boundary-{number + 1}")
+                journal.add_boundary(self._boundaries, f"boundary-{number + 1}")
             for number in reversed(range(end)):
                 bar.set_postfix_str(f"blocks {self._parts[number].start}-{self._parts[number].stop - 1}")
-                self._backward(number, on_final, on_losses, bar)
-                if journal is not None:
-                    journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
-                    self._ranks.barrier()  # nobody frees what another one's unfinished segment would need again
+                self._backward(number, sink, bar)
+                journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
                 self._boundaries.drop(f"boundary-{number}")
                 self._gradients.drop(f"gradient-{number + 1}")
 
-    def _items(self) -> Iterator[_Work]:
-        return itertools.chain.from_iterable(self._work.values())
+    def _every_batch(self) -> Iterator[tuple[int, MicroBatch]]:
+        return itertools.chain.from_iterable(batches.items() for batches in self._batches.values())
 
     @torch.no_grad()
     def _prologue(self, ready: int, end: int) -> None:
         following = needs(self._parts, ready if ready < end - 1 else end - 1, backward=ready >= end - 1)
         with self._weights.held((EMBEDDING,), then=following):
-            for item in self._items():
-                hidden, item.arguments = self._view.prologue(item.batch)
-                self._boundaries.put("boundary-0", item.number, hidden)
-        self._ranks.barrier()
+            for item, batch in self._every_batch():
+                hidden, self._arguments[item] = self._view.prologue(batch)
+                self._boundaries.put("boundary-0", item, hidden)
+        self._processes.barrier()
 
     @torch.no_grad()
     def _forward(self, number: int, end: int, bar: tqdm) -> None:
@@ -195,82 +145,94 @@ class Pass:
         part = self._parts[number]
         following = needs(self._parts, number + 1, backward=number + 2 == end)
         with self._weights.held(needs(self._parts, number, backward=False), then=following):
-            for item in self._items():
-                hidden = self._boundaries.get(f"boundary-{number}", item.number)
-                leaving = self._view.run(part.start, part.stop, hidden, item.arguments)
-                self._boundaries.put(f"boundary-{number + 1}", item.number, leaving)
+            for item, _ in self._every_batch():
+                hidden = self._boundaries.get(f"boundary-{number}", item)
+                leaving = self._view.run(part.start, part.stop, hidden, self._arguments[item])
+                self._boundaries.put(f"boundary-{number + 1}", item, leaving)
                 bar.update()
-        self._ranks.barrier()
+        self._processes.barrier()
 
-    def _backward(self, number: int, on_final: OnFinal, on_losses: OnLosses | None, bar: tqdm) -> None:
-        part = self._parts[number]
-        of_part = [
-            (index, matrix)
-            for index, matrix in enumerate(self._view.matrices)
-            if matrix.block in part or isinstance(self._view, WholeView)
-        ]
-        matrices = [matrix for _, matrix in of_part]
+    def _backward(self, number: int, sink: Sink, bar: tqdm) -> None:
+        """Form the statistics of a segment, one set after the other, and hand them out."""
+        matrices = self._view.matrices_of(self._parts[number])
         following = needs(self._parts, number - 1, backward=True)
         with self._weights.held(needs(self._parts, number, backward=True), then=following):
-            for group in self._sets:
-                statistics = segment_statistics(matrices, group.statistics, self._dtype, self._backend)
+            for role, batches in self._batches.items():
+                statistics = SegmentStatistics(matrices, self._statistics[role], self._dtype, self._backend)
                 losses = torch.zeros(2, dtype=torch.float64, device=self._view.device)
                 with Capture(matrices, statistics) as capture:
-                    for item in self._work[group.role]:
+                    for item, batch in batches.items():
+                        statistics.begin(batch, [f"{role} {name}" for name in batch.names])
                         try:
-                            self._one_micro_batch(number, item, capture, statistics, losses)
+                            self._one_micro_batch(number, item, batch, capture, statistics, losses)
                         except NotFiniteError as error:
-                            raise self._in_words(error, item) from None
+                            raise self._explained(error, batch) from None
                         bar.update()
                     statistics.finish(self._scale)
-                if on_losses is not None and statistics.wants_gradients and number == len(self._parts) - 1:
-                    on_losses(group.role, losses.cpu())
-                self._ranks.barrier()  # a sum would wait for a process that failed
-                for index, matrix in of_part:
-                    for tensor in statistics.of[matrix.name].values():
-                        self._ranks.reduce(self._ranks.owner(index), tensor)
-                mine = [matrix for index, matrix in of_part if self._ranks.owner(index) == self._ranks.rank]
-                on_final(group.role, {matrix: statistics.of[matrix.name] for matrix in mine})
+                if statistics.wants_gradients and number == len(self._parts) - 1:
+                    sink.add_losses(role, losses.cpu())
+                sink.add(role, self._reduced(matrices, statistics))
                 statistics.of.clear()  # before the next set's are made: they are as large as the segment in float32
 
+    def _reduced(
+        self, matrices: Sequence[Matrix], statistics: SegmentStatistics
+    ) -> dict[Matrix, dict[str, torch.Tensor]]:
+        """The sums over all processes of the matrices that this one owns."""
+        self._processes.barrier()  # a sum would wait for a process that failed
+        for matrix in matrices:
+            for tensor in statistics.of[matrix.name].values():
+                self._processes.reduce(self._owners[matrix.name], tensor)
+        mine = [matrix for matrix in matrices if self._owners[matrix.name] == self._processes.rank]
+        return {matrix: statistics.of[matrix.name] for matrix in mine}
+
     def _one_micro_batch(
-        self, number: int, item: _Work, capture: Capture, statistics: SegmentStatistics, losses: torch.Tensor
+        self,
+        number: int,
+        item: int,
+        batch: MicroBatch,
+        capture: Capture,
+        statistics: SegmentStatistics,
+        losses: torch.Tensor,
     ) -> None:
         """Recompute one segment from its lower boundary and, where gradients are wanted, go back through it.
 
         The last segment adds to ``losses`` ``(2,)``: those of end-of-turn tokens, and of all.
         """
         part, with_gradient = self._parts[number], statistics.wants_gradients
-        entering = self._boundaries.take(f"boundary-{number}", item.number).detach().requires_grad_(with_gradient)
-        statistics.begin(item.batch, item.names)
-        with capture.micro_batch(item.batch.input_ids.shape):
+        entering = self._boundaries.take(f"boundary-{number}", item).detach().requires_grad_(with_gradient)
+        with capture.micro_batch(batch.input_ids.shape):
             with torch.set_grad_enabled(with_gradient):
-                leaving = self._view.run(part.start, part.stop, entering, item.arguments)
-            if isinstance(self._view, BlockView):  # of a whole model they are the logits, which the loss is of
+                leaving = self._view.run(part.start, part.stop, entering, self._arguments[item])
+            if not self._view.leaves_logits:  # those are what the loss is of, which is checked itself
                 statistics.outputs(part.stop - 1, leaving)
             if not with_gradient:
                 statistics.end(None)
                 return
             if number == len(self._parts) - 1:
-                of_tokens, gradient = self._view.losses_and_gradient(leaving, item.batch, self._scale)
-                rows = item.batch.rows_of_scored
-                of_examples = of_tokens.new_zeros(len(item.names)).index_add_(0, rows, of_tokens)
+                of_tokens, gradient = self._view.losses_and_gradient(leaving, batch, self._scale)
+                of_examples = of_tokens.new_zeros(len(batch.names)).index_add_(0, batch.rows_of_scored, of_tokens)
                 statistics.losses(of_examples)
-                last = torch.searchsorted(rows, torch.arange(len(item.names), device=rows.device), right=True) - 1
-                losses += torch.stack([(of_tokens[last] * item.ends_turn).sum(), of_examples.sum()]).double()
+                losses += torch.stack([_of_ends_of_turn(of_tokens, batch), of_examples.sum()]).double()
             else:
-                gradient = self._gradients.take(f"gradient-{number + 1}", item.number)
+                gradient = self._gradients.take(f"gradient-{number + 1}", item)
             # Of a model on several devices, host memory and disk give everything back on the first of them.
             torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
             if number:
-                self._gradients.put(f"gradient-{number}", item.number, entering.grad)
+                self._gradients.put(f"gradient-{number}", item, entering.grad)
 
-    def _in_words(self, error: NotFiniteError, item: _Work) -> ScoringError:
+    def _explained(self, error: NotFiniteError, batch: MicroBatch) -> ScoringError:
         """The error as a caller gets it, which says so if it was an overflow of a float16 model."""
         if self._scale == 1.0:
             return ScoringError(str(error))
         # The hidden states that it began from may be gone: the prologue gives them once more.
         with self._weights.held((EMBEDDING,)), torch.no_grad():
-            entering, arguments = self._view.prologue(item.batch)
-        return overflow(error, self._view, self._weights, self._parts, entering, arguments, item.batch)
+            entering, arguments = self._view.prologue(batch)
+        return overflow(error, self._view, self._weights, self._parts, entering, arguments, batch)
+
+
+def _of_ends_of_turn(losses: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Sum of the losses ``(n_scored,)`` of the last scored token of each row that ends its turn."""
+    rows = batch.rows_of_scored
+    last = torch.searchsorted(rows, torch.arange(len(batch.names), device=rows.device), right=True) - 1
+    return (losses[last] * batch.ends_turn).sum()

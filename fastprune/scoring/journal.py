@@ -1,9 +1,9 @@
-"""What an interrupted pass has finished, so that it can go on and end with the same bits.
+"""What an interrupted pass has finished, so that it can go on and end with a bit-identical result.
 
 In: a folder, and a key that names everything the result depends on. Out: the records of finished work. Files are
 complete on the disk before the line that names them is appended to ``journal.jsonl``, and every line carries a hash of
-itself, so a kill at any moment leaves a valid beginning. A file that no journal can have begun like is somebody else's,
-and stays as it is. It must not know models or what the tensors mean.
+itself, so a kill at any moment leaves a valid beginning. A file that cannot be the beginning of a journal belongs to
+somebody else, and stays as it is. :class:`NullJournal` is the journal of a run that keeps none.
 """
 
 from __future__ import annotations
@@ -14,22 +14,55 @@ import itertools
 import json
 import os
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
-from fastprune.errors import ArgumentError, ArtifactError, FastpruneWarning
+from fastprune.errors import ArgumentError, ArtifactError, warn
 from fastprune.files import sha256, sync, try_lock
 from fastprune.scoring.activation_store import ActivationStore, disk_errors
 from fastprune.scoring.processes import Processes
 
-VERSION = 2  # 1 did not say which it was
+VERSION = 2  # version 1 had no such field
 _LINES = "journal.jsonl"
 _START = b'{"kind": "start"'  # of what the first line says, behind its hash
+
+
+class NullJournal:
+    """The journal of a run without ``resume=``: nothing was finished before, and nothing is recorded."""
+
+    folder: Path | None = None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def unfinished(self, n_segments: int) -> int:
+        """All of them."""
+        return n_segments
+
+    def ready(self, offload: ActivationStore, end: int) -> int:
+        """No boundary is there."""
+        return 0
+
+    def gradients_beside(self, offload: ActivationStore) -> ActivationStore:
+        """Gradients lie where the hidden states do."""
+        return offload
+
+    def finished(self, end: int, gradients: ActivationStore) -> list[dict[str, torch.Tensor]]:
+        """No segment was."""
+        return []
+
+    def note(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Forget it."""
+
+    def add_boundary(self, offload: ActivationStore, name: str) -> None:
+        """Forget it."""
+
+    def add_segment(self, number: int, gradients: ActivationStore, gradient: str | None) -> None:
+        """Forget it."""
 
 
 class Journal:
@@ -38,35 +71,30 @@ class Journal:
     Args:
         folder: Made if it does not exist; its parent has to.
         key: JSON-able facts that name the inputs and settings of the run.
-        ranks: The processes of the run; each writes a folder of its own below ``folder``.
-        answers: Numbers that belong to the key and are equal from run to run up to rounding; and their tolerance,
-            relative and norm-wise.
+        processes: The processes of the run; each writes a folder of its own below ``folder``.
+
+    Attributes:
+        folder: That of this process.
 
     Raises:
         ArgumentError: The journal there is of other inputs (names the first that differs), or in use, or the folder
             holds other things and no journal.
-        ArtifactError: ``journal.jsonl`` is somebody else's, or of another version. It stays as it is.
+        ArtifactError: ``journal.jsonl`` belongs to somebody else, or is of another version. It stays as it is.
 
     Warns:
         FastpruneWarning: A line in the middle is damaged; what it and those after it name is formed again.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        key: Mapping[str, Any],
-        ranks: Processes,
-        answers: tuple[Sequence[float], float] = ((), 0.0),
-    ) -> None:
+    def __init__(self, folder: str | Path, key: Mapping[str, Any], processes: Processes) -> None:
         folder = Path(folder)
         dangling = folder.is_symlink() and not folder.exists()
         if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()) or dangling:
             raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
-        self._ranks = ranks
-        self.folder = _folder_of(folder, ranks)
+        self._processes = processes
+        self.folder = _folder_of(folder, processes)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-        if ranks.size > 1 and not all(re.fullmatch(r"process-\d+-of-\d+", path.name) for path in folder.iterdir()):
+        if processes.size > 1 and not all(re.fullmatch(r"process-\d+-of-\d+", path.name) for path in folder.iterdir()):
             raise ArgumentError(f"resume: {folder} holds other things than journals of several processes; name another")
         self.folder.mkdir(exist_ok=True)
         names = {path.name for path in self.folder.iterdir()}
@@ -75,8 +103,7 @@ class Journal:
         self._noted: dict[str, torch.Tensor] = {}
         self._segments: dict[int, dict[str, Any]] = {}
         self._boundary_records: dict[str, dict[str, Any]] = {}
-        key = json.loads(json.dumps({**key, "process": [ranks.rank, ranks.size]}))
-        self._answers, self._tolerance = answers
+        key = json.loads(json.dumps({**key, "process": [processes.rank, processes.size]}))
         self._file = (self.folder / _LINES).open("a+b")
         try:
             if not try_lock(self._file.fileno()):
@@ -87,15 +114,18 @@ class Journal:
             raise
 
     @staticmethod
-    def segments_of(folder: str | Path, ranks: Processes) -> int | None:
-        """With how many segments the journal of a folder was begun, if there is one: a plan would choose anew."""
+    def segments_of(folder: str | Path, processes: Processes) -> int | None:
+        """Number of segments with which the journal of a folder was begun, if there is one.
+
+        A plan follows the memory that is free, and could choose another number now.
+        """
         begun = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with (_folder_of(Path(folder), ranks) / _LINES).open(encoding="utf-8") as lines:
+            with (_folder_of(Path(folder), processes) / _LINES).open(encoding="utf-8") as lines:
                 digest, _, payload = lines.readline().rstrip("\n").partition(" ")
             if digest == _line_digest(payload):
                 begun = int(json.loads(payload)["key"]["segments"])
-        return max((found for found in ranks.all_gather(begun) if found is not None), default=None)
+        return max((found for found in processes.all_gather(begun) if found is not None), default=None)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -106,26 +136,30 @@ class Journal:
         end = n_segments
         while end - 1 in self._segments:
             end -= 1
-        return max(self._ranks.all_gather(end))
+        return max(self._processes.all_gather(end))
 
     def ready(self, offload: ActivationStore, end: int) -> int:
-        """Take over the offload on disk: up to which number, at most ``end - 1``, all of them are there."""
+        """Take over the boundaries on disk: up to which number, at most ``end - 1``, all of them are there."""
         number = 0
         while number < end - 1:
             record = self._boundary_records.get(f"boundary-{number + 1}")
             if record is None or offload.tier != "disk" or not offload.reopen(record):
                 break
             number += 1
-        common = min(self._ranks.all_gather(number))
-        for further in range(common + 1, number + 1):  # formed again; what is put must not meet what was
+        common = min(self._processes.all_gather(number))
+        for further in range(common + 1, number + 1):  # formed again, into empty files
             offload.drop(f"boundary-{further}")
         return common
 
+    def gradients_beside(self, offload: ActivationStore) -> ActivationStore:
+        """A store of gradients on disk, whose files this journal can name."""
+        return ActivationStore("disk", offload.device, self.folder)
+
     def finished(self, end: int, gradients: ActivationStore) -> list[dict[str, torch.Tensor]]:
-        """What was noted for each finished segment, the last segment first; the gradients below them are taken over.
+        """What was noted of each finished segment, the last segment first; the gradients below them are taken over.
 
         Raises:
-            ArtifactError: A file was changed or removed since; the folder is of no use any more.
+            ArtifactError: A file was changed or removed since; nothing can go on from the folder.
         """
         found = []
         # A run that was killed after it recorded a segment may not have freed what that segment had used up.
@@ -147,16 +181,16 @@ class Journal:
         return found
 
     def note(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add to what belongs to the segment that is being worked on."""
+        """Add to what belongs to the segment in progress."""
         self._noted.update(tensors)
 
     def add_boundary(self, offload: ActivationStore, name: str) -> None:
-        """Record hidden states that are on disk; others are simply formed again."""
+        """Record hidden states that are on disk; a later run forms others again."""
         if offload.tier == "disk":
             self._append({"kind": "boundary", **offload.sealed(name)})
 
     def add_segment(self, number: int, gradients: ActivationStore, gradient: str | None) -> None:
-        """Record a finished segment: what was noted, and the gradients at its lower boundary."""
+        """Record a finished segment on every process: what was noted, and the gradients at its lower boundary."""
         path = self.folder / f"segment-{number}.safetensors"
         with disk_errors(self.folder, "the journal"):
             write_artifact(path, "segment", self._noted, {"number": number}, durable=True)
@@ -165,6 +199,7 @@ class Journal:
             {"kind": "segment", "number": number, "file": path.name, "sha256": sha256(path), "gradient": sealed}
         )
         self._noted = {}
+        self._processes.barrier()  # nobody frees what the unfinished segment of another one would need again
 
     def _append(self, record: Mapping[str, Any]) -> None:
         payload = json.dumps(record)
@@ -174,7 +209,7 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def _read(self, key: Mapping[str, Any], *, alone: bool) -> None:
-        """Take over the valid lines, and cut off the others; ``alone``: nothing else is in the folder."""
+        """Take over the valid lines and cut off the others; ``alone`` means that nothing else is in the folder."""
         self._file.seek(0)
         lines = self._file.readlines()
         records = list(itertools.takewhile(lambda record: record is not None, map(_record, lines)))
@@ -182,15 +217,13 @@ class Journal:
             self._check_start(records[0], key)
         elif not (alone and _may_be_begun(b"".join(lines))):
             raise self._foreign()
+        # A line without its end was cut off by a kill while it was written, which is no damage.
         dropped = sum(line.endswith(b"\n") for line in lines[len(records) :])
-        if (
-            dropped
-        ):  # one without its end was cut off while it was written, as a kill does; what it names is formed again
-            message = (
+        if dropped:
+            warn(
                 f"resume: line {len(records) + 1} of {self.folder / _LINES} is damaged; {dropped} lines from there on "
                 "are dropped, and what they name is formed again"
             )
-            warnings.warn(message, FastpruneWarning, stacklevel=4)
         for record in records[1:]:
             if record["kind"] == "boundary":
                 self._boundary_records[record["name"]] = record
@@ -198,7 +231,7 @@ class Journal:
                 self._segments[record["number"]] = record
         self._file.truncate(sum(map(len, lines[: len(records)])))
         if not records:
-            self._append({"kind": "start", "version": VERSION, "key": key, "answers": list(self._answers)})
+            self._append({"kind": "start", "version": VERSION, "key": key})
             sync(self.folder)
 
     def _foreign(self) -> ArtifactError:
@@ -216,7 +249,6 @@ class Journal:
                 f"version {VERSION}; remove the folder and run the same `fastprune score --resume` again"
             )
         self._check_key(record["key"], key)
-        self._check_answers(record.get("answers"))
 
     def _check_key(self, found: Mapping[str, Any], key: Mapping[str, Any]) -> None:
         for name in {**found, **key}:
@@ -226,22 +258,13 @@ class Journal:
                     f"{key.get(name)!r} now; name another folder, or start with the same inputs"
                 )
 
-    def _check_answers(self, found: Any) -> None:
-        there, now = (torch.tensor(values or (), dtype=torch.float64).nan_to_num() for values in (found, self._answers))
-        if len(there) != len(now) or float((there - now).norm()) > self._tolerance * float(now.norm()):
-            raise ArgumentError(
-                f"resume: the journal in {self.folder} is of another model: its weights are the same, and it answers "
-                "differently, as one with other hooks, adapters or buffers; name another folder, or start with the "
-                "model as it was"
-            )
 
-
-def _folder_of(folder: Path, ranks: Processes) -> Path:
-    return folder if ranks.size == 1 else folder / f"process-{ranks.rank}-of-{ranks.size}"
+def _folder_of(folder: Path, processes: Processes) -> Path:
+    return folder if processes.size == 1 else folder / f"process-{processes.rank}-of-{processes.size}"
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line says; ``None`` if it is not as it was written."""
+    """The record of a line; ``None`` if the line is not as it was written."""
     digest, _, payload = line.decode(errors="replace").rstrip("\n").partition(" ")
     if not line.endswith(b"\n") or digest != _line_digest(payload):
         return None
@@ -250,7 +273,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def _may_be_begun(content: bytes) -> bool:
-    """Whether a process that was killed at the first line can have left this: nothing, or a beginning of that line."""
+    """Whether a process that was killed at the first line can have left this: nothing, or the beginning of it."""
     hexadecimal, start = content[:32], content[33:]
     return (
         b"\n" not in content

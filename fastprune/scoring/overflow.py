@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
+from fastprune.calibration import MicroBatch
 from fastprune.errors import ScoringError
 from fastprune.model.anatomy import Anatomy
-from fastprune.model.block_view import Batch, BlockArguments, BlockView
+from fastprune.model.block_view import BlockArguments, BlockView
 from fastprune.model.weights import Weights
 from fastprune.model.whole_view import WholeView
 
@@ -41,8 +42,8 @@ def overflow(
     weights: Weights,
     parts: Sequence[range],
     entering: torch.Tensor,
-    arguments: BlockArguments | Batch,
-    batch: Batch,
+    arguments: BlockArguments | MicroBatch,
+    batch: MicroBatch,
 ) -> ScoringError:
     """The error of a float16 model in its own words: an overflow, or as it was where a weight is not finite itself.
 
@@ -90,7 +91,7 @@ def _of_blocks(
 
 
 @torch.no_grad()
-def _of_whole(view: WholeView, batch: Batch) -> list[_State]:
+def _of_whole(view: WholeView, batch: MicroBatch) -> list[_State]:
     states: list[_State] = []
 
     def note(index: int, block: nn.Module, output: object) -> None:

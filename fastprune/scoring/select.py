@@ -10,7 +10,6 @@ It must not know gradients or models.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastprune.errors import ArgumentError, FastpruneWarning, SelectionError
+from fastprune.errors import ArgumentError, SelectionError, warn
 from fastprune.scoring.top_scores import TopScores
 
 SCOPES = ("matrix", "global")
@@ -277,5 +276,4 @@ def _warn(report: Mapping[str, Any]) -> None:
             missing = side["asked"] - side["selected"]
             lines.append(f"{missing} of the {side['asked']} weights asked by {argument} have no {role} score above 0")
     if lines:
-        message = "; ".join(lines) + "; see metadata['report'] of the mask"
-        warnings.warn(message, FastpruneWarning, stacklevel=4)
+        warn("; ".join(lines) + "; see metadata['report'] of the mask")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprune import ops
-from fastprune.model.block_view import Batch
+from fastprune.calibration import MicroBatch
 from fastprune.model.experts import ExpertTokens
 from fastprune.model.matrices import Matrix
 from fastprune.ops.criteria import GRADIENT_SUMS
@@ -48,7 +48,7 @@ class SegmentStatistics:
             shape = shape[:1] if matrix.input_major else shape[1:]
         return torch.zeros(shape, dtype=dtype, device=weight.device)
 
-    def begin(self, batch: Batch, example_names: Sequence[str]) -> None:
+    def begin(self, batch: MicroBatch, example_names: Sequence[str]) -> None:
         """Start a micro-batch; ``example_names`` are used in error messages, one a row."""
         rows, tokens = batch.attention_mask.shape
         self._names = example_names

@@ -268,3 +268,25 @@ def test_batches_that_are_refused_by_name(changes, message):
 def test_loaders_that_are_refused_by_name(loader, message):
     with pytest.raises(CalibrationError, match=message):
         collect(loader, "harm_loader")
+
+
+def test_a_micro_batch_says_what_its_loss_is_of() -> None:
+    examples = [
+        Example((5, 6, 7), (-100, -100, 7), id="b", ends_turn=True),
+        Example((8, 9, 10, 11), (-100, 9, 3, -100)),  # the label need not be the token
+    ]
+    (batch,) = micro_batches(examples, 100)
+    assert batch.names == ("example 0 (id b)", "example 1")
+    assert batch.scored.tolist() == [1, 4, 5] and batch.rows_of_scored.tolist() == [0, 1, 1]
+    assert batch.targets.tolist() == [7, 9, 3] and batch.token_weights.tolist() == [1.0, 0.5, 0.5]
+    assert batch.labels.tolist() == [[-100, -100, 7, -100], [-100, 9, 3, -100]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2], [0, 1, 2, 3]]
+    assert batch.ends_turn.tolist() == [True, False]
+
+
+def test_lengths_stay_on_the_cpu_wherever_a_micro_batch_goes() -> None:
+    (batch,) = micro_batches([Example((5, 6, 7), (-100, 6, 7))], 100)
+    moved = batch.to(torch.device("meta"))
+    devices = {name: value.device.type for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    assert devices.pop("lengths") == "cpu" and set(devices.values()) == {"meta"}
+    assert (moved.names, moved.example_indices) == (batch.names, batch.example_indices)

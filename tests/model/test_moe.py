@@ -148,7 +148,7 @@ def test_an_exception_inside_an_expert_leaves_everything_as_it_was(
     before, registered = state_of(model), list(moe.ALL_EXPERTS_FUNCTIONS)
     # Past the self-check, so that nothing but the pass itself is there to clean up.
     monkeypatch.setattr(
-        sys.modules["fastprune.scoring.score"],
+        sys.modules["fastprune.scoring.run"],
         "checked_view",
         lambda weights, *_: BlockView(weights.anatomy, weights.device),
     )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastprune import ops
 from fastprune.calibration import micro_batches
-from fastprune.model.block_view import Batch
 from fastprune.model.matrices import eligible_matrices
 from fastprune.ops import reference
 from fastprune.scoring.statistics import SegmentStatistics
@@ -99,7 +98,6 @@ def test_the_engine_gives_the_statistics_of_the_cpu_through_triton() -> None:
     matrix = eligible_matrices(build("Llama"))[0]
     names = ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum")
     (batch,) = micro_batches(HARM, 10_000)
-    batch = Batch.from_micro_batch(batch, torch.device("cpu"))
     real = batch.attention_mask.flatten()[:, None]
     x = torch.randn(batch.input_ids.numel(), matrix.weight.shape[1])
     dy = torch.randn(batch.input_ids.numel(), matrix.weight.shape[0]) * real

@@ -113,7 +113,7 @@ def test_a_last_line_that_was_cut_off_is_not_worth_a_word(tmp_path: Path) -> Non
 @pytest.mark.parametrize("version", [None, 1, VERSION + 1])
 def test_another_version_is_refused_with_the_way_out(version: int | None, tmp_path: Path) -> None:
     begun(tmp_path, segments=1)
-    start = {"kind": "start", "version": version, "key": KEY, "answers": []}
+    start = {"kind": "start", "version": version, "key": KEY}
     if version is None:
         del start["version"]
     (tmp_path / "journal.jsonl").write_bytes(line(start))
@@ -157,8 +157,11 @@ def test_places_that_are_no_folder_are_named(tmp_path: Path) -> None:
 
 def test_score_refuses_it_too(tmp_path: Path) -> None:
     """The folder as a user meets it, behind every other check of a pass."""
-    (tmp_path / "journal.jsonl").write_text('{"entry": "dear diary"}\n')
-    before = contents(tmp_path)
+    folder = tmp_path / "diary"
+    folder.mkdir()
+    (folder / "journal.jsonl").write_text('{"entry": "dear diary"}\n')
+    before = contents(folder)
+    build("Llama").save_pretrained(tmp_path / "model")
     with pytest.raises(ArtifactError, match="no journal of fastprune"):
-        fastprune.score(build("Llama"), CalibrationSet(HARM), CalibrationSet(BENIGN), resume=tmp_path, progress=False)
-    assert contents(tmp_path) == before
+        fastprune.score(tmp_path / "model", CalibrationSet(HARM), CalibrationSet(BENIGN), resume=folder, progress=False)
+    assert contents(folder) == before

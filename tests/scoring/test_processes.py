@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import signal
@@ -17,14 +16,13 @@ from support.architectures import BENIGN, HARM, build
 from support.ranks import run_group
 
 import fastprune
-from fastprune.calibration import CalibrationSet
+from fastprune.calibration import CalibrationSet, MicroBatch
 from fastprune.errors import ArgumentError, ScoringError
+from fastprune.scoring import run as run_module
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.engine import Pass
 from fastprune.scoring.journal import Journal
 from fastprune.scoring.processes import Processes
-
-score_module = importlib.import_module("fastprune.scoring.score")  # the package has a function of this name
 
 # Two examples a micro-batch or so, so that there are enough of them to be shared.
 BATCH_TOKENS = 24
@@ -64,8 +62,6 @@ def _score_in_all_ways(rank: int, folder: Path, out: Path) -> list[str]:
         scored(folder, segments=3, device="cpu", offload="disk", **CRITERIA),
         scored(llama(), HARM[:1], None),  # one micro-batch: all but one process have nothing to do
     ]
-    with pytest.raises(ArgumentError, match=r"statistics_dtype: .* one process"):  # its sums depend on the order
-        scored(llama(), statistics_dtype="bfloat16")
     for number, scores in enumerate(made):
         scores.save(out / f"{rank}-{number}")
     return list(map(digest, made))
@@ -95,14 +91,14 @@ def test_any_number_of_processes_gives_what_one_gives_on_each_of_them(
 def _tight_memory_on_one(rank: int) -> list[int]:
     """As if memory asked for three segments on the second process and for one on the first."""
     chosen = []
-    plan = score_module.plan
+    plan = run_module.plan
 
     def watched(*args: Any, **options: Any) -> Any:
         found = plan(*args, **{**options, "segments": options["segments"] or (1, 3)[rank]})
         chosen.append(found.segments)
         return found
 
-    score_module.plan = watched
+    run_module.plan = watched
     scored(llama(), HARM, None)
     return chosen
 
@@ -179,16 +175,16 @@ def _out_of_luck(*args: Any) -> None:
     raise RuntimeError("out of luck")
 
 
-def _not_a_number(self: Pass, number: int, item: Any, *rest: Any) -> None:
-    shape = (*item.batch.input_ids.shape, 32)
-    self._gradients.put(f"gradient-{number + 1}", item.number, torch.full(shape, torch.nan))
-    _one_micro_batch(self, number, item, *rest)
+def _not_a_number(self: Pass, number: int, item: int, batch: MicroBatch, *rest: Any) -> None:
+    shape = (*batch.input_ids.shape, 32)
+    self._gradients.put(f"gradient-{number + 1}", item, torch.full(shape, torch.nan))
+    _one_micro_batch(self, number, item, batch, *rest)
 
 
 _one_micro_batch = Pass._one_micro_batch
 
 
-def _fail_in_turn(rank: int, folder: Path) -> list[str]:
+def _fail_in_turn(rank: int, checkpoint: Path, folder: Path) -> list[str]:
     """All failures in one group: whoever was told can go on with another call."""
     errors = []
     for cause in FAILURES:
@@ -202,7 +198,7 @@ def _fail_in_turn(rank: int, folder: Path) -> list[str]:
                 case "memory":
                     settings["memory"] = "1MiB"
                 case "check":
-                    patch.setattr(score_module, "checked_view", _out_of_luck)
+                    patch.setattr(run_module, "checked_view", _out_of_luck)
                 case "gradient":
                     patch.setattr(Pass, "_one_micro_batch", _not_a_number)
                 case "journal":
@@ -214,14 +210,15 @@ def _fail_in_turn(rank: int, folder: Path) -> list[str]:
                     patch.setattr(Collector, "lists", _out_of_luck)
             try:
                 harm = settings.pop("harm", CalibrationSet(HARM).loader(BATCH_TOKENS))
-                fastprune.score(llama(), harm, progress=False, **settings)
+                model = checkpoint if cause == "journal" else llama()
+                fastprune.score(model, harm, progress=False, **settings)
             except (fastprune.FastpruneError, RuntimeError) as error:
                 errors.append(f"{type(error).__name__}: {error}")
     return errors
 
 
-def test_an_error_on_one_process_ends_the_others_by_name(tmp_path: Path) -> None:
-    first, failed = run_group(2, _fail_in_turn, tmp_path)
+def test_an_error_on_one_process_ends_the_others_by_name(folder: Path, tmp_path: Path) -> None:
+    first, failed = run_group(2, _fail_in_turn, folder, tmp_path)
     assert len(first) == len(failed) == len(FAILURES)
     for told, own, pattern in zip(first, failed, FAILURES.values(), strict=True):
         assert re.match(pattern, own)
@@ -256,22 +253,35 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "segments": {"segments": 3},
     "fractions": {"q_max": 0.5},
     "statistics_dtype": {"statistics_dtype": "float64"},
-    "weights": {"seed": 5},
+    "weights": {"model": "another model"},
     "resume": {"resume": "somewhere"},
 }
 
 
-def _differ(rank: int, folder: Path) -> list[str]:
+def _differ(rank: int, checkpoint: Path, folder: Path) -> list[str]:
+    """``folder`` holds ``another model``, and takes the journal."""
     os.chdir(folder)
     refused = []
     for change in DIFFERENCES.values():
         settings = dict(change) if rank == 1 else {}
         try:
-            scored(llama(seed=settings.pop("seed", 0)), **settings)
+            scored(settings.pop("model", checkpoint), device="cpu", **settings)
         except ArgumentError as error:
             refused.append(str(error).split(" has another ")[1].split(" than ")[0])
     return refused
 
 
-def test_processes_that_were_started_differently_are_refused_by_name(tmp_path: Path) -> None:
-    assert run_group(2, _differ, tmp_path) == [list(DIFFERENCES)] * 2
+def test_processes_that_were_started_differently_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    llama(seed=5).save_pretrained(tmp_path / "another model")
+    assert run_group(2, _differ, folder, tmp_path) == [list(DIFFERENCES)] * 2
+
+
+def _hold_other_weights(rank: int) -> str:
+    with pytest.raises(ArgumentError, match="has another weights than process") as refused:
+        scored(llama(seed=5 if rank else 0))
+    return str(refused.value).split(":")[0]
+
+
+def test_processes_with_other_weights_in_memory_are_refused() -> None:
+    found = run_group(2, _hold_other_weights)
+    assert found == [f"process {1 - rank} has another weights than process {rank}" for rank in range(2)]

@@ -76,9 +76,10 @@ def test_bad_loaders(model: nn.Module, loader: object, error: type, message: str
         ({"benign": None}, "benign: expected one of signed, .*, got None"),
         ({"harm": (["signed"],)}, r"harm: expected one of signed, .*, got \['signed'\]"),
         ({"statistics_dtype": "int8"}, "statistics_dtype"),
+        ({"statistics_dtype": "bfloat16"}, "statistics_dtype: expected one of float32, float64, got 'bfloat16'"),
         ({"memory": "much"}, "memory"),
         ({"memory": "1KiB"}, "memory.*need"),
-        ({"resume": "no/such/folder/somewhere"}, "resume.*existing folder"),
+        ({"resume": "journal"}, "resume: expected a checkpoint folder as the model, got a LlamaForCausalLM in memory"),
         ({"resume": ""}, "resume: expected a path, got ''"),
         ({"resume": 3}, "resume: expected a path, got 3"),
         ({"offload": "moon"}, "offload"),
@@ -91,6 +92,12 @@ def test_bad_arguments(model: nn.Module, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError if "backend" not in arguments else FastpruneError, match=message):
         fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False, **arguments)
     assert_unchanged(model, before)
+
+
+def test_a_journal_needs_an_existing_folder(model: nn.Module, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ArgumentError, match=r"resume.*existing folder"):
+        fastprune.score(tmp_path / "model", CalibrationSet(HARM), resume=tmp_path / "no" / "such", progress=False)
 
 
 def test_a_benign_criterion_is_checked_without_a_benign_set(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Run a scoring with a journal in child processes, kill them, and run again until one ends by itself.
 
-    python killed_runs.py CHECKPOINT WORK SEED random|calls
+    python -m support.killed_runs CHECKPOINT WORK SEED random|calls
 
 ``random``: each child is killed with SIGKILL after a random time, in several rounds, each with a journal of its own.
 ``calls``: in round n the first child kills itself at its n-th rename or flush of a file and the second goes on from

@@ -12,7 +12,8 @@ from fastprune.model.self_check import checked_view
 from fastprune.model.weights import Resident
 from fastprune.planning.segments import split_blocks
 from fastprune.scoring.activation_store import ActivationStore
-from fastprune.scoring.engine import Pass, ScoringSet
+from fastprune.scoring.engine import Pass
+from fastprune.scoring.journal import NullJournal
 from fastprune.scoring.processes import Processes
 from support.architectures import HARM
 
@@ -24,23 +25,29 @@ STATISTICS = ("grad_sum", "grad_abs_sum", "grad_sq_sum", "act_sq_sum")
 FP32_ERROR = 1e-5
 
 
+class _Statistics(dict):
+    """A sink that keeps the statistics of each matrix by its name."""
+
+    def add(self, role, final):
+        for matrix, statistics in final.items():
+            self[matrix.name] = {name: value.clone() for name, value in statistics.items()}
+
+    def add_losses(self, role, losses):
+        pass
+
+
 def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.float32, rows=HARM):
     """Statistics of the engine itself, before any score is formed."""
-    found = {}
-
-    def keep(role, final):
-        for matrix, statistics in final.items():
-            found[matrix.name] = {name: value.clone() for name, value in statistics.items()}
-
+    kept = _Statistics()
     weights, hidden = Resident(model), ActivationStore("device", torch.device("cpu"))
     with frozen_eval(model):
         parts = split_blocks(len(decoder_blocks(model)[1]), segments)
         view = checked_view(weights, parts, segments)
         assert isinstance(view, BlockView)
-        group = ScoringSet("harm", CalibrationSet(rows), batch_tokens, STATISTICS)
-        stores = {"offload": hidden, "gradients": hidden, "ranks": Processes()}
-        Pass(view, weights, [group], parts, dtype=dtype, progress=False, **stores).run(keep)
-    return found
+        loaders, wanted = {"harm": CalibrationSet(rows).loader(batch_tokens)}, {"harm": STATISTICS}
+        stores = {"offload": hidden, "gradients": hidden, "processes": Processes()}
+        Pass(view, weights, loaders, wanted, parts, dtype=dtype, progress=False, **stores).run(kept, NullJournal())
+    return kept
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

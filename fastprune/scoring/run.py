@@ -1,0 +1,182 @@
+"""What one call of ``fastprune.score`` owns while it runs.
+
+In: a request, and the processes that share it. Out: a context with the model's weights, its checked view, the plan, the
+journal and the stores of hidden states. When it ends, also by an exception or Ctrl-C, the model is as it was before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastprune.calibration import CalibrationLoader
+from fastprune.checkpoint.streamed import Streamed
+from fastprune.model.adapters import unwrap
+from fastprune.model.anatomy import Anatomy
+from fastprune.model.block_view import BlockView
+from fastprune.model.frozen import frozen_eval, model_lock
+from fastprune.model.self_check import checked_view
+from fastprune.model.weights import EMBEDDING, HEAD, Resident, Weights
+from fastprune.model.whole_view import WholeView
+from fastprune.ops.devices import usable_device
+from fastprune.planning.plan import Plan, plan
+from fastprune.planning.segments import needs, split_blocks
+from fastprune.scoring.activation_store import ActivationStore
+from fastprune.scoring.journal import Journal, NullJournal
+from fastprune.scoring.processes import Processes
+from fastprune.scoring.provenance import inputs_of
+from fastprune.scoring.request import Request
+
+
+@contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients in the dtype of the weights, whatever the caller has switched off or on."""
+    autocast = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with contextlib.ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad(), *autocast):
+            stack.enter_context(mode)
+        yield
+
+
+class Run:
+    """Holds the model of a request for one pass. Other threads are kept from it.
+
+    Args:
+        request: What is asked for.
+        processes: Those that share the examples.
+
+    Attributes:
+        weights: The model, and where its weights come from.
+        anatomy: The model taken apart.
+        facts: Everything that the bits of the result depend on; complete after :meth:`view`.
+    """
+
+    weights: Weights
+    anatomy: Anatomy
+    facts: dict[str, Any]
+
+    def __init__(self, request: Request, processes: Processes) -> None:
+        self._request, self._processes = request, processes
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Run:
+        """Open the weights.
+
+        Raises:
+            ModelError: Some weight cannot be scored, or another thread is scoring the model.
+            NotFoundError, ArtifactError: The checkpoint folder does not exist or is damaged.
+        """
+        with contextlib.ExitStack() as stack:
+            self.weights = _weights(self._request)
+            stack.callback(self.weights.close)
+            stack.enter_context(model_lock(unwrap(self.weights.model)))
+            self.anatomy = self.weights.anatomy
+            self._processes.check_device(self.weights.device)
+            self._held = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._held.__exit__(kind, value, trace)
+
+    def plan(self, loaders: Mapping[str, CalibrationLoader]) -> Plan:
+        """How the blocks are cut into segments; of several processes, as the one with the least memory needs.
+
+        Raises:
+            ArgumentError: A budget is not enough, or the processes were not started alike.
+        """
+        request, processes = self._request, self._processes
+        self.facts = inputs_of(request, self.anatomy, loaders, self.weights.device)
+        if processes.size > 1 or request.resume is not None:
+            self.facts["weights"] = self.weights.identity()
+        processes.check_same({**self.facts, "segments": request.segments, "resume": request.resume is not None})
+        segments = request.segments
+        if segments is None and request.resume is not None:
+            segments = Journal.segments_of(request.resume, processes)
+        sharing = processes.sharing(self.weights.device)
+        chosen = self._plan(loaders, segments, sharing)
+        most = max(processes.all_gather(chosen.segments))
+        return chosen if chosen.segments == most else self._plan(loaders, most, sharing)
+
+    def _plan(self, loaders: Mapping[str, CalibrationLoader], segments: int | None, sharing: int) -> Plan:
+        request = self._request
+        n_examples = sum(len(loader.calibration) for loader in loaders.values())
+        n_tokens = sum(len(example) for loader in loaders.values() for example in loader.calibration)
+        return plan(
+            self.weights,
+            n_examples,
+            max(1, n_tokens // n_examples),
+            memory=request.memory,
+            host_memory=request.host_memory,
+            segments=segments,
+            offload=request.offload,
+            statistics=max(map(len, request.statistics.values())),
+            micro_batch=max(map(_largest, loaders.values())),
+            padded_tokens=[tokens for loader in loaders.values() for tokens in loader.padded_tokens],
+            processes=sharing,
+        )
+
+    def view(self, chosen: Plan, loaders: Mapping[str, CalibrationLoader]) -> tuple[BlockView | WholeView, list[range]]:
+        """The model as the pass drives it, frozen and checked, and its segments.
+
+        Raises:
+            ModelError: The model cannot be driven block by block although it has to be, or cannot be scored at all.
+        """
+        self._held.enter_context(frozen_eval(self.weights.model))
+        weights, segments = self.weights, self._request.segments
+        parts = split_blocks(chosen.n_blocks, chosen.segments)
+        examples = [example for loader in loaders.values() for example in loader.calibration]
+        if weights.streamed:
+            first = (EMBEDDING, *needs(parts, 0, backward=len(parts) == 1))
+            with weights.held((EMBEDDING, HEAD, *parts[0]), then=first):
+                view = checked_view(weights, parts[:1], segments, examples)
+        else:
+            view = checked_view(weights, parts, segments, examples)
+        parts = split_blocks(view.n_blocks, min(view.n_blocks, chosen.segments))  # a whole view has one block
+        self.facts["segments"] = len(parts)
+        self._processes.check_same({"segments": len(parts)})  # the check may have failed on one of them alone
+        return view, parts
+
+    def journal(self) -> Journal | NullJournal:
+        """The journal of the request.
+
+        Raises:
+            ArgumentError: It is of other inputs or in use, or the folder holds other things.
+            ArtifactError: A file there is damaged.
+        """
+        if self._request.resume is None:
+            return NullJournal()
+        journal = Journal(self._request.resume, {**self.facts, "files": self.weights.files()}, self._processes)
+        self._held.callback(journal.close)
+        return journal
+
+    def store(self, chosen: Plan, journal: Journal | NullJournal) -> ActivationStore:
+        """Where hidden states lie between segments."""
+        store = ActivationStore(chosen.offload, self.weights.device, journal.folder)
+        self._held.callback(store.close)
+        return store
+
+
+def _largest(loader: CalibrationLoader) -> tuple[int, int, int]:
+    """Rows, tokens of each and scored tokens of the largest micro-batch."""
+    batch = max(loader.micro_batches, key=lambda batch: batch.input_ids.numel())
+    rows, tokens = batch.input_ids.shape
+    return rows, tokens, len(batch.scored)
+
+
+def _weights(request: Request) -> Weights:
+    if not isinstance(request.model, str | os.PathLike):
+        return Resident(unwrap(request.model))
+    device = request.device
+    if device is None:
+        # torchrun says which of a node's GPUs belongs to this process
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = usable_device(device)
+    if device.type == "cuda" and device.index is None:
+        # "cuda" is whichever device is a thread's current one, and the thread that reads the weights has its own.
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Streamed(request.model, device, request.dtype)
