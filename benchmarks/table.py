@@ -1,4 +1,4 @@
-"""Tables of what the benchmarks wrote: ``python benchmarks/table.py FILE.jsonl... [--into README.md]``."""
+"""Tables of what the benchmarks wrote: ``python benchmarks/table.py FILE.jsonl... [--into docs/performance.md]``."""
 
 from __future__ import annotations
 
