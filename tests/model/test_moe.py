@@ -10,7 +10,7 @@ import torch
 import transformers
 from support.architectures import BENIGN, HARM, MOE_CONFIGS, build, examples, pad, slow_except
 from support.model_state import assert_unchanged, state_of
-from support.statistics import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
+from support.pass_statistics import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
 from torch import nn
 from transformers.integrations import moe
 
