@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load, save_file
 from support.architectures import HARM, build
-from support.statistics import kept
+from support.pass_statistics import kept
 from transformers import AutoModelForCausalLM
 
 import fastprune

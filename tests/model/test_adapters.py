@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
-from support.statistics import FP32_ERROR, assert_same_set, engine_statistics, kept, relative_error
+from support.pass_statistics import FP32_ERROR, assert_same_set, engine_statistics, kept, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
-from support.statistics import kept
+from support.pass_statistics import kept
 from torch import nn
 
 import fastprune

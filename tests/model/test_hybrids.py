@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from support.architectures import BENIGN, HARM, MOE_CONFIGS, VOCAB, build
-from support.statistics import engine_statistics, relative_error
+from support.pass_statistics import engine_statistics, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.architectures import BENIGN, CONFIGS, HARM, build
-from support.statistics import FP32_ERROR, engine_statistics, kept, relative_error
+from support.pass_statistics import FP32_ERROR, engine_statistics, kept, relative_error
 from torch import nn
 
 import fastprune

@@ -91,6 +91,7 @@ def test_kernels_serve_each_dtype_and_masks_are_taken_back(dtype: torch.dtype, c
     assert fastprune.random_mask(model, like=mask, match="magnitude").counts == mask.counts
 
 
+@pytest.mark.slow
 def test_a_mask_is_written_device_by_device(calls: list[str]) -> None:
     model = spread(build("Llama"), "cuda:0", "cuda:1")
     before = {name: weight.held.clone() for name, weight in model.state_dict().items()}

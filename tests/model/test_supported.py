@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from support.architectures import HARM, build
-from support.statistics import kept
+from support.pass_statistics import kept
 from torch import nn
 from transformers import FineGrainedFP8Config, Mxfp4Config
 

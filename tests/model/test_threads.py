@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.architectures import HARM, build
-from support.statistics import kept
+from support.pass_statistics import kept
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches

@@ -59,6 +59,7 @@ def test_the_fewest_segments_that_fit() -> None:
     assert fastprune.plan(llama("8B"), 824, 250).segments == 1  # without a budget nothing is recomputed
 
 
+@pytest.mark.slow
 def test_hidden_states_go_where_there_is_room() -> None:
     def where(host_memory: str) -> fastprune.scoring.Plan:
         return fastprune.plan(llama("70B"), 824, 250, memory="24GiB", host_memory=host_memory)

@@ -60,7 +60,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def scores(model: nn.Module, sets: tuple[CalibrationSet, CalibrationSet]) -> fastprune.Scores:
-    return fastprune.score(model, *sets, progress=False)
+    return fastprune.score(model, *sets, p_max=1e-2, progress=False)
 
 
 def losses(model: nn.Module, examples: CalibrationSet) -> float:
@@ -91,7 +91,7 @@ def test_a_mask_changes_what_it_names_and_comes_off_again(
     model: nn.Module, scores: fastprune.Scores, sets: tuple[CalibrationSet, CalibrationSet]
 ) -> None:
     pirate, plain = sets
-    mask = scores.select(p=1e-3, q=1e-3)
+    mask = scores.select(p=1e-2, q=1e-4)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = losses(model, pirate), losses(model, plain)
     with mask.applied(model):
@@ -100,13 +100,14 @@ def test_a_mask_changes_what_it_names_and_comes_off_again(
             assert set(differing) <= set(mask[name].tolist() if name in mask else [])
         pruned = losses(model, pirate), losses(model, plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert mask.total > 10_000
-    assert pruned[0] - whole[0] > 2 * abs(pruned[1] - whole[1])
+    assert mask.total > 1000
+    # Measured: 4.8 to 8.7 for the pirate's replies, 1.63 to 1.70 for the plain ones.
+    assert pruned[0] - whole[0] > 2.0 and abs(pruned[1] - whole[1]) < 0.2
 
 
 def test_the_folder_streamed_gives_the_same_mask(
     scores: fastprune.Scores, sets: tuple[CalibrationSet, CalibrationSet], tmp_path: Path
 ) -> None:
-    streamed = fastprune.score(FOLDER, *sets, segments=3, progress=False)
-    for p, q in ((1e-3, 1e-3), (None, 5e-4)):
+    streamed = fastprune.score(FOLDER, *sets, segments=3, p_max=1e-2, progress=False)
+    for p, q in ((1e-2, 1e-4), (None, 1e-3)):
         assert streamed.select(p=p, q=q) == scores.select(p=p, q=q)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from support.architectures import BENIGN, CONFIGS, HARM, build, examples, pad, slow_except
-from support.statistics import FP32_ERROR, assert_same_set, engine_statistics, kept, relative_error
+from support.pass_statistics import FP32_ERROR, assert_same_set, engine_statistics, kept, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet

@@ -50,7 +50,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])}
-    # As a module: with its own folder in front of the path, support/statistics.py would hide the standard library's.
+    # As a module: a script has its own folder, not tests, in front of the path.
     words = [sys.executable, "-m", "support.killed_runs", str(folder), str(tmp_path), "1", how]
     process = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
     assert process.returncode == 0, process.stderr

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
-from support.statistics import STATISTICS, engine_statistics, relative_error
+from support.pass_statistics import STATISTICS, engine_statistics, relative_error
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
