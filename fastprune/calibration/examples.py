@@ -114,12 +114,21 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, except for ``lengths``."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name != "lengths"
-        }
-        return dataclasses.replace(self, **moved)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            input_ids=moved(self.input_ids),
+            attention_mask=moved(self.attention_mask),
+            position_ids=None if self.position_ids is None else moved(self.position_ids),
+            scored=moved(self.scored),
+            rows_of_scored=moved(self.rows_of_scored),
+            targets=moved(self.targets),
+            token_weights=moved(self.token_weights),
+            ends_turn=moved(self.ends_turn),
+        )
 
 
 def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroBatch]:

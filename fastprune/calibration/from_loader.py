@@ -24,7 +24,7 @@ _ENOUGH = 3  # labels that are all the next token's: no chance
 
 
 def collect(
-    loader: Iterable[Mapping[str, Any]],
+    loader: CalibrationSet | Iterable[Mapping[str, Any]],
     name: str,
     vocab_size: int | None = None,
     n_labels: int | None = None,

@@ -75,7 +75,7 @@ def _available(device: torch.device) -> int:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of the physical memory is a cautious guess
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([free, *(_left_of(*names) for names in _CONTAINER)])
+    return int(min([free, *(_left_of(*names) for names in _CONTAINER)]))
 
 
 def _left_of(limit: str, used: str) -> float:
@@ -182,7 +182,7 @@ def plan(
 def _source(model_or_config: object) -> object:
     """A model, streamed weights or a config; that of the checkpoint where a folder is given."""
     if isinstance(model_or_config, str | os.PathLike):
-        return load_config(model_or_config)
+        return load_config(os.fspath(model_or_config))
     known = isinstance(model_or_config, nn.Module | Weights) or hasattr(model_or_config, "get_text_config")
     if not known or isinstance(model_or_config, type):
         raise ArgumentError(
@@ -246,6 +246,7 @@ def _choose(
             f"{human(smallest.device_bytes)} ({human(smallest.weight_bytes)} of it weights); give more memory or fewer "
             "examples"
         )
+    assert host_budget is not None  # nothing else is left that can be too small
     raise ArgumentError(
         f"host_memory: {human(host_budget)} is not enough: {human(smallest.host_bytes)} are needed, of which "
         f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or offload='disk'"

@@ -89,7 +89,7 @@ class ActivationStore:
             return self._on_device(self._tensors[name][item])
         slot = self._slots[name][item]
         tensor = torch.empty(slot.shape, dtype=slot.dtype)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         with self._path(name).open("rb", buffering=0) as file:
             file.seek(slot.start)
             if file.readinto(view) != len(view):
@@ -122,10 +122,11 @@ class ActivationStore:
         Returns:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
-        self._path(name).touch()  # a process that was given no micro-batch has put nothing
-        with disk_errors(self._folder, name):
-            sync(self._path(name))
-            digest = sha256(self._path(name))
+        path = self._path(name)
+        path.touch()  # a process that was given no micro-batch has put nothing
+        with disk_errors(path.parent, name):
+            sync(path)
+            digest = sha256(path)
         slots = {
             str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
             for item, slot in self._slots.setdefault(name, {}).items()
@@ -147,16 +148,17 @@ class ActivationStore:
         return tensor.to(self.device, non_blocking=True) if self.tier == "host" else tensor
 
     def _path(self, name: str) -> Path:
+        assert self._folder is not None  # every store on disk has one
         return self._folder / f"{name}.bin"
 
     def _write(self, name: str, item: int, tensor: torch.Tensor) -> None:
         slots = self._slots.setdefault(name, {})
         start = sum(slot.dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
         host = tensor.cpu().contiguous()
-        view = memoryview(host.view(-1).view(torch.uint8).numpy())
+        view = host.view(-1).view(torch.uint8).numpy().data
         mode = "r+b" if slots else "wb"  # the first of a name empties what a run that was cut off may have left
-        full = disk_errors(self._folder, f"{name} of the hidden states")
-        with full, self._path(name).open(mode, buffering=0) as file:
+        path = self._path(name)
+        with disk_errors(path.parent, f"{name} of the hidden states"), path.open(mode, buffering=0) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]

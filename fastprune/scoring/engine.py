@@ -94,7 +94,7 @@ class Pass:
             }
             for role, loader in loaders.items()
         }
-        self._arguments: dict[int, BlockArguments | MicroBatch] = {}
+        self._arguments: dict[int, BlockArguments] = {}
         self._show = progress and processes.rank == 0
 
     def run(self, sink: Sink, journal: Journal | NullJournal) -> None:
@@ -200,7 +200,8 @@ class Pass:
         """
         part, with_gradient = self._parts[number], statistics.wants_gradients
         entering = self._boundaries.take(f"boundary-{number}", item).detach().requires_grad_(with_gradient)
-        with capture.micro_batch(batch.input_ids.shape):
+        rows, tokens = batch.input_ids.shape
+        with capture.micro_batch((rows, tokens)):
             with torch.set_grad_enabled(with_gradient):
                 leaving = self._view.run(part.start, part.stop, entering, self._arguments[item])
             if not self._view.leaves_logits:  # those are what the loss is of, which is checked itself
@@ -210,7 +211,7 @@ class Pass:
                 return
             if number == len(self._parts) - 1:
                 of_tokens, gradient = self._view.losses_and_gradient(leaving, batch, self._scale)
-                of_examples = of_tokens.new_zeros(len(batch.names)).index_add_(0, batch.rows_of_scored, of_tokens)
+                of_examples = of_tokens.new_zeros(rows).index_add_(0, batch.rows_of_scored, of_tokens)
                 statistics.losses(of_examples)
                 losses += torch.stack([_of_ends_of_turn(of_tokens, batch), of_examples.sum()]).double()
             else:
@@ -218,7 +219,7 @@ class Pass:
             # Of a model on several devices, host memory and disk give everything back on the first of them.
             torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
-            if number:
+            if number and entering.grad is not None:
                 self._gradients.put(f"gradient-{number}", item, entering.grad)
 
     def _explained(self, error: NotFiniteError, batch: MicroBatch) -> ScoringError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -212,7 +211,12 @@ class Journal:
         """Take over the valid lines and cut off the others; ``alone`` means that nothing else is in the folder."""
         self._file.seek(0)
         lines = self._file.readlines()
-        records = list(itertools.takewhile(lambda record: record is not None, map(_record, lines)))
+        records: list[dict[str, Any]] = []
+        for line in lines:
+            record = _record(line)
+            if record is None:
+                break
+            records.append(record)
         if records:
             self._check_start(records[0], key)
         elif not (alone and _may_be_begun(b"".join(lines))):

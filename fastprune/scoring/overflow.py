@@ -42,7 +42,7 @@ def overflow(
     weights: Weights,
     parts: Sequence[range],
     entering: torch.Tensor,
-    arguments: BlockArguments | MicroBatch,
+    arguments: BlockArguments,
     batch: MicroBatch,
 ) -> ScoringError:
     """The error of a float16 model in its own words: an overflow, or as it was where a weight is not finite itself.
@@ -94,7 +94,7 @@ def _of_blocks(
 def _of_whole(view: WholeView, batch: MicroBatch) -> list[_State]:
     states: list[_State] = []
 
-    def note(index: int, block: nn.Module, output: object) -> None:
+    def note(index: int, block: nn.Module, output: torch.Tensor | tuple) -> None:
         states.append((index, block, output if isinstance(output, torch.Tensor) else output[0]))
 
     with contextlib.ExitStack() as hooks:

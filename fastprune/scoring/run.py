@@ -36,10 +36,10 @@ from fastprune.scoring.request import Request
 @contextlib.contextmanager
 def own_modes() -> Iterator[None]:
     """Gradients in the dtype of the weights, whatever the caller has switched off or on."""
-    autocast = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    with contextlib.ExitStack() as stack:
-        for mode in (torch.inference_mode(False), torch.enable_grad(), *autocast):
-            stack.enter_context(mode)
+    with contextlib.ExitStack() as autocast, torch.inference_mode(False), torch.enable_grad():
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                autocast.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastprune.calibration import CalibrationSet
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.engine import Pass
 from fastprune.scoring.processes import Processes
@@ -24,8 +25,8 @@ from fastprune.scoring.sets import note_ends_of_turn, read_sets
 
 def score(
     model: torch.nn.Module | str | Path,
-    harm_loader: Iterable[Mapping[str, torch.Tensor]],
-    benign_loader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    harm_loader: CalibrationSet | Iterable[Mapping[str, torch.Tensor]],
+    benign_loader: CalibrationSet | Iterable[Mapping[str, torch.Tensor]] | None = None,
     *,
     harm: str | tuple[str, ...] = "signed",
     benign: str | tuple[str, ...] = "abs",

@@ -257,7 +257,7 @@ def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:
 
 
 def _check_fraction(argument: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise SelectionError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
     return float(value)
 

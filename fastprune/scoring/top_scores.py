@@ -133,8 +133,8 @@ class TopScoresCollector:
             # One more than is asked for: its score is the floor of what is kept.
             ks = {name: min(self.sizes[name], ask + 1) for name, ask in asks.items()}
             asked = {name: matrices[name] for name in asks}
-            for name, best in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
-                found = TopScores(*(tensor.cpu() for tensor in best), self.sizes[name], -math.inf)
+            for name, (indices, values) in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
+                found = TopScores(indices.cpu(), values.cpu(), self.sizes[name], -math.inf)
                 lowest[name] = float(found.values[-1]) if len(found) else -math.inf
                 enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
                 self._kept[name] = found.prefix(enough)
