@@ -1,8 +1,8 @@
 """What the parts of a model weigh, from its shapes alone.
 
-In: a model, with or without its weights, or a config. Out: :class:`Footprint`: bytes of each block and of the rest, and
-bytes that autograd keeps of a block per token. The latter is counted on a model of fake tensors, which have shapes and
-no memory; where a model cannot be run on these, a bound from the sizes of its matrices stands in.
+In: a model, with or without its weights, or a config. Out: :class:`Footprint`, the bytes of each block and of the rest,
+and the bytes that autograd keeps of a block. The latter are counted on a model of fake tensors, which have shapes and
+no memory; if a model cannot run on these, a bound from the sizes of its matrices has to do.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Pass:
         statistics: Statistics to form for each role, see :mod:`fastprune.scoring.criteria`.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
         dtype: Of the accumulators.
-        offload: Store of the hidden states.
+        boundaries: Store of the hidden states at the boundaries of segments.
         gradients: Store of their gradients; on disk if there is a journal.
         processes: The processes that share the examples.
         backend: Backend of the ops.
@@ -74,7 +74,7 @@ class Pass:
         parts: Sequence[range],
         *,
         dtype: torch.dtype,
-        offload: ActivationStore,
+        boundaries: ActivationStore,
         gradients: ActivationStore,
         processes: Processes,
         backend: str | None = None,
@@ -82,7 +82,7 @@ class Pass:
     ) -> None:
         self._view, self._weights, self._parts = view, weights, parts
         self._statistics, self._dtype, self._backend = statistics, dtype, backend
-        self._boundaries, self._gradients, self._processes = offload, gradients, processes
+        self._boundaries, self._gradients, self._processes = boundaries, gradients, processes
         self._scale = _FP16_LOSS_SCALE if any(m.weight.dtype == torch.float16 for m in view.matrices) else 1.0
         self._owners = {matrix.name: processes.owner(index) for index, matrix in enumerate(view.matrices)}
         # The micro-batches of this process, by the numbers under which their hidden states are stored.
