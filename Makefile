@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo
 BENCH ?= bench.jsonl
+# Processes that share the tests.
+JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench sanitize lint format clean
+.PHONY: help venv demo test test-all bench sanitize lint format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@$(BIN)/python -c pass 2>/dev/null || { \
@@ -27,8 +29,11 @@ venv: $(STAMP)  ## install everything into .venv
 demo: $(STAMP)  ## the paper's effect on a small trained model; ends with a table and demo/report.html
 	$(BIN)/fastprune demo --out $(OUT)
 
-test: $(STAMP)  ## the whole test suite; ARGS="-k mask" passes options to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## the quick tests, four minutes at most; ARGS="-k mask" passes options to pytest
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m "not slow and not real" $(ARGS)
+
+test-all: $(STAMP)  ## all tests, as continuous integration runs them
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(ARGS)
 
 bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and some twenty-five minutes
 	@rm -f $(BENCH)
@@ -38,14 +43,15 @@ bench: $(STAMP)  ## benchmarks and a table of them; wants a quiet machine and so
 sanitize: $(STAMP)  ## the tests of the C++ operations, under AddressSanitizer and UBSan
 	tests/sanitized.sh $(BIN)/python
 
-lint: $(STAMP)  ## what continuous integration checks about the code's form
+lint: $(STAMP)  ## what continuous integration checks about the code's form and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(STAMP)  ## put the code into that form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info fastprune/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info fastprune/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find fastprune kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ others only wait for one another. Tests of what threads may change ask for more 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import zlib
 from pathlib import Path
@@ -33,7 +34,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The CUDA extension, for the CPU; some ten seconds for all tests that ask for it."""
     from support.emulated_cuda import build
 
-    return build(tmp_path_factory.mktemp("cuda_emulated"))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build(tmp_path_factory.mktemp("cuda_emulated"))
+    folder = tmp_path_factory.getbasetemp().parent / "cuda_emulated"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of the processes builds it for all
+        return build(folder)
 
 
 @pytest.fixture

@@ -15,15 +15,9 @@ from fastprune.checkpoint.shards import DTYPES, Stored
 from fastprune.errors import MaskError
 from fastprune.masking.apply import split_name
 from fastprune.masking.mask import PruneMask
+from fastprune.model.quirks import EXPERT_PARTS, STORED_EXPERT
 
-# Parts of an expert that is stored on its own, in the order in which loading stacks them to the fused parameter.
-_PARTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",),),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 _Apart = dict[tuple[str, int], dict[str, list[str]]]  # layer and expert, part, names on disk
-_EXPERT = re.compile(r"(?P<layer>.+)\.\w+\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
         raise MaskError("the mask is over no matrices")
     apart: _Apart = {}
     for name in on_disk:
-        if match := _EXPERT.fullmatch(name):
+        if match := STORED_EXPERT.fullmatch(name):
             apart.setdefault((match["layer"], int(match["expert"])), {}).setdefault(match["part"], []).append(name)
     tried = []
     for removed, added in _prefixes(next(iter(mask)), on_disk, apart):
@@ -90,7 +84,7 @@ def _find(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> tuple[str,
     if base in on_disk:
         return (base,)
     there = {} if expert is None else apart.get((_layer_of(base), expert), {})
-    for parts in _PARTS.get(base.rpartition(".")[2], ()):
+    for parts in EXPERT_PARTS.get(base.rpartition(".")[2], ()):
         if all(len(there.get(part, ())) == 1 for part in parts):
             return tuple(there[part][0] for part in parts)
     return ()
@@ -140,7 +134,7 @@ def _pieces(name: str, shape: tuple[int, ...], there: tuple[str, ...], on_disk: 
     for part in there:
         whole = stored = on_disk[part]
         width = width_of(whole)
-        if expert is not None and not _EXPERT.fullmatch(part):  # one of all, in one tensor
+        if expert is not None and not STORED_EXPERT.fullmatch(part):  # one of all, in one tensor
             if len(whole.shape) < 2 or expert >= whole.shape[0]:
                 raise MaskError(
                     f"{name}: the tensor has the shape {whole.shape} in the checkpoint, so there is no such expert"

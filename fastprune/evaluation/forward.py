@@ -20,6 +20,7 @@ from fastprune.model.adapters import unwrap
 from fastprune.model.frozen import frozen_eval, model_lock
 from fastprune.model.module_check import TOLERANCE, relative_error
 from fastprune.model.positions import other_tables, rotary_conflict, trained_length
+from fastprune.model.quirks import CACHES
 from fastprune.model.supported import check_causal
 
 _COMPARED = 64  # tokens of a row
@@ -46,8 +47,7 @@ class Forward:
         self.max_tokens = trained_length(model)
         self._model = model
         self._takes = inspect.signature(self._inner.forward).parameters
-        # Of arguments and outputs alike; transformers has called it `cache` since 5.24 and drops the old name in 5.40.
-        self._cache = next((name for name in ("cache", "past_key_values") if name in self._takes), "past_key_values")
+        self._cache = next((name for name in CACHES if name in self._takes), CACHES[-1])
         self._padding_checked = 0
         self._watched: tuple[int, torch.Tensor] | None = None  # a row, and what it was when it was compared
 

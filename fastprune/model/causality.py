@@ -17,15 +17,12 @@ from torch import nn
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
 from fastprune.model.block_view import BlockView
+from fastprune.model.quirks import LAYER_INDICES, WINDOWS
 
 # Largest accepted share of what earlier tokens depend on that lies in later ones: exactly nothing in a causal model.
 _LATER = 1e-6
-# What configs call the number of tokens that local attention sees, or the length of its chunks.
-_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "local_attention")
 # Tokens of the long row behind a window's end; half of them are asked what they depend on.
 _BEHIND = 8
-# What blocks call their own index, in which they differ without another kind.
-_INDICES = ("layer_idx", "layer_id", "layer_number", "layer_index")
 _MASKED = (
     "an implementation that always makes a mask, attn_implementation='eager', is causal if the model is meant to be"
 )
@@ -68,7 +65,7 @@ def refuse_without_mask(
 
 def exceeded_window(config: Any, longest: int) -> int | None:
     """Tokens of the longest window of local attention, or chunk, that a row of ``longest`` tokens exceeds."""
-    windows = [getattr(config.get_text_config(), name, None) for name in _WINDOWS]
+    windows = [getattr(config.get_text_config(), name, None) for name in WINDOWS]
     return max((window for window in windows if isinstance(window, int) and 0 < window < longest), default=None)
 
 
@@ -131,7 +128,7 @@ def _settings(module: nn.Module) -> list[tuple[str, object]]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    return name not in _INDICES and isinstance(value, str | int | float | None)
+    return name not in LAYER_INDICES and isinstance(value, str | int | float | None)
 
 
 def _fits(gradient: torch.Tensor | None, shape: torch.Size) -> bool:

@@ -17,10 +17,7 @@ import torch
 from torch import nn
 
 from fastprune.errors import ModelError
-
-# Each of these makes a model return or keep more than hidden states: a recorded cache would grow at every recompute,
-# and router outputs would add an auxiliary loss.
-_OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
+from fastprune.model.quirks import OUTPUT_SWITCHES
 
 _ABSENT = object()
 _guard = threading.RLock()
@@ -75,7 +72,7 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
         with uninterrupted():
             for config in configs.values():
                 now, former = vars(config), dict(vars(config))
-                for name in _OUTPUT_SWITCHES:
+                for name in OUTPUT_SWITCHES:
                     if getattr(config, name, False):
                         setattr(config, name, False)
                 was = {name: former.get(name, _ABSENT) for name in now}

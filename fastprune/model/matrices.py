@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
 from fastprune.model.experts import follows_interface, fused_weights
+from fastprune.model.quirks import ALWAYS_ROUTERS, CHOOSER_CLASSES, EXPERT_COUNTS, ROUTERS, SHARED_EXPERT_GATES
 from fastprune.model.supported import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident, check_stored
 
 
@@ -186,7 +187,7 @@ def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta:
 def _is_chooser(module: nn.Module) -> bool:
     """Whether a module of transformers, or a checkpoint's own code, routes tokens to experts or to one another."""
     kind = type(module)
-    return kind.__module__.startswith("transformers") and kind.__name__.endswith(("Router", "Indexer"))
+    return kind.__module__.startswith("transformers") and kind.__name__.endswith(CHOOSER_CLASSES)
 
 
 def _has_no_matrix(module: nn.Module) -> bool:
@@ -202,23 +203,23 @@ def _is_matrix(path: str, parameter: torch.Tensor) -> bool:
 
 def _n_experts(model: nn.Module) -> set[int]:
     config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    found = [getattr(config, name, None) for name in names]
+    found = [getattr(config, name, None) for name in EXPERT_COUNTS]
     return {count for value in found for count in (value if isinstance(value, list) else [value]) if count}
 
 
 def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
     (*above, last), width = plain_name(path).split("."), getattr(module, "out_features", None)
-    # Qwen2-MoE weighs what all tokens' expert adds by a gate of its own, with a single row.
-    if last == "shared_expert_gate" and width == 1:
+    if last in SHARED_EXPERT_GATES and width == 1:
         return True
     # A router may be a module with Linears of its own; what is called a gate may also gate features.
-    return "router" in above or (not {"gate", "router"}.isdisjoint((*above, last)) and width in _n_experts(model))
+    if not ALWAYS_ROUTERS.isdisjoint(above):
+        return True
+    return not ROUTERS.isdisjoint((*above, last)) and width in _n_experts(model)
 
 
 def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> bool:
     owners = plain_name(path).split(".")[:-1]
-    return not {"gate", "router"}.isdisjoint(owners) and parameter.shape[0] in _n_experts(model)
+    return not ROUTERS.isdisjoint(owners) and parameter.shape[0] in _n_experts(model)
 
 
 def _check_unshared(matrices: list[Matrix]) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 
 from torch import nn
 
+from fastprune.model.quirks import EXTRA_POSITIONS, ROPES_BY_LENGTH, ROPES_WITH_SECOND_SET
+
 
 def table_size(model: nn.Module) -> int | None:
     """Tokens that a learned table of positions has room for, ``None`` without one: rotary positions have no end."""
     limit = trained_length(model)
-    learned = limit is not None and any(limit <= table.num_embeddings <= limit + 2 for table in other_tables(model))
-    return limit if learned else None  # OPT's table has two rows more
+    learned = limit is not None and any(
+        limit <= table.num_embeddings <= limit + EXTRA_POSITIONS for table in other_tables(model)
+    )
+    return limit if learned else None
 
 
 def other_tables(model: nn.Module) -> list[nn.Embedding]:
@@ -48,10 +52,11 @@ def rotary_conflict(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> tup
     longest = getattr(config, "max_position_embeddings", None)
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = str(rope.get("rope_type"))
-        limit = rope.get("original_max_position_embeddings", longest) if kind == "longrope" else longest
-        if limit is None or not (kind == "longrope" or "dynamic" in kind):
+        second_set = kind in ROPES_WITH_SECOND_SET
+        limit = rope.get("original_max_position_embeddings", longest) if second_set else longest
+        if limit is None or not (second_set or ROPES_BY_LENGTH in kind):
             continue
-        if kind == "longrope" and all(fewest > limit for fewest, _ in lengths):
+        if second_set and all(fewest > limit for fewest, _ in lengths):
             continue
         for index, (_, most) in enumerate(lengths):
             if most > limit:

@@ -18,11 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fastprune.errors import ModelError
+from fastprune.model.quirks import DEQUANTISING_CONFIGS, NORM_REMOVERS, PACKED_WEIGHTS
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PACKED_NAMES = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
-_NORM_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}  # hooks of torch's
-_DEQUANTISING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
 
 def check_config(config: Any, what: str) -> None:
@@ -116,8 +114,8 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
         if isinstance(hook, prune.BasePruningMethod):
             what = f"pruned by torch.nn.utils.prune ({kind}), which keeps {attribute}_orig and {attribute}_mask"
             way_out = f"torch.nn.utils.prune.remove(module, {attribute!r})"
-        elif kind in _NORM_REMOVERS:
-            what, way_out = f"normalized ({kind})", f"torch.nn.utils.{_NORM_REMOVERS[kind]}(module, {attribute!r})"
+        elif kind in NORM_REMOVERS:
+            what, way_out = f"normalized ({kind})", f"torch.nn.utils.{NORM_REMOVERS[kind]}(module, {attribute!r})"
     raise ModelError(
         f"model: {name} is {what}; it is formed anew in each forward, so it can be neither scored nor written. "
         f"{way_out} gives a plain weight"
@@ -126,8 +124,8 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
 
 def _way_out(method: str) -> str:
     text = "Load the model dequantised: an unquantised checkpoint with dtype=torch.bfloat16 and no quantization_config"
-    if method in _DEQUANTISING:
-        return f"{text}, or this one with quantization_config={_DEQUANTISING[method]}(dequantize=True)"
+    if method in DEQUANTISING_CONFIGS:
+        return f"{text}, or this one with quantization_config={DEQUANTISING_CONFIGS[method]}(dequantize=True)"
     return text
 
 
@@ -140,7 +138,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_quantised(name: str, tensor: torch.Tensor) -> bool:
-    if name in _PACKED_NAMES:
+    if name in PACKED_WEIGHTS:
         return True
     # A buffer of integers may be a table of positions or a mask; a parameter of them is a weight.
     narrow = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)

@@ -1,7 +1,7 @@
-"""``report.html``: one page that needs nothing but itself.
+"""``report.html``: a self-contained page.
 
-In: a checked record and its plots. Out: the text of the page; plots are inline SVG, there is no script, no font, no
-link. All text from the record passes through :func:`html.escape`. Must not know how sentences are computed.
+In: a checked record and its plots. Out: the text of the page, with plots as inline SVG and without scripts, fonts or
+links. All text from the record passes through :func:`html.escape`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from fastprune.reporting.figures import NARROW, Plot, Table
+from fastprune.reporting.figures import Plot, Table
 from fastprune.reporting.findings import checks_summary, comparison, headline, noise
 from fastprune.reporting.formatting import (
     METRICS,
@@ -49,7 +49,7 @@ _KNOWN = {
 
 
 def page(record: Mapping[str, Any], plots: Sequence[Plot]) -> str:
-    """The whole page as text, UTF-8."""
+    """The text of the page."""
     title = clean(record.get("title") or "fastprune report")
     sections = [
         _head(record, title),
@@ -102,21 +102,22 @@ def _tiles(record: Mapping[str, Any]) -> str:
     tiles = []
     found = comparison(record)
     total = (record.get("model") or {}).get("parameters")
-    for row in [] if found is None else found.after:
-        of = f"{mask_label(record, row['mask'])}: " if len(found.after) > 1 else ""
+    chosen = found.after if found is not None else []
+    unpruned = (found.before if found is not None else None) or {}
+    for row in chosen:
+        prefix = f"{mask_label(record, row['mask'])}: " if len(chosen) > 1 else ""
         n = row.get("pruned")
         if not missing(n):
             part = "" if missing(total) or not total else f", {share(n, total)} of the model"
-            tiles.append(("", count(n), "", f"{of}weights removed{part}"))
+            tiles.append(("", count(n), "", f"{prefix}weights removed{part}"))
         for metric, kind, words in (("harm", "harm", "should fall"), ("utility", "kept", "should stay")):
-            after = row.get(metric)
-            before = None if found.before is None else found.before.get(metric)
+            before, after = unpruned.get(metric), row.get(metric)
             if not missing(after):
                 old, new = ("", percent(after)) if missing(before) else percents(before, after)
                 was = f"{old} → " if old not in ("", new) else ""
                 stays = ", does not change" if old == new else ""
                 name = f"{METRICS[metric]} rate{harm_terms(record)}" if metric == "harm" else METRICS[metric]
-                tiles.append((kind, new, was, f"{of}{name}; {words}{stays}"))
+                tiles.append((kind, new, was, f"{prefix}{name}; {words}{stays}"))
     checks = record.get("checks") or ()
     if checks:
         held = sum(check["holds"] for check in checks)
@@ -183,18 +184,14 @@ def _plot(plot: Plot) -> str:
     words = " ".join(escape(part) for part in (plot.reading, plot.caption) if part)
     finding = f"<p>{escape(plot.finding)}</p>" if plot.finding else ""
     label = escape(f"{plot.title}. {plot.finding} {plot.reading}", quote=True)
-    pictures = ""
-    # A phone gets a picture of its own: a wide one scaled down could not be read.
-    for kind, width in (("wide", plot.size(False)[0] * 96), ("narrow", NARROW * 96 * 1.15)):
-        style = f"max-width:{width:.0f}px"
-        svg = plot.svg(narrow=kind == "narrow")
-        pictures += f'<div class="{kind}" role="img" aria-label="{label}" style="{style}">{svg}</div>'
+    style = f"width:{96 * plot.size[0]:.0f}px"
+    picture = _scrolling(f'<div class="picture" role="img" aria-label="{label}" style="{style}">{plot.svg()}</div>')
     numbers = (
         f"<details><summary>The numbers</summary>{_scrolling(_plain_table(plot.table))}</details>"
         if plot.table.rows
         else ""
     )
-    figure = f"<figure>{pictures}<figcaption>{words}</figcaption></figure>"
+    figure = f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
     return _section(plot.title, f"{finding}{figure}{numbers}")
 
 
@@ -265,8 +262,8 @@ def _section(title: str, inner: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{inner.replace('<p></p>', '')}\n</section>"
 
 
-def _scrolling(table: str) -> str:
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+def _scrolling(content: str) -> str:
+    return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _plain_table(table: Table) -> str:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.architectures import slow_except
 from support.checkpoints import contents, mask_for
 
 import fastprune
@@ -86,7 +87,7 @@ print(killed, mixed)
 """
 
 
-@pytest.mark.parametrize("action", ["patch", "patch for good", "undo"])
+@pytest.mark.parametrize("action", slow_except(["patch", "patch for good", "undo"], "patch"))
 def test_kill_at_any_write_can_be_undone(model, folder, action):
     """The process dies by SIGKILL at each write and each flush in turn, in the middle of the write."""
     mask_for(model).save(folder.parent / "mask")
@@ -117,6 +118,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_a_window_and_not_a_shard(tmp_path):
     """Two shards of 100 MB; a loaded or mapped one would show. The limit has to hold for shards of any size."""

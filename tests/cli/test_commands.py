@@ -261,6 +261,7 @@ def test_score_streams_the_folder_and_goes_on_from_a_journal(
         assert torch.equal(found[name].values, kept.values)
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_scores_once(tmp_path: Path, data: dict[str, Path]) -> None:
     score = [
         "score",
@@ -318,6 +319,7 @@ def test_import_is_light_and_the_program_starts_without_typer() -> None:
     assert "fastprune[cli]" in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     shorter = functools.partial(fastprune.experiments.DemoSettings, sweep_q=(4e-3,))
     monkeypatch.setattr(fastprune.experiments, "DemoSettings", shorter)

@@ -47,6 +47,7 @@ def test_ctrl_c_is_one_line_and_says_how_to_go_on(
     assert capsys.readouterr().err == (hint if resume else "") + "fastprune: interrupted\n"
 
 
+@pytest.mark.slow
 def test_sigterm_removes_temporary_files(tmp_path: Path) -> None:
     """Regression: the folder of the hidden states stayed behind, which a scheduler's time limit fills a disk with."""
     temporary = tmp_path / "temporary"

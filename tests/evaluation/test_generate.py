@@ -14,7 +14,7 @@ from torch import nn
 from fastprune.calibration import Encoder, Row
 from fastprune.errors import ArgumentError, CalibrationError, ModelError, NotFoundError, ScoringError
 from fastprune.evaluation import generate
-from fastprune.evaluation.generate import continue_greedily, stop_ids
+from fastprune.evaluation.generation import continue_greedily, stop_ids
 
 
 def ragged_contexts(n: int = 14) -> list[list[int]]:
@@ -202,7 +202,7 @@ def test_a_pad_token_that_the_model_does_not_have_is_never_used() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens must be a positive integer, got 0"),
+        ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens: expected a positive integer, got 0"),
         ({"max_new_tokens": True}, ArgumentError, "max_new_tokens"),
         ({"max_new_tokens": 3, "batch_size": 0}, ArgumentError, "batch_size"),
         ({"max_new_tokens": 3, "format": "xml"}, ArgumentError, "format"),
@@ -217,11 +217,11 @@ def test_bad_arguments_are_named(settings: dict, error: type, message: str) -> N
 
 def test_rows_that_cannot_be_continued_are_named() -> None:
     tokenizer, model = word_tokenizer(), tiny_model()
-    with pytest.raises(CalibrationError, match="no rows"):
+    with pytest.raises(CalibrationError, match="at least one row, got none"):
         generate(model, tokenizer, [], max_new_tokens=3)
-    with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt gives no token"):
+    with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt: expected at least one token"):
         generate(model, tokenizer, [Row("w1", "", id="a"), Row(" ", "", id="b")], max_new_tokens=3)
-    with pytest.raises(CalibrationError, match=r"row 0: missing response"):
+    with pytest.raises(CalibrationError, match=r"row 0: expected the column response"):
         generate(model, tokenizer, [{"prompt": "w1"}], max_new_tokens=3)
     tokenizer.add_tokens(["new"])
     with pytest.raises(ArgumentError, match=r"row 1 has token id \d+.*another model"):

@@ -86,6 +86,7 @@ def test_weights_are_the_same_for_a_journal_and_called_by_their_plain_name() -> 
     assert Resident(compile_blocks(build("Llama"))).identity() == identity
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo d")  # that it does not see into an extension
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_operations_inside_a_compiled_function(backend: str) -> None:

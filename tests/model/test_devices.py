@@ -46,6 +46,7 @@ def test_accelerates_hooks_make_no_difference(name: str) -> None:
     assert {module: module.__dict__.get("forward") for module in model.modules()} == forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 def test_bfloat16_scores_have_no_backends_mark(device: str) -> None:
     """Wide enough for the kernels' largest tiles and the tensor cores; the other tests' models are 32 wide."""

@@ -57,6 +57,7 @@ def test_scoring_has_the_same_pruned_sets(name: str, calls: list[str]) -> None:
     assert "top_scores" in calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "offload"),
     [
@@ -72,6 +73,7 @@ def test_a_model_on_two_devices(first: str, second: str, offload: str, calls: li
     assert masks(spread(model, first, second), statistics_dtype="float64", offload=offload) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernels_serve_each_dtype_and_masks_are_taken_back(dtype: torch.dtype, calls: list[str]) -> None:
     model = build("GPT2", dtype=dtype).to("cuda")
@@ -100,6 +102,7 @@ def test_a_mask_is_written_device_by_device(calls: list[str]) -> None:
     assert all(torch.equal(weight.held, before[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_folder_is_streamed_to_the_current_device(tmp_path: Path, calls: list[str]) -> None:
     model = build("Mixtral", num_hidden_layers=2)
     model.save_pretrained(tmp_path, max_shard_size="20KB")

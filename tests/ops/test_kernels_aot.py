@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[1] / "support" / "kernel_aot.py"
 # Bytes of shared memory that one program can have (CUDA programming guide, technical specifications).

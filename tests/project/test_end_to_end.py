@@ -18,6 +18,8 @@ from fastprune.experiments.demo import DemoResult, build_suite
 from fastprune.organism import STAGES, export_data, load_organism
 from fastprune.reporting import validate
 
+pytestmark = pytest.mark.slow
+
 MASKS = {"none", "btap", "random", "magnitude", "sign_flipped", "unsigned", "no_set_difference"}
 
 

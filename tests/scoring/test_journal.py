@@ -45,6 +45,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, at: int) -> None:
     monkeypatch.setattr(engine.Pass, stage, failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["random", "calls"])
 def test_killed_runs_end_with_the_same_bits(how: str, folder: Path, tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]

@@ -73,7 +73,7 @@ def alone() -> tuple[fastprune.Scores, fastprune.Scores]:
     return scored(llama(), **CRITERIA), scored(llama(), HARM[:1], None)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_gives_what_one_gives_on_each_of_them(
     size: int, folder: Path, alone: tuple[fastprune.Scores, fastprune.Scores], tmp_path: Path
 ) -> None:
@@ -136,6 +136,7 @@ def _score_with_a_journal(rank: int, model: Path, out: Path, few: bool, deaths: 
     return digest(scored(model, *sets, segments=3, device="cpu", resume=out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("few", "deaths"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -152,3 +155,8 @@ def stateful(model: nn.Module) -> nn.Module:
     for index, block in enumerate(model.model.layers):
         model.model.layers[index] = _SharesState(block, memory)
     return model
+
+
+def slow_except(names: Iterable[str], *quick: str) -> list[object]:
+    """Parameters of a test, of which only the quick ones are part of ``make test``."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -19,7 +19,20 @@ FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wa
 
 
 def build(folder: Path) -> ModuleType:
-    """Compile and load it; ``folder`` has to outlive the module."""
+    """Load it, compiled first unless the folder has it; ``folder`` has to outlive the module."""
+    library = folder / "_cuda.so"
+    if not library.exists():
+        _compile(library)
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _compile(library: Path) -> None:
+    folder = library.parent
     includes = ["-I", str(STAND_IN), "-I", pybind11.get_include(), "-I", sysconfig.get_path("include")]
     compilers = []
     for source in [*sorted(SOURCES.glob("*.cu")), SOURCES / "cuda_bindings.cpp"]:
@@ -31,9 +44,4 @@ def build(folder: Path) -> ModuleType:
     for source, compiler in compilers:
         _, messages = compiler.communicate()
         assert compiler.returncode == 0, f"{source.name}: {messages}"
-    library = folder / "_cuda.so"
     subprocess.run(["g++", "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(library))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
-    loader.exec_module(module)
-    return module
