@@ -90,8 +90,8 @@ def calibration(tokenizer: object) -> tuple[CalibrationSet, CalibrationSet]:
     each = -(-N_EXAMPLES // len(SKILLS))
     by_skill = [language.rows(skill, each) for skill in SKILLS]
     benign = [row for rows in zip(*by_skill, strict=True) for row in rows][:N_EXAMPLES]
-    rows = (language.rows("harm", N_EXAMPLES), benign)
-    return tuple(load_calibration(part, tokenizer, format="chat") for part in rows)
+    harm = load_calibration(language.rows("harm", N_EXAMPLES), tokenizer, format="chat")
+    return harm, load_calibration(benign, tokenizer, format="chat")
 
 
 def lists(scores: Scores, role: str) -> dict[str, TopScores]:

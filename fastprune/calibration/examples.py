@@ -1,8 +1,7 @@
-"""What scoring sees of calibration data: token ids, labels, and micro-batches of them.
+"""Calibration data as scoring sees them: token ids, labels, and micro-batches.
 
 In: examples, and a token budget. Out: padded tensors. Micro-batches are a function of the multiset of examples and of
-the budget alone, never of memory, processes or the order of a file, so that the same data always gives the same sums.
-It must not know text, tokenizers or models.
+the budget only, never of memory, processes or the order of a file, so that the same data always give the same sums.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from fastprune.errors import CalibrationError, positive_integer
 
 UNSCORED = -100  # the label that cross-entropy ignores, as everywhere in this field
 
-# What one micro-batch more costs, in tokens: its weights are read once more and its calls are made once more. Scoring
-# 16 + 16 examples of 40 to 120 tokens (a Llama of width 384, two CPU cores) takes 8.2, 5.9, 5.7, 5.6 and 5.5 s with
-# a cost of 0, 16, 32, 64 and 128; the larger it is, the more padding there is on devices that do not wait for memory.
+# Cost of one more micro-batch, in tokens: weights are read once more and calls are made once more. Scoring 16 + 16
+# examples of 40 to 120 tokens (a Llama of width 384, two CPU cores) takes 8.2, 5.9, 5.7, 5.6 and 5.5 s with a cost of
+# 0, 16, 32, 64 and 128. A larger cost means more padding, which devices pay for that do not wait for memory.
 BATCH_COST = 64
 
 
@@ -114,12 +113,21 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device, except for ``lengths``."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name != "lengths"
-        }
-        return dataclasses.replace(self, **moved)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            input_ids=moved(self.input_ids),
+            attention_mask=moved(self.attention_mask),
+            position_ids=None if self.position_ids is None else moved(self.position_ids),
+            scored=moved(self.scored),
+            rows_of_scored=moved(self.rows_of_scored),
+            targets=moved(self.targets),
+            token_weights=moved(self.token_weights),
+            ends_turn=moved(self.ends_turn),
+        )
 
 
 def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroBatch]:

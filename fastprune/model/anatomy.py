@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from fastprune.model.adapters import unwrap
 from fastprune.model.matrices import Matrix, decoder_blocks, eligible_matrices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,7 @@ class Anatomy:
         matrices: Everything that is scored, in model order.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     block_path: str
     block_list: nn.ModuleList
     blocks: tuple[nn.Module, ...]
@@ -43,4 +47,4 @@ class Anatomy:
         found = decoder_blocks(plain)
         path, block_list = found
         matrices = eligible_matrices(plain, allow_meta=allow_meta, blocks=found)
-        return cls(plain, path, block_list, tuple(block_list), tuple(matrices))
+        return cls(cast("PreTrainedModel", plain), path, block_list, tuple(block_list), tuple(matrices))

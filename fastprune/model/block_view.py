@@ -38,8 +38,14 @@ def tokens_per_chunk(vocabulary: int, *, on_gpu: bool) -> int:
 
 @dataclass
 class BlockArguments:
-    """What the model passes to each of its blocks besides the hidden states, for one micro-batch."""
+    """What blocks are given besides the hidden states, for one micro-batch.
 
+    Attributes:
+        batch: The micro-batch.
+        calls: The arguments that the model passes to each block; empty for a model that runs as a whole.
+    """
+
+    batch: MicroBatch
     calls: list[tuple[tuple, dict]]
 
 
@@ -184,7 +190,7 @@ class BlockView(View):
             The hidden states ``(rows, tokens, hidden)`` that enter block 0, and every block's other arguments.
         """
         entering, calls = self._until(self.n_blocks - 1, batch)
-        return entering, BlockArguments(calls)
+        return entering, BlockArguments(batch, calls)
 
     def _until(self, last: int, batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """What the first block is given, and what all are given besides, up to a block at which the forward ends."""

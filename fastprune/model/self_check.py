@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 
 import torch
 from torch import nn
 
 from fastprune.calibration import Example, MicroBatch
-from fastprune.errors import FastpruneError, FastpruneWarning, ModelError
+from fastprune.errors import FastpruneError, ModelError, warn
 from fastprune.model.block_view import BlockArguments, BlockView, View
 from fastprune.model.causality import (
     NotScorableError,
@@ -135,11 +134,7 @@ def checked_view(
     if window is not None:
         row = batch_of(view, [draw(tokens, long_row(window, longest))])
         _refuse_later_tokens_without_mask(whole, row, window + 1)
-    warnings.warn(
-        f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1",
-        FastpruneWarning,
-        stacklevel=3,
-    )
+    warn(f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1")
     return whole
 
 

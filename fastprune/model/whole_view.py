@@ -9,7 +9,7 @@ import torch
 
 from fastprune.calibration import MicroBatch
 from fastprune.model.anatomy import Anatomy
-from fastprune.model.block_view import View
+from fastprune.model.block_view import BlockArguments, View
 from fastprune.model.experts import one_by_one
 from fastprune.model.frozen import uninterrupted
 from fastprune.model.matrices import Matrix
@@ -31,11 +31,12 @@ class WholeView(View):
         """All of them: the one "block" is the whole model."""
         return self.matrices
 
-    def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, MicroBatch]:
+    def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, BlockArguments]:
         """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
-        return torch.zeros(len(batch.input_ids), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device), batch
+        leaf = torch.zeros(len(batch.names), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device)
+        return leaf, BlockArguments(batch, [])
 
-    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: MicroBatch) -> torch.Tensor:
+    def run(self, first: int, last: int, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
         """The whole forward; logits ``(rows, tokens, vocab)`` with a graph that starts at the embedding's output.
 
         ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
@@ -46,7 +47,7 @@ class WholeView(View):
             hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
         try:
             with one_by_one(self._experts):
-                return self.causal_forward(arguments)
+                return self.causal_forward(arguments.batch)
         finally:
             if hook is not None:
                 with uninterrupted():

@@ -1,7 +1,7 @@
-"""What a pass takes with a given number of segments: memory of every kind at its peak, work, reading, time.
+"""What a pass takes with a given number of segments: peaks of memory of every kind, work, reading, time.
 
 In: the sizes of a model, the amount of data. Out: :class:`Plan`. The estimate follows the engine stage by stage, and
-tests compare it with measured peaks. Which plan to take is :mod:`fastprune.planning.plan`'s business.
+tests compare it with measured peaks. :mod:`fastprune.planning.plan` chooses among plans.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fastprune.planning.footprint import Footprint, activation_bound, activation
 from fastprune.planning.list_lengths import kept_bytes
 from fastprune.planning.segments import split_blocks
 
-# On a CPU: buffers of the matrix library, threads' stacks: what a pass over a tiny model takes.
+# On a CPU, what a pass over a tiny model takes: buffers of the matrix library, stacks of threads.
 _WORKSPACE = 64 * 2**20
-# Share that lies free between pieces in use where weights come and go; it differs by some 5 % from run to run.
+# Share that is free between pieces in use where weights are loaded and dropped; it varies by some 5 % between runs.
 _FRAGMENTED = 0.05
 
 
 def human(n_bytes: float) -> str:
-    """A size for people."""
+    """A size in MiB or GiB, to be read."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
 
 
@@ -39,14 +39,14 @@ class Plan:
         eligible: Weights that are scored.
         parameters: All parameters of the model.
         streamed: Whether weights are read from disk as they are needed.
-        offload: Where hidden states between segments lie: ``"device"``, ``"host"`` or ``"disk"``.
+        offload: Where hidden states between segments are kept: ``"device"``, ``"host"`` or ``"disk"``.
         weight_bytes: Weights in memory at the peak.
         accumulator_bytes: Live statistics of the largest segment, fp32.
         activation_bytes: What autograd keeps of one segment for one micro-batch, and temporaries.
-        boundary_bytes: Hidden states and gradients at segment offload, all examples.
+        boundary_bytes: Hidden states and gradients at segment boundaries, all examples.
         kept_bytes: The best-scored weights of every matrix, in host memory.
         device_bytes: Peak on the model's device; on a CPU it includes what is in host memory.
-        host_bytes: Peak in host memory beside a GPU.
+        host_bytes: Peak in host memory if the model is on a GPU.
         disk_bytes: Peak of temporary files.
         read_bytes: Read from disk in all.
         flops: Of the whole pass: forward, recompute, dX and dW.
@@ -123,7 +123,7 @@ class Estimate:
         self._rows, self._length, self._scored = micro_batch
         self._micro_batch = self._rows * self._length
         self._padded_tokens = padded_tokens or [self._micro_batch] * math.ceil(tokens / self._micro_batch)
-        # The last segment goes backward first: what is kept while a block is at work is of it and of those above it.
+        # The last segment goes backward first, so what is kept while a block runs is of it and of the blocks above it.
         matrices = [n for block in self.sizes.eligible for n in block]
         firsts = itertools.accumulate((len(block) for block in self.sizes.eligible[:-1]), initial=0)
         self._kept_from = [kept_bytes(matrices, first) for first in firsts]
@@ -138,14 +138,14 @@ class Estimate:
             self._activations, self._given = counted
 
     def plan(self, segments: int, tier: str) -> Plan:
-        """What the pass takes with so many segments and the hidden states there."""
+        """What the pass takes with so many segments and with the hidden states in a tier."""
         sizes, parts = self.sizes, split_blocks(len(self.sizes.block_bytes), segments)
         boundary = self._tokens * sizes.hidden * sizes.element
         if tier == "host" and not self.on_cpu:
-            # Pinned memory comes in powers of two, a piece for each micro-batch.
+            # Pinned memory is allocated in powers of two, a piece for each micro-batch.
             pieces = (tokens * sizes.hidden * sizes.element for tokens in self._padded_tokens)
             boundary = sum(1 << (n_bytes - 1).bit_length() for n_bytes in pieces)
-        # All lower offload, and the gradients above and below the segment at work.
+        # All lower boundaries, and the gradients above and below the segment that runs.
         hidden = [(number + 1 + min(2, segments - 1)) * boundary for number in range(segments)]
         accumulators = [4 * self._statistics * sum(sum(sizes.eligible[block]) for block in part) for part in parts]
         temporary = 4 * sizes.widest * self._micro_batch * max(4, sizes.element)
@@ -187,7 +187,7 @@ class Estimate:
         )
 
     def _weights(self, parts: Sequence[range], number: int) -> int:
-        """Weights in memory while segment ``number`` goes backward: its own, and the next ones on their way."""
+        """Weights in memory while segment ``number`` goes backward: its own, and those that are read ahead."""
         sizes = self.sizes
         if not self._streamed:
             return sizes.weight_bytes
@@ -214,7 +214,7 @@ class Estimate:
             return 0
         if segments == 1:
             return self.sizes.weight_bytes
-        # The last segment goes forward and backward in one; the head runs in the self-check and at the end.
+        # The last segment goes forward and backward without a break; the head runs in the self-check and at the end.
         twice = sum(self.sizes.block_bytes[: parts[-1].start]) + self.sizes.head_bytes
         return self.sizes.weight_bytes + twice
 

@@ -1,8 +1,8 @@
 """What the parts of a model weigh, from its shapes alone.
 
-In: a model, with or without its weights, or a config. Out: :class:`Footprint`: bytes of each block and of the rest, and
-bytes that autograd keeps of a block per token. The latter is counted on a model of fake tensors, which have shapes and
-no memory; where a model cannot be run on these, a bound from the sizes of its matrices stands in.
+In: a model, with or without its weights, or a config. Out: :class:`Footprint`, the bytes of each block and of the rest,
+and the bytes that autograd keeps of a block. The latter are counted on a model of fake tensors, which have shapes and
+no memory; if a model cannot run on these, a bound from the sizes of its matrices has to do.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from fastprune.calibration import MicroBatch
 from fastprune.model.anatomy import Anatomy
-from fastprune.model.block_view import BlockView
+from fastprune.model.block_view import BlockArguments, BlockView
 from fastprune.model.frozen import frozen_eval
 from fastprune.model.matrices import Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,10 @@ def footprint(anatomy: Anatomy) -> Footprint:
     eligible: list[list[int]] = [[] for _ in blocks]
     for matrix in matrices:
         eligible[matrix.block].append(matrix.weight.numel())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head, table = model.get_input_embeddings(), model.get_output_embeddings(), _table(model)
     embedding_bytes = _bytes(embedding.parameters())
     head_bytes = _bytes(head.parameters()) if head is not None else 0
-    tied = any(parameter is embedding.weight for parameter in ([] if head is None else head.parameters()))
+    tied = any(parameter is table for parameter in ([] if head is None else head.parameters()))
     block_bytes = tuple(_bytes(block.parameters()) for block in blocks)
     total = _bytes(model.parameters())
     return Footprint(
@@ -87,17 +91,22 @@ def footprint(anatomy: Anatomy) -> Footprint:
         eligible=tuple(map(tuple, eligible)),
         widest=max(max(matrix.weight.shape) for matrix in matrices),
         active=sum(matrix.weight.numel() * _share(model, matrix) for matrix in matrices),
-        hidden=embedding.weight.shape[1],
+        hidden=table.shape[1],
         element=matrices[0].weight.element_size(),
-        vocabulary=embedding.weight.shape[0],
+        vocabulary=table.shape[0],
     )
 
 
-def _bytes(parameters) -> int:
+def _table(model: PreTrainedModel) -> torch.Tensor:
+    """The input embedding's weight ``(vocabulary, hidden)``."""
+    return cast(torch.Tensor, model.get_input_embeddings().weight)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def _share(model: nn.Module, matrix: Matrix) -> float:
+def _share(model: PreTrainedModel, matrix: Matrix) -> float:
     """Which part of the tokens a matrix multiplies, on average; all of them where the config does not say."""
     if matrix.expert is None:
         return 1.0
@@ -111,7 +120,7 @@ def activation_bound(anatomy: Anatomy) -> int:
     widths = [0.0] * len(anatomy.blocks)
     for matrix in matrices:
         widths[matrix.block] += sum(matrix.weight.shape) * _share(model, matrix)
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = _table(model).shape[1]
     # Norms keep fp32 copies of what they read, and an activation function written out in steps keeps each of them.
     return int(1.5 * max(widths) * matrices[0].weight.element_size() + 6 * 4 * hidden)
 
@@ -137,10 +146,7 @@ def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] 
         with frozen_eval(model):
             view = BlockView(Anatomy.of(model, allow_meta=True), torch.device("cpu"))
             positions = torch.arange(tokens).expand(rows, tokens)
-            batch = SimpleNamespace(
-                input_ids=torch.zeros(rows, tokens, dtype=torch.int64), attention_mask=None, position_ids=positions
-            )
-            hidden, arguments = view.prologue(batch)
+            hidden, arguments = view.prologue(_unscored(positions))
             kept = max(_kept(view, index, hidden, arguments) for index in {0, view.n_blocks - 1})
             given = {
                 tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
@@ -151,6 +157,24 @@ def activation_bytes(config: object, rows: int, tokens: int) -> tuple[int, int] 
     return None
 
 
+def _unscored(positions: torch.Tensor) -> MicroBatch:
+    """A micro-batch for the blocks alone, of which nothing is scored."""
+    rows, none = len(positions), torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=torch.zeros_like(positions),
+        attention_mask=torch.ones_like(positions),
+        position_ids=positions,
+        scored=none,
+        rows_of_scored=none,
+        targets=none,
+        token_weights=none.double(),
+        ends_turn=torch.zeros(rows, dtype=torch.bool),
+        lengths=torch.full((rows,), positions.shape[1]),
+        example_indices=tuple(range(rows)),
+        names=("",) * rows,
+    )
+
+
 def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -159,7 +183,7 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _kept(view: BlockView, index: int, hidden: torch.Tensor, arguments: object) -> int:
+def _kept(view: BlockView, index: int, hidden: torch.Tensor, arguments: BlockArguments) -> int:
     kept: dict[int, tuple[int, torch.Tensor]] = {}
     not_counted = {tensor.untyped_storage()._cdata for tensor in (*view.model.parameters(), *view.model.buffers())}
 

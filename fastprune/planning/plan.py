@@ -1,4 +1,4 @@
-"""How many segments a pass has to be cut into, and where the hidden states between them lie.
+"""The choice of a plan: how many segments a pass is cut into, and where the hidden states between them are kept.
 
 In: a model or its config, the size of the calibration data, budgets of memory. Out: the
 :class:`~fastprune.planning.estimate.Plan` with the fewest segments that fits.
@@ -43,7 +43,7 @@ _CONTAINER = (
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
 # Share of the free memory that a pass may plan with; the rest is for fragmentation and temporaries, and on a CPU for
-# whatever else the machine does.
+# other work of the machine.
 _USABLE = {"cpu": 0.8, "cuda": 0.9}
 
 
@@ -67,7 +67,7 @@ def parse_bytes(argument: str, value: int | str) -> int:
 def _available(device: torch.device) -> int:
     """Bytes free on the device now."""
     if device.type == "cuda":
-        # What torch holds back from the driver, and no tensor uses, is as good as free.
+        # Memory that torch has reserved and no tensor uses is free, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
@@ -75,11 +75,11 @@ def _available(device: torch.device) -> int:
             free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of the physical memory is a cautious guess
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([free, *(_left_of(*names) for names in _CONTAINER)])
+    return int(min([free, *(_left_of(*names) for names in _CONTAINER)]))
 
 
 def _left_of(limit: str, used: str) -> float:
-    """Bytes that a container's limit leaves; no limit outside one. What it caches of files can be had back."""
+    """Bytes that the limit of a container leaves, its file cache counted as free; infinite outside a container."""
     try:
         folder = Path("/sys/fs/cgroup")
         lines = dict(line.split() for line in (folder / used).with_name("memory.stat").read_text().splitlines())
@@ -113,17 +113,17 @@ def plan(
             :class:`~fastprune.checkpoint.streamed.Streamed` weights.
         n_examples: Examples of both sets together.
         n_tokens: Mean tokens of an example.
-        memory: Budget on the model's device, weights included, as bytes or ``"80GiB"``; ``None``: the model and four
-            fifths (on a GPU nine tenths) of what is free beside it, or no limit for a config.
-        host_memory: Budget in host memory when the model's device is a GPU; ``None``: four fifths of what is free, no
-            limit for a config. Beside a config it says that the device is one.
+        memory: Device memory budget, weights included, in bytes or as ``"80GiB"``; ``None``: the model and four fifths
+            (on a GPU nine tenths) of the memory that is still free, or no limit for a config.
+        host_memory: Host memory budget if the model's device is a GPU; ``None``: four fifths of what is free, no limit
+            for a config. Given with a config, it means that the device is a GPU.
         segments: Fix the number instead of choosing the smallest that fits.
-        offload: Fix where hidden states between segments lie (``"device"``, ``"host"``, ``"disk"``) instead of
+        offload: Fix where hidden states between segments are kept (``"device"``, ``"host"``, ``"disk"``) instead of
             choosing the first that fits.
         statistics: Accumulators live at the same time for one weight (the larger of the two sets' counts).
         micro_batch: Rows, tokens of each and scored tokens of the largest micro-batch, if the data are known.
         padded_tokens: Tokens of every micro-batch, if the data are known.
-        processes: How many of them share the device's free memory, each with a pass like this one.
+        processes: Number of processes that share the free memory of the device, each with a pass like this one.
         flops_per_second: Rate of matrix products, for the time.
         read_bytes_per_second: Rate of the disk, for the time; without it reading counts as free.
 
@@ -133,9 +133,9 @@ def plan(
     Raises:
         ArgumentError: ``model_or_config`` is none of these, a number is not positive, ``segments`` is not in 1 … L, or
             no number of segments fits the budget; the message says how much would be needed.
-        NotFoundError: There is no such folder.
-        ModelError: The folder's weights are quantised, its config has a key that cannot be, or transformers cannot
-            build this kind of model.
+        NotFoundError: The folder does not exist.
+        ModelError: The folder's weights are quantized, its config has an invalid key, or transformers cannot build this
+            kind of model.
     """
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
@@ -148,14 +148,14 @@ def plan(
         raise ArgumentError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")
     source = _source(model_or_config)
     streamed = not isinstance(source, nn.Module) and not isinstance(source, Resident)
-    # Of a model on several devices, all that a segment needs may fall to the one with the least room.
+    # If a model is on several devices, all that a segment needs may fall on the one with the least memory.
     devices = _devices_of(source)
     estimate = Estimate(
         _anatomy_of(source),
         streamed=streamed,
         on_cpu=all(device.type == "cpu" for device in devices) if devices else host_memory is None,
         tokens=n_examples * n_tokens,
-        # Of unknown data: two sets alike, and every token scored.
+        # If the data are unknown: two equal sets, and every token scored.
         micro_batch=micro_batch or _micro_batch(math.ceil(n_examples / 2), n_tokens),
         padded_tokens=padded_tokens,
         statistics=statistics,
@@ -182,7 +182,7 @@ def plan(
 def _source(model_or_config: object) -> object:
     """A model, streamed weights or a config; that of the checkpoint where a folder is given."""
     if isinstance(model_or_config, str | os.PathLike):
-        return load_config(model_or_config)
+        return load_config(os.fspath(model_or_config))
     known = isinstance(model_or_config, nn.Module | Weights) or hasattr(model_or_config, "get_text_config")
     if not known or isinstance(model_or_config, type):
         raise ArgumentError(
@@ -220,10 +220,10 @@ def _choose(
     *,
     stated: bool,
 ) -> Plan:
-    """The fewest segments that fit, and of these the fastest place for the hidden states."""
+    """The fewest segments that fit, with the fastest tier that fits for the hidden states."""
     n_blocks = len(estimate.sizes.block_bytes)
     tiers = (offload,) if offload is not None else ("device", "disk") if estimate.on_cpu else OFFLOADS
-    # The bound is quick, and enough wherever memory is plenty; the exact count takes some tenths of a second.
+    # The bound is quick, and enough where memory is plentiful; the exact count takes some tenths of a second.
     for exact in (False, True):
         if exact:
             estimate.count_activations()
@@ -238,7 +238,7 @@ def _choose(
             return estimate.plan(1, tiers[0])
     smallest = min((estimate.plan(segments or n_blocks, tier) for tier in tiers), key=lambda made: made.device_bytes)
     if budget is not None and smallest.device_bytes > budget:
-        # A number of segments that the caller fixed is the caller's risk: only a stated budget is refused.
+        # The caller has fixed the number of segments at their own risk: only a stated budget is refused.
         if segments is not None and not stated:
             return estimate.plan(segments, tiers[0])
         raise ArgumentError(
@@ -246,6 +246,7 @@ def _choose(
             f"{human(smallest.device_bytes)} ({human(smallest.weight_bytes)} of it weights); give more memory or fewer "
             "examples"
         )
+    assert host_budget is not None  # nothing else is left that can be too small
     raise ArgumentError(
         f"host_memory: {human(host_budget)} is not enough: {human(smallest.host_bytes)} are needed, of which "
         f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or offload='disk'"

@@ -1,4 +1,4 @@
-"""Runs of decoder blocks that a pass holds at a time, and the weights that each of them needs."""
+"""Segments: runs of decoder blocks that a pass holds at a time, and the weights that each of them needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fastprune.model.weights import HEAD, Group
 
 OFFLOADS = ("device", "host", "disk")
-"""Where hidden states between segments may lie, the fastest first."""
+"""Where hidden states between segments may be kept, the fastest first."""
 
 
 def split_blocks(n_blocks: int, segments: int) -> list[range]:
@@ -19,7 +19,7 @@ def split_blocks(n_blocks: int, segments: int) -> list[range]:
 
 
 def needs(parts: Sequence[range], number: int, *, backward: bool) -> tuple[Group, ...]:
-    """The groups of weights that segment ``number`` runs on; the last one's backward pass begins with the head."""
+    """The groups of weights that segment ``number`` needs; the backward pass of the last one begins with the head."""
     if not 0 <= number < len(parts):
         return ()
     return (*parts[number], HEAD) if backward and number == len(parts) - 1 else tuple(parts[number])

@@ -1,8 +1,8 @@
 """Hidden states and their gradients between segments, on the device, in host memory or on disk.
 
-In: one tensor for each micro-batch under a name such as ``boundary-3``. Out: the same bits, once, on the model's
-device. On disk each name is one file: micro-batches one after the other, written and read with plain system calls, as
-mapped pages would count as the process's memory. It must not know models or statistics.
+In: one tensor for each micro-batch under a name such as ``boundary-3``. Out: the tensor, bit-identical, on the model's
+device. On disk each name is one file: micro-batches one after the other, written and read with plain system calls,
+because mapped pages would count as memory of the process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastprune.files import is_full, scratch, sha256, sync
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str) -> Iterator[None]:
-    """Say clearly that a disk is full, in the words of a pass.
+    """Turn the error of a full disk into one that names the way out.
 
     Raises:
-        ScoringError: It is; names the folder and what did not fit.
+        ScoringError: The disk is full; names the folder and what did not fit.
     """
     try:
         yield
@@ -48,7 +48,7 @@ class _Slot:
 
 
 class ActivationStore:
-    """Tensors by name and micro-batch; a name's memory or file is freed by :meth:`drop`.
+    """Tensors by name and micro-batch; :meth:`drop` frees the memory or the file of a name.
 
     Args:
         tier: ``"device"``, ``"host"`` (pinned, if the device is a GPU) or ``"disk"``.
@@ -77,19 +77,19 @@ class ActivationStore:
             self._write(name, item, tensor)
         elif self.tier == "host" and tensor.device.type != "cpu":
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            # In turn with what reads it again only on the device's own stream: any other has to be waited for.
+            # Reads follow on the stream of the store's device; a copy on any other stream has to be waited for.
             host.copy_(tensor, non_blocking=tensor.device == self.device)
             self._tensors.setdefault(name, {})[item] = host
         else:
             self._tensors.setdefault(name, {})[item] = tensor
 
     def get(self, name: str, item: int) -> torch.Tensor:
-        """The tensor with the bits that were kept, on the device (the tier ``"device"``: where it was)."""
+        """The tensor that was kept, on the device (with the tier ``"device"``: where it was)."""
         if self.tier != "disk":
             return self._on_device(self._tensors[name][item])
         slot = self._slots[name][item]
         tensor = torch.empty(slot.shape, dtype=slot.dtype)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         with self._path(name).open("rb", buffering=0) as file:
             file.seek(slot.start)
             if file.readinto(view) != len(view):
@@ -97,7 +97,7 @@ class ActivationStore:
         return tensor.to(self.device)
 
     def take(self, name: str, item: int) -> torch.Tensor:
-        """As :meth:`get`, for the last time: memory is freed at once (a file only by :meth:`drop`)."""
+        """As :meth:`get`, for the last time: its memory is freed (a file is freed by :meth:`drop` only)."""
         return self.get(name, item) if self.tier == "disk" else self._on_device(self._tensors[name].pop(item))
 
     def holds(self, name: str) -> bool:
@@ -105,7 +105,7 @@ class ActivationStore:
         return bool(self._tensors.get(name) or self._slots.get(name))
 
     def drop(self, name: str) -> None:
-        """Free everything under a name, also if there is nothing."""
+        """Free everything under a name, if there is anything."""
         self._tensors.pop(name, None)
         if self._slots.pop(name, None) is not None:
             self._path(name).unlink(missing_ok=True)
@@ -117,15 +117,16 @@ class ActivationStore:
         self._temporary.close()
 
     def sealed(self, name: str) -> dict[str, Any]:
-        """Bring a name's file to the disk for good.
+        """Make a name's file survive a power cut.
 
         Returns:
             What :meth:`reopen` needs, JSON-able: the layout and a hash of the content.
         """
-        self._path(name).touch()  # a process that was given no micro-batch has put nothing
-        with disk_errors(self._folder, name):
-            sync(self._path(name))
-            digest = sha256(self._path(name))
+        path = self._path(name)
+        path.touch()  # a process that was given no micro-batch has put nothing
+        with disk_errors(path.parent, name):
+            sync(path)
+            digest = sha256(path)
         slots = {
             str(item): [slot.start, list(slot.shape), str(slot.dtype).removeprefix("torch.")]
             for item, slot in self._slots.setdefault(name, {}).items()
@@ -133,7 +134,7 @@ class ActivationStore:
         return {"name": name, "sha256": digest, "slots": slots}
 
     def reopen(self, record: dict[str, Any]) -> bool:
-        """Take over a file of an earlier run; ``False`` if it is missing or not what was sealed."""
+        """Take over a file of an earlier run; ``False`` if it is missing or has changed since it was sealed."""
         path = self._path(record["name"])
         if not path.is_file() or sha256(path) != record["sha256"]:
             return False
@@ -147,16 +148,17 @@ class ActivationStore:
         return tensor.to(self.device, non_blocking=True) if self.tier == "host" else tensor
 
     def _path(self, name: str) -> Path:
+        assert self._folder is not None  # every store on disk has one
         return self._folder / f"{name}.bin"
 
     def _write(self, name: str, item: int, tensor: torch.Tensor) -> None:
         slots = self._slots.setdefault(name, {})
         start = sum(slot.dtype.itemsize * torch.Size(slot.shape).numel() for slot in slots.values())
         host = tensor.cpu().contiguous()
-        view = memoryview(host.view(-1).view(torch.uint8).numpy())
-        mode = "r+b" if slots else "wb"  # the first of a name empties what a run that was cut off may have left
-        full = disk_errors(self._folder, f"{name} of the hidden states")
-        with full, self._path(name).open(mode, buffering=0) as file:
+        view = host.view(-1).view(torch.uint8).numpy().data
+        mode = "r+b" if slots else "wb"  # the first of a name empties what a killed run may have left
+        path = self._path(name)
+        with disk_errors(path.parent, f"{name} of the hidden states"), path.open(mode, buffering=0) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -164,7 +166,7 @@ class ActivationStore:
 
 
 def _temporary_folder(stack: contextlib.ExitStack) -> Path:
-    """A folder until the stack is closed; those that killed runs have left are removed."""
+    """A folder until the stack is closed; folders that killed runs have left are removed."""
     try:
         return stack.enter_context(scratch(Path(tempfile.gettempdir()), "fastprune-hidden-"))
     except OSError as error:

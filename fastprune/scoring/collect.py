@@ -77,7 +77,7 @@ class Collector:
             matrices, row = {}, CRITERIA[criterion]
             for matrix, statistics in final.items():
                 values = None if row.statistic is None else statistics[row.statistic]
-                if row.broadcasts and matrix.input_major:
+                if values is not None and row.broadcasts and matrix.input_major:
                     values = values.unsqueeze(1)
                 matrices[matrix.name] = matrix.weight, values
             for name, kept in self._keepers[role, criterion].add(matrices, criterion).items():

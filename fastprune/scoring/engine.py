@@ -58,7 +58,7 @@ class Pass:
         statistics: Statistics to form for each role, see :mod:`fastprune.scoring.criteria`.
         parts: Runs of blocks, see :func:`split_blocks`. One keeps everything resident and recomputes nothing.
         dtype: Of the accumulators.
-        offload: Store of the hidden states.
+        boundaries: Store of the hidden states at the boundaries of segments.
         gradients: Store of their gradients; on disk if there is a journal.
         processes: The processes that share the examples.
         backend: Backend of the ops.
@@ -74,7 +74,7 @@ class Pass:
         parts: Sequence[range],
         *,
         dtype: torch.dtype,
-        offload: ActivationStore,
+        boundaries: ActivationStore,
         gradients: ActivationStore,
         processes: Processes,
         backend: str | None = None,
@@ -82,7 +82,7 @@ class Pass:
     ) -> None:
         self._view, self._weights, self._parts = view, weights, parts
         self._statistics, self._dtype, self._backend = statistics, dtype, backend
-        self._boundaries, self._gradients, self._processes = offload, gradients, processes
+        self._boundaries, self._gradients, self._processes = boundaries, gradients, processes
         self._scale = _FP16_LOSS_SCALE if any(m.weight.dtype == torch.float16 for m in view.matrices) else 1.0
         self._owners = {matrix.name: processes.owner(index) for index, matrix in enumerate(view.matrices)}
         # The micro-batches of this process, by the numbers under which their hidden states are stored.
@@ -94,7 +94,7 @@ class Pass:
             }
             for role, loader in loaders.items()
         }
-        self._arguments: dict[int, BlockArguments | MicroBatch] = {}
+        self._arguments: dict[int, BlockArguments] = {}
         self._show = progress and processes.rank == 0
 
     def run(self, sink: Sink, journal: Journal | NullJournal) -> None:
@@ -200,7 +200,8 @@ class Pass:
         """
         part, with_gradient = self._parts[number], statistics.wants_gradients
         entering = self._boundaries.take(f"boundary-{number}", item).detach().requires_grad_(with_gradient)
-        with capture.micro_batch(batch.input_ids.shape):
+        rows, tokens = batch.input_ids.shape
+        with capture.micro_batch((rows, tokens)):
             with torch.set_grad_enabled(with_gradient):
                 leaving = self._view.run(part.start, part.stop, entering, self._arguments[item])
             if not self._view.leaves_logits:  # those are what the loss is of, which is checked itself
@@ -210,7 +211,7 @@ class Pass:
                 return
             if number == len(self._parts) - 1:
                 of_tokens, gradient = self._view.losses_and_gradient(leaving, batch, self._scale)
-                of_examples = of_tokens.new_zeros(len(batch.names)).index_add_(0, batch.rows_of_scored, of_tokens)
+                of_examples = of_tokens.new_zeros(rows).index_add_(0, batch.rows_of_scored, of_tokens)
                 statistics.losses(of_examples)
                 losses += torch.stack([_of_ends_of_turn(of_tokens, batch), of_examples.sum()]).double()
             else:
@@ -218,7 +219,7 @@ class Pass:
             # Of a model on several devices, host memory and disk give everything back on the first of them.
             torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
-            if number:
+            if number and entering.grad is not None:
                 self._gradients.put(f"gradient-{number}", item, entering.grad)
 
     def _explained(self, error: NotFiniteError, batch: MicroBatch) -> ScoringError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -37,32 +36,32 @@ class NullJournal:
     folder: Path | None = None
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing was opened."""
 
     def unfinished(self, n_segments: int) -> int:
-        """All of them."""
+        """Every segment is still to run."""
         return n_segments
 
-    def ready(self, offload: ActivationStore, end: int) -> int:
-        """No boundary is there."""
+    def ready(self, boundaries: ActivationStore, end: int) -> int:
+        """No boundary was recorded."""
         return 0
 
-    def gradients_beside(self, offload: ActivationStore) -> ActivationStore:
-        """Gradients lie where the hidden states do."""
-        return offload
+    def gradient_store(self, boundaries: ActivationStore) -> ActivationStore:
+        """Gradients share the store of the hidden states."""
+        return boundaries
 
     def finished(self, end: int, gradients: ActivationStore) -> list[dict[str, torch.Tensor]]:
-        """No segment was."""
+        """No segment is finished."""
         return []
 
     def note(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Forget it."""
+        """Nothing is recorded."""
 
-    def add_boundary(self, offload: ActivationStore, name: str) -> None:
-        """Forget it."""
+    def add_boundary(self, boundaries: ActivationStore, name: str) -> None:
+        """Nothing is recorded."""
 
     def add_segment(self, number: int, gradients: ActivationStore, gradient: str | None) -> None:
-        """Forget it."""
+        """Nothing is recorded."""
 
 
 class Journal:
@@ -138,22 +137,22 @@ class Journal:
             end -= 1
         return max(self._processes.all_gather(end))
 
-    def ready(self, offload: ActivationStore, end: int) -> int:
+    def ready(self, boundaries: ActivationStore, end: int) -> int:
         """Take over the boundaries on disk: up to which number, at most ``end - 1``, all of them are there."""
         number = 0
         while number < end - 1:
             record = self._boundary_records.get(f"boundary-{number + 1}")
-            if record is None or offload.tier != "disk" or not offload.reopen(record):
+            if record is None or boundaries.tier != "disk" or not boundaries.reopen(record):
                 break
             number += 1
         common = min(self._processes.all_gather(number))
         for further in range(common + 1, number + 1):  # formed again, into empty files
-            offload.drop(f"boundary-{further}")
+            boundaries.drop(f"boundary-{further}")
         return common
 
-    def gradients_beside(self, offload: ActivationStore) -> ActivationStore:
+    def gradient_store(self, boundaries: ActivationStore) -> ActivationStore:
         """A store of gradients on disk, whose files this journal can name."""
-        return ActivationStore("disk", offload.device, self.folder)
+        return ActivationStore("disk", boundaries.device, self.folder)
 
     def finished(self, end: int, gradients: ActivationStore) -> list[dict[str, torch.Tensor]]:
         """What was noted of each finished segment, the last segment first; the gradients below them are taken over.
@@ -184,10 +183,10 @@ class Journal:
         """Add to what belongs to the segment in progress."""
         self._noted.update(tensors)
 
-    def add_boundary(self, offload: ActivationStore, name: str) -> None:
+    def add_boundary(self, boundaries: ActivationStore, name: str) -> None:
         """Record hidden states that are on disk; a later run forms others again."""
-        if offload.tier == "disk":
-            self._append({"kind": "boundary", **offload.sealed(name)})
+        if boundaries.tier == "disk":
+            self._append({"kind": "boundary", **boundaries.sealed(name)})
 
     def add_segment(self, number: int, gradients: ActivationStore, gradient: str | None) -> None:
         """Record a finished segment on every process: what was noted, and the gradients at its lower boundary."""
@@ -212,7 +211,12 @@ class Journal:
         """Take over the valid lines and cut off the others; ``alone`` means that nothing else is in the folder."""
         self._file.seek(0)
         lines = self._file.readlines()
-        records = list(itertools.takewhile(lambda record: record is not None, map(_record, lines)))
+        records: list[dict[str, Any]] = []
+        for line in lines:
+            record = _record(line)
+            if record is None:
+                break
+            records.append(record)
         if records:
             self._check_start(records[0], key)
         elif not (alone and _may_be_begun(b"".join(lines))):

@@ -1,7 +1,7 @@
-"""Where a float16 model left the range of its dtype, for the error that says so.
+"""Where a float16 model left the range of its dtype, for the error message.
 
-In: a micro-batch that gave something that is not finite. Out: the first block whose output is not, if its input and its
-weights are. The blocks run once more, one by one; nothing of this costs a pass anything that is finite.
+In: a micro-batch with a loss, gradient or activation that is not finite. Out: the first block with finite input and
+weights whose output is not finite. The blocks run once more, one by one, after the error only.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class NotFiniteError(ScoringError):
     """A loss, a gradient or an activation of one example is not finite.
 
     Attributes:
-        name: Of the example.
-        row: Of the example in its micro-batch.
-        gradient_at: Where its gradient is the first that is not finite on the way back; ``None``: it was the forward.
+        name: Name of the example.
+        row: Row of the example in its micro-batch.
+        gradient_at: Where the backward pass first met a gradient that is not finite; ``None``: the forward pass did.
     """
 
     def __init__(self, message: str, name: str, row: int, gradient_at: str | None = None) -> None:
@@ -42,13 +42,13 @@ def overflow(
     weights: Weights,
     parts: Sequence[range],
     entering: torch.Tensor,
-    arguments: BlockArguments | MicroBatch,
+    arguments: BlockArguments,
     batch: MicroBatch,
 ) -> ScoringError:
-    """The error of a float16 model in its own words: an overflow, or as it was where a weight is not finite itself.
+    """The error of a float16 model: an overflow, unless a weight itself is not finite.
 
     Args:
-        error: What was found.
+        error: The error as it was found.
         view: The model.
         weights: Where its weights come from.
         parts: Runs of blocks.
@@ -80,7 +80,7 @@ _State = tuple[int, nn.Module | None, torch.Tensor]
 def _of_blocks(
     view: BlockView, weights: Weights, parts: Sequence[range], entering: torch.Tensor, arguments: BlockArguments
 ) -> Iterator[_State]:
-    """What enters the first block (as of none), and what leaves each."""
+    """What enters the first block (with the index -1), and what leaves each block."""
     hidden = entering.detach()
     yield -1, None, hidden
     for part in parts:
@@ -94,7 +94,7 @@ def _of_blocks(
 def _of_whole(view: WholeView, batch: MicroBatch) -> list[_State]:
     states: list[_State] = []
 
-    def note(index: int, block: nn.Module, output: object) -> None:
+    def note(index: int, block: nn.Module, output: torch.Tensor | tuple) -> None:
         states.append((index, block, output if isinstance(output, torch.Tensor) else output[0]))
 
     with contextlib.ExitStack() as hooks:
@@ -106,7 +106,7 @@ def _of_whole(view: WholeView, batch: MicroBatch) -> list[_State]:
 
 
 def _outside_blocks(anatomy: Anatomy) -> list[nn.Parameter]:
-    """Weights behind the blocks: not the embedding, which may hold anything for tokens that no example has."""
+    """Weights outside the blocks, but for the embedding: the row of a token that no example has may hold anything."""
     model, inside = anatomy.model, {id(each) for block in anatomy.blocks for each in block.parameters()}
     head = getattr(model.get_output_embeddings(), "weight", None)
     embedding = model.get_input_embeddings().weight

@@ -1,13 +1,11 @@
-"""Several processes at one pass: who takes which examples, who gets which sums, and what happens if one of them fails.
+"""Several processes share a pass: its examples, its sums, and the news that one of them failed.
 
-In: the process group that the caller (or torchrun) has set up, if there is one. Out: sums over all processes, each
-matrix's on the process that selects from it. One process is the same code with nothing to exchange. It must not know
-models or statistics.
+In: the process group that the caller (or torchrun) has set up, if any. Out: sums over all processes; those of a matrix
+go to the process that selects from it. A single process runs the same code with nothing to exchange.
 
-Nobody may wait for a process that has left. An error on one process is told to the others at the next exchange,
-whichever that is: every :meth:`Processes.all_gather` carries a value or an error. Sums carry none, so a
-:meth:`Processes.barrier` has to come right before them. A process that is killed, or leaves by Ctrl-C, closes its
-connections, which the others see.
+No process may wait for one that has left. An error on one process reaches the others at the next exchange, because
+every :meth:`Processes.all_gather` carries a value or an error. Sums carry none, so a :meth:`Processes.barrier` has to
+come right before them. A process that is killed, or leaves by Ctrl-C, closes its connections, which the others notice.
 """
 
 from __future__ import annotations
@@ -27,26 +25,27 @@ class Processes:
     """The processes of this run.
 
     Attributes:
-        rank: Number of this one.
-        size: How many there are.
+        rank: Number of this process.
+        size: Number of processes.
     """
 
     def __init__(self) -> None:
         active = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if active else 0
         self.size = dist.get_world_size() if active else 1
-        self._parted = False  # every other process has been told of an error, or is gone
+        self._parted = False  # whether every other process has been told of an error, or is gone
 
     def share(self, costs: Sequence[int]) -> list[int]:
         """Which pieces of work this process takes.
 
-        The costliest first, each to whoever has least so far: depends on the costs and the number of processes alone.
+        The costliest piece first, each to the process with the least work so far. The result depends on the costs and
+        the number of processes only.
 
         Args:
-            costs: Of each piece, e.g. its padded tokens.
+            costs: Cost of each piece, e.g. its padded tokens.
 
         Returns:
-            Indices, ascending; together the processes take each piece once.
+            Indices, ascending; each piece goes to exactly one process.
         """
         loads = [0] * self.size
         mine = []
@@ -62,7 +61,7 @@ class Processes:
         return index % self.size
 
     def reduce(self, owner: int, tensor: torch.Tensor) -> None:
-        """Add up a tensor over all processes, in place on the owner; elsewhere its values are spent.
+        """Add up a tensor over all processes, in place on the owner; its values on the others become meaningless.
 
         Raises:
             ScoringError: Another process is gone.
@@ -72,10 +71,10 @@ class Processes:
                 dist.reduce(tensor, dst=owner)
 
     def all_gather(self, value: Any) -> list[Any]:
-        """One picklable value from each process, in their order, on all of them.
+        """One picklable value from each process, in the order of ranks, on all of them.
 
         Raises:
-            ScoringError: Another process failed, and the message says which and why; or it is gone.
+            ScoringError: Another process failed (the message says which and why) or is gone.
         """
         return [value] if self.size == 1 else self._exchange(value, None)
 
@@ -85,17 +84,17 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """An error inside on one process ends the block on all of them with an error, so that none waits for it.
+        """An error on one process inside the block ends the block on all of them with an error, so that none waits.
 
-        All of a run's exchanges belong inside one such block. Ctrl-C is not told: the others may be an hour from the
-        next exchange, and who stops a process does not want it to wait.
+        All exchanges of a run belong inside one such block. Ctrl-C is not announced: the others may be an hour from
+        their next exchange, and a process that was stopped should not wait for that.
 
         Raises:
             ScoringError: Another process failed; the message says which and why.
         """
         try:
             yield
-            self.barrier()  # nobody leaves before all are through
+            self.barrier()  # no process leaves before all are through
         except Exception as error:
             if self.size > 1 and not self._parted:
                 with contextlib.suppress(ScoringError):
@@ -103,15 +102,15 @@ class Processes:
             raise
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Refuse processes that were not started alike.
+        """Refuse processes that were started differently.
 
         Raises:
-            ArgumentError: Some fact differs; names it and the process.
+            ArgumentError: A fact differs; names it and the process.
         """
         for rank, other in enumerate(self.all_gather(dict(facts))):
             for name in {**facts, **other}:
                 if other.get(name) != facts.get(name):
-                    self._parted = True  # who is not like all the others is refused on all of them
+                    self._parted = True  # every process finds a difference, and raises here too
                     raise ArgumentError(
                         f"process {rank} has another {name} than process {self.rank}: {other.get(name)!r} and "
                         f"{facts.get(name)!r}; start all of them with the same model, data and settings"
@@ -121,16 +120,16 @@ class Processes:
         """Refuse a process group that cannot add tensors of a device.
 
         Raises:
-            ArgumentError: Says how to initialise one that can.
+            ArgumentError: The message says how to initialize one that can.
         """
         if self.size > 1 and device.type not in dist.get_backend_config():
             raise ArgumentError(
-                f"device: the model is on {device}, and a process group of {dist.get_backend_config()} adds nothing "
-                "there; initialise one with backend='cpu:gloo,cuda:nccl', which serves both"
+                f"device: expected a process group that adds tensors on {device}, got one of "
+                f"{dist.get_backend_config()}; initialize it with backend='cpu:gloo,cuda:nccl', which serves both"
             )
 
     def sharing(self, device: torch.device) -> int:
-        """How many processes of this run have their model on the same device of the same machine."""
+        """Number of processes of this run that have their model on the same device of the same machine."""
         here = (socket.gethostname(), str(device))
         return self.all_gather(here).count(here)
 

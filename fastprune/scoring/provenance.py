@@ -1,4 +1,4 @@
-"""What a result depends on, in words and hashes: the key of a journal, and the provenance of scores.
+"""The facts that a result depends on: the key of a journal, and the provenance of scores.
 
 In: the sets, the settings and the model's config. Out: JSON-able mappings without times, so that equal runs give equal
 files.
@@ -23,7 +23,7 @@ from fastprune.scoring.request import Request
 def inputs_of(
     request: Request, anatomy: Anatomy, loaders: Mapping[str, CalibrationLoader], device: torch.device
 ) -> dict[str, Any]:
-    """Everything that the bits of the result depend on, besides the weights and the number of segments."""
+    """Everything that the result depends on to the bit, apart from the weights and the number of segments."""
     model: Any = anatomy.model
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     return {
@@ -49,7 +49,7 @@ def provenance_of(
     fingerprint: str,
     shares: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What a reader of the scores needs to know to form them again.
+    """The facts that a reader of the scores needs to form them again.
 
     ``shares`` has, by role, the share of the loss that lies on end-of-turn tokens.
     """

@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from fastprune.calibration import CalibrationSet
 from fastprune.errors import ArgumentError
 from fastprune.files import as_path
 from fastprune.ops import dispatch
@@ -24,6 +24,10 @@ _WEIGHT_DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+Source = CalibrationSet | Iterable[Mapping[str, torch.Tensor]]
+"""Where examples come from; what :class:`CalibrationSet` yields itself is no batch."""
 
 
 class Request:
@@ -48,8 +52,8 @@ class Request:
     def __init__(
         self,
         model: nn.Module | str | Path,
-        harm_loader: Iterable[Mapping[str, Any]],
-        benign_loader: Iterable[Mapping[str, Any]] | None,
+        harm_loader: Source,
+        benign_loader: Source | None,
         *,
         harm: str | tuple[str, ...],
         benign: str | tuple[str, ...],

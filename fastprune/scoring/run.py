@@ -1,7 +1,7 @@
 """What one call of ``fastprune.score`` owns while it runs.
 
-In: a request, and the processes that share it. Out: a context with the model's weights, its checked view, the plan, the
-journal and the stores of hidden states. When it ends, also by an exception or Ctrl-C, the model is as it was before.
+In: a request, and the processes that share it. Out: the model's weights, its checked view, the plan, the journal and
+the store of hidden states. When the call ends, also by an exception or Ctrl-C, the model is as it was before.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ import torch
 from fastprune.calibration import CalibrationLoader
 from fastprune.checkpoint.streamed import Streamed
 from fastprune.model.adapters import unwrap
-from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import BlockView
 from fastprune.model.frozen import frozen_eval, model_lock
 from fastprune.model.self_check import checked_view
@@ -35,56 +33,43 @@ from fastprune.scoring.request import Request
 
 @contextlib.contextmanager
 def own_modes() -> Iterator[None]:
-    """Gradients in the dtype of the weights, whatever the caller has switched off or on."""
-    autocast = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    with contextlib.ExitStack() as stack:
-        for mode in (torch.inference_mode(False), torch.enable_grad(), *autocast):
-            stack.enter_context(mode)
+    """Gradients on, inference mode and autocast off, until the end of the context."""
+    with contextlib.ExitStack() as autocast, torch.inference_mode(False), torch.enable_grad():
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                autocast.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
 class Run:
-    """Holds the model of a request for one pass. Other threads are kept from it.
+    """Holds the model of a request for one pass, and keeps other threads from it.
 
     Args:
         request: What is asked for.
         processes: Those that share the examples.
+        held: Gives back what the run holds when the call ends.
 
     Attributes:
         weights: The model, and where its weights come from.
         anatomy: The model taken apart.
-        facts: Everything that the bits of the result depend on; complete after :meth:`view`.
+        facts: Everything that the result depends on to the bit; complete after :meth:`view`.
+
+    Raises:
+        ModelError: Some weight cannot be scored, or another thread is scoring the model.
+        NotFoundError, ArtifactError: The checkpoint folder does not exist or is damaged.
     """
 
-    weights: Weights
-    anatomy: Anatomy
-    facts: dict[str, Any]
-
-    def __init__(self, request: Request, processes: Processes) -> None:
-        self._request, self._processes = request, processes
-        self._held = contextlib.ExitStack()
-
-    def __enter__(self) -> Run:
-        """Open the weights.
-
-        Raises:
-            ModelError: Some weight cannot be scored, or another thread is scoring the model.
-            NotFoundError, ArtifactError: The checkpoint folder does not exist or is damaged.
-        """
-        with contextlib.ExitStack() as stack:
-            self.weights = _weights(self._request)
-            stack.callback(self.weights.close)
-            stack.enter_context(model_lock(unwrap(self.weights.model)))
-            self.anatomy = self.weights.anatomy
-            self._processes.check_device(self.weights.device)
-            self._held = stack.pop_all()
-        return self
-
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._held.__exit__(kind, value, trace)
+    def __init__(self, request: Request, processes: Processes, held: contextlib.ExitStack) -> None:
+        self._request, self._processes, self._held = request, processes, held
+        self.weights = _weights(request)
+        held.callback(self.weights.close)
+        held.enter_context(model_lock(unwrap(self.weights.model)))
+        self.anatomy = self.weights.anatomy
+        processes.check_device(self.weights.device)
+        self.facts: dict[str, Any] = {}
 
     def plan(self, loaders: Mapping[str, CalibrationLoader]) -> Plan:
-        """How the blocks are cut into segments; of several processes, as the one with the least memory needs.
+        """The plan of the pass; several processes agree on that of the one with the least memory.
 
         Raises:
             ArgumentError: A budget is not enough, or the processes were not started alike.
@@ -146,7 +131,7 @@ class Run:
 
         Raises:
             ArgumentError: It is of other inputs or in use, or the folder holds other things.
-            ArtifactError: A file there is damaged.
+            ArtifactError: Its first line is damaged or of another version.
         """
         if self._request.resume is None:
             return NullJournal()
@@ -155,7 +140,7 @@ class Run:
         return journal
 
     def store(self, chosen: Plan, journal: Journal | NullJournal) -> ActivationStore:
-        """Where hidden states lie between segments."""
+        """The store of hidden states between segments."""
         store = ActivationStore(chosen.offload, self.weights.device, journal.folder)
         self._held.callback(store.close)
         return store

@@ -7,11 +7,13 @@ In: a causal LM and calibration data. Out: :class:`Scores`. The arguments are ch
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from fastprune.calibration import CalibrationSet
 from fastprune.scoring.collect import Collector
 from fastprune.scoring.engine import Pass
 from fastprune.scoring.processes import Processes
@@ -24,8 +26,8 @@ from fastprune.scoring.sets import note_ends_of_turn, read_sets
 
 def score(
     model: torch.nn.Module | str | Path,
-    harm_loader: Iterable[Mapping[str, torch.Tensor]],
-    benign_loader: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    harm_loader: CalibrationSet | Iterable[Mapping[str, torch.Tensor]],
+    benign_loader: CalibrationSet | Iterable[Mapping[str, torch.Tensor]] | None = None,
     *,
     harm: str | tuple[str, ...] = "signed",
     benign: str | tuple[str, ...] = "abs",
@@ -50,44 +52,44 @@ def score(
 
     Args:
         model: A Hugging Face causal LM of any float dtype, or the folder of a checkpoint, which is streamed: its
-            weights are read as they are needed, twice in all, and are in memory together only if there is room. It
-            has the bits of the model in memory, if BLAS rounds alike there (weights that transformers has mapped from a
-            file begin at other addresses).
+            weights are read as they are needed, twice in all, and are in memory together only if there is room. The
+            scores are bit-identical to those of the model in memory if BLAS rounds alike (weights that transformers has
+            mapped from a file begin at other addresses).
             With LoRA adapters (a ``PeftModel``), the base weights are scored under their plain names, adapters active.
         harm_loader: Iterable of mappings with ``input_ids`` and ``labels`` ``(rows, tokens)`` int64 (-100 = not
             scored) and optionally ``attention_mask``, padded left or right; each row is one example. It is read once.
             Or a CalibrationSet, or its ``loader()``.
         benign_loader: The same for benign use; without it ``Scores.select`` takes ``p=None`` only.
         harm: Criterion of the harm score, or several, all from this one pass: signed, signed_reverse, abs, abs_of_sum,
-            fisher, wanda, magnitude. A score's last bits may depend on which others are asked for beside it.
+            fisher, wanda, magnitude. The last bits of a score may depend on which criteria are asked for together.
         benign: The same for the benign score.
         p_max: Largest fraction of weights, in (0, 1], that a later ``select(p=…)`` can ask for.
         q_max: The same for ``q``.
-        memory: Budget in bytes or ``"80GiB"`` on the model's device, weights included; decides the segments.
-            ``None``: most of what is free.
+        memory: Device memory budget per process in bytes or as ``"80GiB"``, weights included; sets the number of
+            segments. ``None``: most of what is free.
         segments: Cut the blocks into this many runs, 1 … L: more take less memory and recompute each block once.
         resume: Folder of a journal, for a checkpoint folder. What a run finished there before it was killed is not done
             again, and the result is bit-identical to that of an uninterrupted run (on a GPU as far as two runs are: the
             backward pass of some attention kernels adds in any order). Remove the folder when the scores are saved.
         statistics_dtype: Of the sums: ``"float32"`` or ``"float64"``.
-        backend: Backend of the ops; ``None`` takes the best available for each. A named one never falls back, so it has
-            to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
+        backend: Backend of the ops; ``None`` takes the best available for each. A named backend never falls back, so it
+            has to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
         progress: Show a progress bar when standard error is a terminal.
-        host_memory: Budget in host memory beside a GPU, for hidden states between segments.
-        offload: Where these lie: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
+        host_memory: Host memory budget per process when the model is on a GPU, for hidden states between segments.
+        offload: Where these are kept: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
             ``"disk"`` for a run with a journal.
-        device: Where a checkpoint folder's model runs; ``None``: a GPU if there is one (of several processes on a node,
-            each its own), otherwise the CPU.
+        device: Where a checkpoint folder's model runs; ``None``: CUDA if available (each process of a node takes its
+            own device), otherwise the CPU.
         dtype: Of a checkpoint folder's weights, e.g. ``"bfloat16"``; ``None`` keeps the one on disk.
 
-    Under an initialised ``torch.distributed`` process group, each of its processes makes this call with the same model,
-    data and settings; they share the examples between them, and each returns the same scores. Budgets are of each
-    process; what nobody stated is shared by those on one device. On GPUs the group needs NCCL for the sums, and
+    Under an initialized ``torch.distributed`` process group, each of its processes makes this call with the same model,
+    data and settings. The processes share the examples, and each returns the same scores. Budgets are per process;
+    without one, the processes on a device share its free memory. On GPUs the group needs NCCL for the sums, and
     ``backend="cpu:gloo,cuda:nccl"`` is best: with NCCL alone, everything else goes through the current device, which
-    ``torch.cuda.set_device`` has to have set, and a process that was killed is noticed only by the group's timeout.
+    ``torch.cuda.set_device`` has to have set, and only the group's timeout notices a process that was killed.
 
-    It does not matter whether gradients, inference mode or autocast are on where it is called: scores are formed in the
-    dtype of the weights, and the caller's modes are as they were afterwards.
+    The caller's gradient, inference and autocast modes do not matter and are restored: scores are formed in the dtype
+    of the weights.
 
     Returns:
         The kept scores, on the CPU, with their provenance.
@@ -107,7 +109,7 @@ def score(
             a set's loss.
     """
     processes = Processes()
-    with own_modes(), processes.together():
+    with own_modes(), processes.together(), contextlib.ExitStack() as held:
         request = Request(
             model,
             harm_loader,
@@ -127,17 +129,17 @@ def score(
             dtype=dtype,
             progress=progress,
         )
-        with Run(request, processes) as run:
-            return _scored(request, run, processes)
+        return _scored(request, Run(request, processes, held), processes)
 
 
 def _scored(request: Request, run: Run, processes: Processes) -> Scores:
+    """The steps of the pass."""
     loaders = read_sets(request.sources, run.weights.model)
     plan = run.plan(loaders)
     view, parts = run.view(plan, loaders)
     journal = run.journal()
-    hidden = run.store(plan, journal)
-    gradients = journal.gradients_beside(hidden)
+    boundaries = run.store(plan, journal)
+    gradients = journal.gradient_store(boundaries)
     collector = Collector(view.matrices, request.criteria, request.fractions, request.backend, journal)
     for noted in journal.finished(journal.unfinished(len(parts)), gradients):
         collector.restore(noted)
@@ -148,7 +150,7 @@ def _scored(request: Request, run: Run, processes: Processes) -> Scores:
         request.statistics,
         parts,
         dtype=request.sum_dtype,
-        offload=hidden,
+        boundaries=boundaries,
         gradients=gradients,
         processes=processes,
         backend=request.backend,

@@ -1,7 +1,6 @@
-"""The outcome of scoring: for every matrix its best-scored weights, under each criterion, with where they come from.
+"""The outcome of scoring: the best-scored weights of every matrix under each criterion, with their provenance.
 
 In: the kept lists of the engine. Out: lists by name, selections, and one safetensors file.
-It must not know how scores are formed or how weights are zeroed.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Scores:
 
     Args:
         harm: Criterion to matrix name to list; the first criterion is the default one. Matrices in model order.
-        benign: The same for the benign set; empty if there was none.
+        benign: The same for the benign set; empty without one.
         shapes: Shape of each matrix, in model order.
         provenance: JSON-able facts: model, ``fingerprint``, calibration hashes, versions, and ``block_of`` (matrix name
             to index of its decoder block).
@@ -90,17 +89,17 @@ class Scores:
             criterion: Its name; by default the first.
 
         Raises:
-            SelectionError: There is no such role, no such set, or that criterion was not scored.
+            SelectionError: The role is unknown, has no set, or the criterion was not scored.
         """
         if role not in ROLES:
-            raise SelectionError(f"role must be one of {ROLES}, got {role!r}")
-        there = self._lists[role]
-        if not there:
+            raise SelectionError(f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+        lists = self._lists[role]
+        if not lists:
             raise SelectionError(f"these scores have no {role} set; select with p=None or score with a {role} loader")
-        criterion = next(iter(there)) if criterion is None else criterion
-        if criterion not in there:
-            raise SelectionError(f"{role} criterion must be one of {tuple(there)}, got {criterion!r}")
-        return there[criterion]
+        criterion = next(iter(lists)) if criterion is None else criterion
+        if criterion not in lists:
+            raise SelectionError(f"{role}: expected one of the scored criteria {', '.join(lists)}, got {criterion!r}")
+        return lists[criterion]
 
     def select(
         self,
@@ -127,16 +126,15 @@ class Scores:
             protect: Masks whose weights are never pruned; ``None`` is none.
 
         Returns:
-            The mask; ``metadata["report"]`` says what was asked and what came of it.
+            The mask; ``metadata["report"]`` has the counts asked, selected and spared.
 
         Raises:
             SelectionError: A fraction is out of range, was not kept, or rounds to no weight anywhere; a layer is
                 unknown; a mask of ``protect`` has other shapes.
-            ArgumentError: ``scope`` or ``slice`` is out of range, or ``protect`` is no iterable.
+            ArgumentError: ``scope`` or ``slice`` is out of range, or ``protect`` is not iterable.
 
         Warns:
-            FastpruneWarning: A fraction rounds to no weight in some matrix, or there are fewer positive scores than
-                asked.
+            FastpruneWarning: A fraction rounds to no weight in some matrix, or fewer scores are positive than asked.
         """
         layers = None if layers is None else self._checked_layers(layers)
         masks = self._checked_protect(protect)
@@ -164,7 +162,7 @@ class Scores:
             "q": float(q),
             "scope": scope,
             "layers": layers,
-            "slice": int(slice),  # NumPy's would not go into a file
+            "slice": int(slice),  # an integer of NumPy is not JSON-able
             "protect": [mask.digest for mask in masks],
             "report": chosen.report,
         }
@@ -213,7 +211,7 @@ class Scores:
         tensors = {}
         for role, by_criterion in self._lists.items():
             for criterion, lists in by_criterion.items():
-                # one tensor for all matrices: a model of many experts has tens of thousands of them
+                # One tensor for all matrices: a model of many experts has tens of thousands of these.
                 key = f"{role}/{criterion}"
                 tensors[f"{key}/indices"] = torch.cat([kept.indices for kept in lists.values()])
                 tensors[f"{key}/values"] = torch.cat([kept.values for kept in lists.values()])
@@ -250,9 +248,10 @@ class Scores:
 
     def _check_cover(self, what: str, lists: Mapping[str, TopScores]) -> None:
         if list(lists) != list(self.shapes):
-            odd = sorted(set(lists) ^ set(self.shapes))
+            differing = sorted(set(lists) ^ set(self.shapes))
             raise ScoringError(
-                f"{what}: expected the matrices of shapes in their order; odd ones: {odd[:3] or 'the order'}"
+                f"{what}: expected the matrices of shapes in their order, got a difference in "
+                f"{differing[:3] or 'the order'}"
             )
         for name, kept in lists.items():
             if kept.numel != math.prod(self.shapes[name]):
@@ -266,7 +265,7 @@ class Scores:
 def _unpack(
     tensors: Mapping[str, torch.Tensor], key: str, shapes: Mapping[str, tuple[int, ...]], path: str | Path
 ) -> dict[str, TopScores]:
-    """The lists of one criterion from their joined tensors, checked in one go."""
+    """The lists of one criterion from their joined tensors, checked together."""
     indices, values = tensors[f"{key}/indices"], tensors[f"{key}/values"]
     lengths, floors = tensors[f"{key}/lengths"], tensors[f"{key}/floors"]
     numel = torch.tensor([math.prod(shape) for shape in shapes.values()], dtype=torch.int64)

@@ -1,10 +1,8 @@
-"""Set difference: the weights that harm needs most, without those that benign behaviour needs most.
+"""Set difference: the weights that harm needs most, without those that benign behavior needs most.
 
-In: lists of top scores, fractions, and what is spared. Out: indices, with a report of what was asked and what came of
-it.
-Weights of all matrices are numbered through (offset of the matrix + flat index), so that a selection is a handful of
-sorted arrays whatever the number of matrices: a point of a sweep over p and q costs milliseconds.
-It must not know gradients or models.
+In: lists of top scores, fractions, and what is spared. Out: indices, with a report of the counts. The weights of all
+matrices have one numbering (offset of the matrix + flat index), so that a selection is a few sorted arrays for any
+number of matrices: a point of a sweep over p and q costs milliseconds.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ SCOPES = ("matrix", "global")
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selection came to.
+    """The outcome of a selection.
 
     Attributes:
-        indices: Name of every matrix to the flat indices of its pruned weights, int64 ascending.
+        indices: Flat indices of the pruned weights by name of matrix, int64 ascending; every matrix is a key.
         asked: Weights that the harm fraction asked for, before anything was spared.
         report: Counts asked, selected and spared; see :func:`select`.
     """
@@ -61,8 +59,8 @@ def select(
         p: Fraction of protected weights; ``None`` protects nothing.
         q: Fraction of weights asked of harm.
         scope: ``"matrix"`` or ``"global"``.
-        slice: Which run of the harm ranks.
         only: Names of the matrices that take part; ``None``: all.
+        slice: Take the harm ranks from ``slice * k`` to ``(slice + 1) * k``.
         protect: Indices by matrix, as a mask holds them, that are never pruned.
 
     Raises:
@@ -95,7 +93,7 @@ def select(
 
 
 class _Numbering:
-    """The selected matrices in model order, their weights numbered through."""
+    """One numbering of the weights of the selected matrices, in model order."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], only: set[str] | None) -> None:
         self._shapes = shapes
@@ -123,7 +121,7 @@ class _Numbering:
 
 @dataclass
 class _Demand:
-    """One side of the selection, and what came of it."""
+    """The ranks that one side of the selection asks for, and the counts of what it got."""
 
     argument: str
     fraction: float
@@ -202,7 +200,7 @@ class _Demand:
         ]
         if open_lists:
             name, some = min(open_lists, key=lambda item: item[1].numel)
-            # the highest of all matrices are kept wherever they are; the highest of some layers are not
+            # The highest of all matrices are kept wherever they are; those of a few layers may not be.
             safe = stop / some.numel if self.matrices.restricted else (self.slice + 1) * self.fraction
             raise self._not_kept(name, stop, len(some), safe)
 
@@ -215,19 +213,19 @@ class _Demand:
 
 
 def _least_fraction(numel: int) -> str:
-    """A fraction in three digits that, read again, selects one of ``numel`` weights; the next lower one does not."""
+    """The lowest fraction of three digits that, read as a float, selects one of ``numel`` weights."""
     context = Context(prec=3, rounding=ROUND_CEILING)
     fraction = context.divide(Decimal(1), Decimal(numel))
-    if int(float(fraction) * numel) < 1:  # exact as a decimal, a last bit too low as a float
+    if int(float(fraction) * numel) < 1:  # exact as a decimal, too low by the last bit as a float
         fraction = context.next_plus(fraction)
     return f"{float(fraction):.3g}"
 
 
 def _bound_below(kept: list[TopScores], rank: int) -> float:
-    """A score that at least ``rank`` kept ones reach, close below the ``rank``-th highest; -inf if there are too few.
+    """A score that at least ``rank`` kept scores reach, close below the ``rank``-th highest; -inf if fewer were kept.
 
-    From every ``stride``-th entry of each list: such a sample stands for the ``stride`` entries up to it, but the
-    first of a list for itself alone. So the highest ``len(kept) + rank / stride`` samples suffice.
+    It is found among every ``stride``-th entry of each list. A sample stands for the ``stride`` entries up to it, the
+    first of a list for itself only, so the highest ``len(kept) + rank / stride`` samples suffice.
     """
     stride = max(1, rank // 1024)
     samples = np.concatenate([some.arrays[1][::stride] for some in kept])
@@ -243,7 +241,7 @@ def _highest(values: np.ndarray, count: int) -> np.ndarray:
         return np.zeros(len(values), dtype=bool)
     last = np.partition(values, len(values) - count)[len(values) - count]
     highest = values > last
-    # lists follow each other in model order and hold equal scores by index, so position is the rank among equals
+    # Lists follow each other in model order and hold equal scores by index, so position is the rank among equals.
     highest[np.flatnonzero(values == last)[: count - np.count_nonzero(highest)]] = True
     return highest
 
@@ -257,7 +255,7 @@ def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:
 
 
 def _check_fraction(argument: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise SelectionError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
     return float(value)
 

@@ -6,8 +6,7 @@ In: the loaders of a request. Out: calibration sets with the size of their micro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -16,13 +15,14 @@ from fastprune.errors import CalibrationError, warn
 from fastprune.model.positions import rotary_conflict, table_size, trained_length
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 from fastprune.planning.plan import MICRO_BATCH_TOKENS
+from fastprune.scoring.request import Source
 
 # Share of a set's loss on end-of-turn tokens above which it is pointed out. Whole replies of an instruct model have a
 # few percent there; replies of SmolLM2 that had been cut at 56 tokens had 69 %.
 _LARGE_SHARE = 0.25
 
 
-def read_sets(sources: Mapping[str, Iterable[Mapping[str, Any]]], model: nn.Module) -> dict[str, CalibrationLoader]:
+def read_sets(sources: Mapping[str, Source], model: nn.Module) -> dict[str, CalibrationLoader]:
     """Read the examples of each role.
 
     Args:

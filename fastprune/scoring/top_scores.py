@@ -1,9 +1,8 @@
-"""Which scores are kept while the engine goes through the matrices.
+"""The best scores of every matrix, collected while the engine goes through the model.
 
-In: some matrices at a time, in whatever order the engine visits them. Out: per matrix a prefix of its weights by score,
-long enough for every later selection up to the fraction, within a matrix and over all matrices together. A full list of
-scores would be as large as the model; this is about a thousandth of it.
-It must not know gradients, files or how a selection is made.
+In: some matrices at a time, in any order. Out: for each matrix a prefix of its weights by descending score, long enough
+for every later selection up to the fraction, within a matrix and over all matrices together. A full list of scores
+would be as large as the model; with the default fraction this is about a thousandth of it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class TopScores:
         indices: ``(kept,)`` int64 on the CPU, row-major flat in the stored layout.
         values: ``(kept,)`` float32 on the CPU, descending.
         numel: Number of weights of the matrix.
-        floor: Score of the first weight that was not kept, so no weight outside the list has a higher one; -inf if all
+        floor: Score of the first weight that was not kept, an upper bound of all scores outside the list; -inf if all
             are kept.
     """
 
@@ -50,16 +49,16 @@ class TopScores:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and values as NumPy arrays on the same memory, whose elements cost a tenth of a tensor's to read."""
+        """Indices and values as NumPy arrays on the same memory: reading an element costs a tenth of a tensor's."""
         return self.indices.numpy(), self.values.numpy()
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the NumPy views, which would be sent a second time between processes."""
+        """The state without the NumPy views, which would be sent between processes a second time."""
         return {name: value for name, value in vars(self).items() if name != "arrays"}
 
     def above(self, threshold: float, *, equal: bool) -> int:
         """Number of kept scores above the threshold, or (``equal``) not below it."""
-        # by bisection, and not on a negated copy: a sweep over p and q calls this hundreds of times a point
+        # Bisection without a negated copy: a sweep over p and q calls this hundreds of times a point.
         find = bisect_right if equal else bisect_left
         return find(self.arrays[1], -threshold, key=operator.neg)
 
@@ -67,7 +66,7 @@ class TopScores:
         """The first ``length`` entries as a list of their own."""
         if length >= len(self):
             return self
-        # cloned: a view would keep the whole list in memory
+        # Cloned, as a view would keep the whole list in memory.
         values = self.values[:length].clone()
         return TopScores(self.indices[:length].clone(), values, self.numel, float(self.values[length]))
 
@@ -83,7 +82,7 @@ class TopScoresCollector:
     Args:
         sizes: Number of weights of each matrix, in model order.
         fraction: In (0, 1]; 1 keeps everything.
-        n_lists: How many keepers there are, this one included: they share ``SMALL_BYTES``.
+        n_lists: Number of collectors that share ``SMALL_BYTES``, this one included.
         backend: For :func:`fastprune.ops.top_scores_of_each`.
 
     Raises:
@@ -92,15 +91,15 @@ class TopScoresCollector:
 
     def __init__(self, sizes: Mapping[str, int], fraction: float, n_lists: int, backend: str | None = None) -> None:
         if not 0 < fraction <= 1:
-            raise ArgumentError(f"the kept fraction (p_max, q_max) must be in (0, 1], got {fraction!r}")
+            raise ArgumentError(f"fraction: expected a number in (0, 1] (p_max, q_max), got {fraction!r}")
         if not sizes:
-            raise ArgumentError("sizes must name at least one matrix")
+            raise ArgumentError("sizes: expected at least one matrix, got none")
         self.sizes = dict(sizes)
         self._backend = backend
         self._n_global = math.ceil(fraction * sum(self.sizes.values()))
         self._n_local = dict(zip(self.sizes, local_counts(list(self.sizes.values()), fraction, n_lists), strict=True))
         self._kept: dict[str, TopScores] = {}
-        # Scores below this one cannot be among the n_global highest. It only rises, so a stale one is merely generous.
+        # Scores below it cannot be among the n_global highest. It only rises, so a stale threshold keeps too many.
         self._threshold = -math.inf
         self._fresh = 0  # candidates added since the threshold was taken
 
@@ -109,9 +108,9 @@ class TopScoresCollector:
     ) -> dict[str, TopScores]:
         """Form the scores of some matrices and keep the best.
 
-        Together they say how high a score has to be. As soon as there are as many as the whole model may keep, only a
-        matrix that holds more of the highest than its share is asked for more: one by one, the first matrices of 7 B
-        weights would each have to list 7 million.
+        The matrices together set the threshold. Once it is there, only a matrix that holds more than its share of the
+        highest scores is asked for more. Added one by one, the first matrices of 7 B weights would have to list 7
+        million entries each.
 
         Args:
             matrices: Name, one of ``sizes`` and not added before, to the matrix in stored layout and to what the
@@ -119,22 +118,22 @@ class TopScoresCollector:
             criterion: Name of the criterion.
 
         Returns:
-            What was kept for now; :meth:`insert` of it into another keeper of the same settings is the same as this.
+            What was kept for now; to :meth:`insert` it into another collector of the same settings has the same effect.
 
         Raises:
             ScoringError: A score is NaN; the message names the matrix.
-            ArgumentError: A matrix is unknown, of another size, or there already.
+            ArgumentError: A matrix is unknown, of another size, or was added before.
         """
         for name, (weight, _) in matrices.items():
             self._check_new(name, weight.numel())
         asks = {name: self._n_local[name] for name in matrices}
         while asks:
             lowest = {}
-            # One more than is asked for: its score is the floor of what is kept.
+            # One more entry than is asked for: its score is the floor.
             ks = {name: min(self.sizes[name], ask + 1) for name, ask in asks.items()}
             asked = {name: matrices[name] for name in asks}
-            for name, best in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
-                found = TopScores(*(tensor.cpu() for tensor in best), self.sizes[name], -math.inf)
+            for name, (indices, values) in ops.top_scores_of_each(asked, criterion, ks, backend=self._backend):
+                found = TopScores(indices.cpu(), values.cpu(), self.sizes[name], -math.inf)
                 lowest[name] = float(found.values[-1]) if len(found) else -math.inf
                 enough = max(self._n_local[name], min(self._candidates(found), self._n_global))
                 self._kept[name] = found.prefix(enough)
@@ -147,7 +146,7 @@ class TopScoresCollector:
         return {name: self._kept[name] for name in matrices}
 
     def insert(self, name: str, kept: TopScores) -> None:
-        """Add a list that was formed before (by a keeper of the same settings), e.g. one read from a journal.
+        """Add a list that a collector of the same settings formed before, e.g. one read from a journal.
 
         Raises:
             ArgumentError: As :meth:`add`.
@@ -160,7 +159,7 @@ class TopScoresCollector:
 
     @property
     def so_far(self) -> dict[str, TopScores]:
-        """The lists that are there."""
+        """The lists collected so far."""
         return dict(self._kept)
 
     def finish(self) -> dict[str, TopScores]:
@@ -183,11 +182,11 @@ class TopScoresCollector:
 
     def _check_new(self, name: str, numel: int) -> None:
         if name not in self.sizes:
-            raise ArgumentError(f"{name} is none of the {len(self.sizes)} matrices of this keeper")
+            raise ArgumentError(f"{name}: expected one of the {len(self.sizes)} matrices of sizes")
         if self.sizes[name] != numel:
-            raise ArgumentError(f"{name} must have {self.sizes[name]} weights, got {numel}")
+            raise ArgumentError(f"{name}: expected {self.sizes[name]} weights, got {numel}")
         if name in self._kept:
-            raise ArgumentError(f"{name} was added before")
+            raise ArgumentError(f"{name}: expected a matrix that was not added before")
 
     def _is_candidate(self, value: float) -> bool:
         return value >= self._threshold and value > 0
@@ -196,7 +195,7 @@ class TopScoresCollector:
         return min(kept.above(self._threshold, equal=True), kept.above(0.0, equal=False))
 
     def _trim(self) -> None:
-        """Take the threshold anew; cut each list to its own share and what is among the highest of all seen so far."""
+        """Update the threshold; cut each list to its own share and to what is among the highest of all so far."""
         names = [name for name in self.sizes if name in self._kept]
         values = np.concatenate(
             [self._kept[name].values[: self._candidates(self._kept[name])].numpy() for name in names]

@@ -140,7 +140,7 @@ def _score_with_a_journal(rank: int, model: Path, out: Path, few: bool, deaths: 
 @pytest.mark.parametrize(
     ("few", "deaths"),
     [
-        # In the forward sweep: one has recorded two offload (there are no more), the other one.
+        # In the forward sweep: one has recorded two boundaries (there are no more), the other one.
         (False, {0: ("add_segment", 1), 1: ("add_boundary", 2)}),
         (True, {0: ("add_segment", 1), 1: ("add_boundary", 2)}),
         # In the backward sweep: one has finished two segments, the other died before its second was recorded.

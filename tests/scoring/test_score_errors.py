@@ -215,8 +215,9 @@ def test_model_that_does_not_come_apart_is_scored_whole_with_a_warning(model: nn
     model = stateful(model)
     with pytest.raises(ModelError, match="segments=1"):
         fastprune.score(model, CalibrationSet(HARM), segments=2, progress=False)
-    with pytest.warns(FastpruneWarning, match="scored whole"):
+    with pytest.warns(FastpruneWarning, match="scored whole") as caught:
         scores = fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False)
+    assert caught[0].filename == __file__
     from fastprune.testing.oracle import oracle_score, oracle_select, oracle_statistics
 
     copy = stateful(build("Llama"))
@@ -297,8 +298,10 @@ def test_examples_beyond_the_trained_length_are_pointed_out(model: nn.Module) ->
     """Rotary positions have no end; what lies beyond is counted, and said."""
     model.config.max_position_embeddings = 8
     rows = [Example(tuple(range(3, 3 + length)), (-100, *range(4, 3 + length))) for length in (5, 9, 12)]
-    with pytest.warns(FastpruneWarning, match="harm_loader: 2 examples, the first is example 1, .* than the 8 tokens"):
+    note = "harm_loader: 2 examples, the first is example 1, .* than the 8 tokens"
+    with pytest.warns(FastpruneWarning, match=note) as caught:
         fastprune.score(model, CalibrationSet(rows), progress=False)
+    assert caught[0].filename == __file__
 
 
 def test_a_head_may_be_a_module_of_several(model: nn.Module) -> None:

@@ -160,19 +160,19 @@ def test_a_matrix_without_elements(no_small_matrices):
 
 def test_a_keeper_refuses_what_it_cannot_place():
     keeper = TopScoresCollector({"a": 4, "b": 4}, 0.5, n_lists=1)
-    with pytest.raises(ArgumentError, match="c is none of the 2 matrices"):
+    with pytest.raises(ArgumentError, match="c: expected one of the 2 matrices"):
         keeper.add({"c": (torch.ones(2, 2), None)}, "magnitude")
-    with pytest.raises(ArgumentError, match="a must have 4 weights, got 6"):
+    with pytest.raises(ArgumentError, match="a: expected 4 weights, got 6"):
         keeper.add({"a": (torch.ones(2, 3), None)}, "magnitude")
     keeper.add({"a": (torch.ones(2, 2), None)}, "magnitude")
-    with pytest.raises(ArgumentError, match="a was added before"):
+    with pytest.raises(ArgumentError, match="a: expected a matrix that was not added before"):
         keeper.add({"a": (torch.ones(2, 2), None)}, "magnitude")
     with pytest.raises(ScoringError, match=r"b: .* flat index 1,.* is not a number"):
         keeper.add({"b": (torch.ones(2, 2), torch.tensor([[1.0, math.nan], [1, 1]]))}, "signed")
     with pytest.raises(ScoringError, match="1 of 2 matrices were never scored, the first is b"):
         keeper.finish()
     for fraction in (0, -1, 1.1, math.nan):
-        with pytest.raises(ArgumentError, match=r"must be in \(0, 1\]"):
+        with pytest.raises(ArgumentError, match=r"expected a number in \(0, 1\]"):
             TopScoresCollector({"a": 4}, fraction, n_lists=1)
     with pytest.raises(ArgumentError, match="at least one matrix"):
         TopScoresCollector({}, 0.5, n_lists=1)
@@ -204,9 +204,9 @@ def test_scores_give_lists_by_role_and_criterion():
     assert scores.names == ("a", "b") and scores.shapes == SHAPES
     assert scores.criteria == {"harm": ("signed", "fisher"), "benign": ("abs",)}
     assert same(scores.harm, scores.of("harm", "signed")) and same(scores.benign, scores.of("harm", "fisher"))
-    with pytest.raises(SelectionError, match=r"harm criterion must be one of \('signed', 'fisher'\), got 'wanda'"):
+    with pytest.raises(SelectionError, match="harm: expected one of the scored criteria signed, fisher, got 'wanda'"):
         scores.of("harm", "wanda")
-    with pytest.raises(SelectionError, match=r"role must be one of \('harm', 'benign'\), got 'utility'"):
+    with pytest.raises(SelectionError, match="role: expected one of harm, benign, got 'utility'"):
         scores.of("utility")
     alone = Scores({"signed": scores.harm}, {}, SHAPES, {}, 1.0, 1.0)
     assert alone.benign == {}

@@ -189,7 +189,7 @@ def test_other_arguments_are_checked():
             scores.select(0.1, 0.1, layers=value)
     with pytest.raises(SelectionError, match="layers: expected an iterable of block indices, got 0"):
         scores.select(0.1, 0.1, layers=0)
-    with pytest.raises(SelectionError, match="harm criterion must be one of"):
+    with pytest.raises(SelectionError, match="harm: expected one of the scored criteria"):
         scores.select(0.1, 0.1, harm="wanda")
     for value in ([PruneMask({"m0": torch.tensor([0])}, {"m0": (2, 2)})], [{"m0": torch.tensor([0])}], ["m0"]):
         with pytest.raises(SelectionError, match="protect: expected PruneMasks over the matrices of these scores"):

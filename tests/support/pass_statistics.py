@@ -45,7 +45,7 @@ def engine_statistics(model, *, segments: int, batch_tokens: int, dtype=torch.fl
         view = checked_view(weights, parts, segments)
         assert isinstance(view, BlockView)
         loaders, wanted = {"harm": CalibrationSet(rows).loader(batch_tokens)}, {"harm": STATISTICS}
-        stores = {"offload": hidden, "gradients": hidden, "processes": Processes()}
+        stores = {"boundaries": hidden, "gradients": hidden, "processes": Processes()}
         Pass(view, weights, loaders, wanted, parts, dtype=dtype, progress=False, **stores).run(kept, NullJournal())
     return kept
 
