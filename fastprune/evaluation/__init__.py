@@ -1,13 +1,13 @@
 """From a model to numbers: harm under attack, refusal, utility, recognition, perplexity. It must not know scoring."""
 
 from fastprune.evaluation.attacks import Attack, NoAttack, Prefilling, attack
-from fastprune.evaluation.evaluate import Evaluation, EvaluationSuite, evaluate
-from fastprune.evaluation.generate import generate
+from fastprune.evaluation.generation import generate
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.likelihood import Perplexity, perplexity
 from fastprune.evaluation.measurement import Measurement
 from fastprune.evaluation.metrics import Utility, harm, refusal, utility
-from fastprune.evaluation.recognition import Recognition, recognition
+from fastprune.evaluation.questions import Recognition, recognition
+from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
 
 __all__ = [
     "Attack",

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from fastprune.calibration import Row
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.generate import check_positive, decode, describe_row
+from fastprune.evaluation.generation import check_positive, decode, describe_row
 
 
 class Attack(ABC):

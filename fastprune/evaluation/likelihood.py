@@ -21,7 +21,7 @@ from fastprune.calibration.encoding import check_finish
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation.forward import check_finite, inference
-from fastprune.evaluation.generate import check_positive
+from fastprune.evaluation.generation import check_positive
 
 # Logits are raised to float32 for this many tokens at a time: 0.5 GB with a vocabulary of 128 k.
 _CHUNK = 1024

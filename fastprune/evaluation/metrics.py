@@ -17,7 +17,7 @@ from typing import Any
 from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generate import (
+from fastprune.evaluation.generation import (
     check_positive,
     continue_greedily,
     decode,

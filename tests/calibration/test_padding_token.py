@@ -9,7 +9,7 @@ from support.architectures import HARM, VOCAB, build, pad, stateful
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
 from fastprune.evaluation.forward import Forward
-from fastprune.evaluation.generate import _continue_batch
+from fastprune.evaluation.generation import _continue_batch
 
 USED = {token for example in HARM for token in example.input_ids}
 

@@ -14,7 +14,7 @@ from torch import nn
 from fastprune.calibration import Encoder, Row
 from fastprune.errors import ArgumentError, CalibrationError, ModelError, NotFoundError, ScoringError
 from fastprune.evaluation import generate
-from fastprune.evaluation.generate import continue_greedily, stop_ids
+from fastprune.evaluation.generation import continue_greedily, stop_ids
 
 
 def ragged_contexts(n: int = 14) -> list[list[int]]:

@@ -23,7 +23,7 @@ from transformers import (
 from fastprune.errors import CalibrationError, ModelError
 from fastprune.evaluation import generate, perplexity
 from fastprune.evaluation.forward import Forward, inference
-from fastprune.evaluation.generate import continue_greedily
+from fastprune.evaluation.generation import continue_greedily
 
 
 class Table:

@@ -10,7 +10,7 @@ from support.generation import tiny_model
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.generate import continue_greedily
+from fastprune.evaluation.generation import continue_greedily
 from fastprune.evaluation.likelihood import log_probabilities
 from fastprune.testing.oracle import oracle_statistics
 

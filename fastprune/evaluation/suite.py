@@ -15,11 +15,11 @@ from typing import Any
 from fastprune.calibration import Encoder, read_rows
 from fastprune.errors import ArgumentError
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generate import check_positive
+from fastprune.evaluation.generation import check_positive
 from fastprune.evaluation.judges import Judge, exact_match
 from fastprune.evaluation.measurement import Measurement
 from fastprune.evaluation.metrics import REFUSAL_TOKENS, Rows, Task, Utility, answer, refusal_task, skill_tasks
-from fastprune.evaluation.recognition import Questions, Recognition
+from fastprune.evaluation.questions import Questions, Recognition
 
 _RESERVED = {"harm", "refusal"}  # what `judges` calls the two tasks that are no skills
 

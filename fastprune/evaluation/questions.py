@@ -17,7 +17,7 @@ import torch
 from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_rows
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.generate import (
+from fastprune.evaluation.generation import (
     check_positive,
     continue_greedily,
     decode,
