@@ -115,6 +115,14 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
+def positive_integer(argument: str, value: object, *, optional: bool = False) -> None:
+    """Raise ArgumentError unless ``value`` is a positive ``int``; an ``optional`` one may be ``None``."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{argument}: expected a positive integer{' or None' * optional}, got {value!r}")
+
+
 def printable(text: object) -> str:
     """Text whose control characters and changes of direction are escaped; line breaks stay."""
     return "".join(character if _is_plain(character) else ascii(character)[1:-1] for character in str(text))

@@ -31,6 +31,7 @@ from fastprune.calibration.template_turns import (
     shown,
     shown_after_prompt,
 )
+from fastprune.calibration.tokens import encode
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
 # Variables by which a template may be told not to think, and the values that tell it.
@@ -85,7 +86,7 @@ class ChatTemplate:
 
         self.closing = self._turns.closing
         self.control_ids = frozenset(special_ids(tokenizer))
-        self.end_of_turn = _up_to_first(self.control_ids, _tokens(tokenizer, self.closing))
+        self.end_of_turn = _up_to_first(self.control_ids, encode(tokenizer, self.closing))
         self.facts = {
             "template_sha256": source.sha256,
             "template_args": dict(arguments),
@@ -297,8 +298,8 @@ def _mends(turns: Turns | None, difference: Difference) -> bool:
 def _same_tokens(turns: Turns, tokenizer: Any) -> bool:
     """Whether the tokens are the same all the same: many tokenizers begin a text with a space of their own."""
     begin, reply = turns.head + "user", "Reply"
-    apart = _tokens(tokenizer, begin + turns.generation) + _tokens(tokenizer, reply)
-    return apart == _tokens(tokenizer, begin + turns.before_reply + reply)
+    apart = encode(tokenizer, begin + turns.generation) + encode(tokenizer, reply)
+    return apart == encode(tokenizer, begin + turns.before_reply + reply)
 
 
 def _up_to_first(control_ids: frozenset[int], ids: list[int]) -> list[int]:
@@ -306,8 +307,3 @@ def _up_to_first(control_ids: frozenset[int], ids: list[int]) -> list[int]:
     # (a space, a line break) is the template's; without one, the first token that the template writes ends the turn.
     end = next((place for place, token in enumerate(ids) if token in control_ids), 0)
     return ids[: end + 1]
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the length of a text is the caller's concern, not a warning of the tokenizer's
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []

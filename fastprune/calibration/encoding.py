@@ -15,6 +15,7 @@ from fastprune.calibration.chat_template import ChatTemplate, special_ids
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
+from fastprune.calibration.tokens import encode
 from fastprune.errors import ArgumentError, CalibrationError
 
 FORMATS = ("raw", "chat")
@@ -151,8 +152,7 @@ class Encoder:
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a piece of text alone, without special tokens."""
-        # verbose=False: the length of a row is this package's concern (max_length), not a warning of the tokenizer's
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        return encode(self.tokenizer, text)
 
     def begun(self, ids: list[int]) -> list[int]:
         """The ids behind the BOS where this encoder writes one; once, as some prompts bring it as text."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import CalibrationError, positive_integer
 
 UNSCORED = -100  # the label that cross-entropy ignores, as everywhere in this field
 
@@ -135,7 +135,7 @@ def micro_batches(examples: Sequence[Example], batch_tokens: int) -> list[MicroB
     Raises:
         ArgumentError: ``batch_tokens`` is not a positive integer.
     """
-    check_batch_tokens(batch_tokens)
+    positive_integer("batch_tokens", batch_tokens)
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i]), examples[i].input_ids, examples[i].labels))
     cuts = _cheapest_cuts([len(examples[i]) for i in order], batch_tokens)
     return [_pad(examples, order[start:stop]) for start, stop in cuts]
@@ -161,12 +161,6 @@ def _cheapest_cuts(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int,
         cuts.append((best[stop][1], stop))
         stop = best[stop][1]
     return cuts[::-1]
-
-
-def check_batch_tokens(batch_tokens: int) -> None:
-    """Raise ArgumentError unless the budget is a positive integer."""
-    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise ArgumentError(f"batch_tokens must be a positive integer, got {batch_tokens!r}")
 
 
 def _pad(examples: Sequence[Example], indices: Sequence[int]) -> MicroBatch:

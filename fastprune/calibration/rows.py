@@ -103,6 +103,11 @@ def describe(path_or_rows: object) -> str:
     return str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else "rows"
 
 
+def describe_row(name: str, index: int, row: Row) -> str:
+    """Name of a row in messages: where it stands and its id, never its text."""
+    return f"{name}, row {index}" + (f" (id {row.id!r})" if row.id is not None else "")
+
+
 def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
     if not isinstance(source, (str, Path)):
         yield from _from_memory(source)

@@ -16,9 +16,9 @@ from typing import Any, overload
 import torch
 
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, holding
-from fastprune.calibration.examples import Example, MicroBatch, check_batch_tokens, hash_examples, micro_batches
+from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
 from fastprune.calibration.rows import FINISHES, Row, describe, read_rows
-from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
+from fastprune.errors import CalibrationError, FastpruneWarning, positive_integer
 
 # Replies of fewer tokens are often all of one length: a word, a number, a line of a table.
 _SHORT = 8
@@ -118,7 +118,7 @@ class CalibrationLoader:
     """
 
     def __init__(self, calibration: CalibrationSet, batch_tokens: int) -> None:
-        check_batch_tokens(batch_tokens)
+        positive_integer("batch_tokens", batch_tokens)
         self.calibration = calibration
         self.batch_tokens = batch_tokens
 
@@ -186,8 +186,7 @@ def load_calibration(
     """
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     check_finish(finish)
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise ArgumentError(f"max_length must be a positive integer or None, got {max_length!r}")
+    positive_integer("max_length", max_length, optional=True)
     source = describe(path_or_rows)
     kept: list[Example] = []
     rows: list[Row] = []

@@ -12,12 +12,12 @@ import fastprune
 from fastprune.cli.app import app, command, quiet_loading
 from fastprune.cli.files import check_report, output_file, output_folder, written
 from fastprune.cli.options import (
-    AttackName,
+    AttackOption,
     Bos,
     BosOption,
     Control,
     FormatOption,
-    HarmJudge,
+    JudgeOption,
     ModelFolder,
     StrictOption,
     SystemOption,
@@ -69,10 +69,8 @@ def evaluate(
         list[Path] | None, typer.Option(help="Masks to measure beside the unpruned model; repeatable.")
     ] = None,
     strict: StrictOption = True,
-    attack: Annotated[AttackName, typer.Option(help="Attack behind the harm rate.")] = AttackName.prefilling,
-    judge: Annotated[
-        HarmJudge, typer.Option(help="exact: the reference answer. not-refused: no refusal phrase (misleading alone).")
-    ] = HarmJudge.exact,
+    attack: AttackOption = "prefilling",
+    judge: JudgeOption = "exact",
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
     format: FormatOption = None,
     bos: BosOption = Bos.auto,
@@ -88,7 +86,7 @@ def evaluate(
 ) -> None:
     """Measure harm, refusal, skills and recognition, unpruned and with each mask."""
     from fastprune.checkpoint.load import load_tokenizer
-    from fastprune.evaluation import EvaluationSuite, exact_match, keyword_refusal
+    from fastprune.evaluation import JUDGES, EvaluationSuite
     from fastprune.experiments import evaluation_record, stored_patch
     from fastprune.reporting import print_files, print_results, write_report
 
@@ -97,8 +95,6 @@ def evaluate(
         context.with_resource(output_folder(out))
         check_report(out)
     masks, patched = _named(mask or ()), stored_patch(model)
-    refused = keyword_refusal()
-    judges = {"harm": exact_match if judge is HarmJudge.exact else lambda row, text: 1.0 - refused(row, text)}
     tokenizer = load_tokenizer(model)
     chosen = format_of(format, model, tokenizer)
     suite = EvaluationSuite(
@@ -110,15 +106,14 @@ def evaluate(
         bos=bos.rule,
         template_args=template_args_of(template_args),
         system=system,
-        attack=attack.value,
-        judges=judges if harm is not None else None,
+        attack=str(attack),
+        judges={"harm": JUDGES[judge].judge} if harm is not None else None,
         neighbour_skill=neighbour,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
     settings = {
-        "attack": attack.value,
-        "judge": judge.value,
+        "judge": str(judge),
         **suite.encoder.facts,
         "neighbour": neighbour,
         "max_new_tokens": max_new_tokens,

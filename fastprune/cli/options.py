@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastprune.cli.processes import note
 from fastprune.errors import ArgumentError
+from fastprune.evaluation.attacks import ATTACKS
+from fastprune.evaluation.judges import JUDGES
 
 
 class Format(StrEnum):
@@ -57,18 +59,22 @@ class Control(StrEnum):
     largest = "largest"
 
 
-class AttackName(StrEnum):
-    """Attacks that bear on harm during an evaluation."""
+if TYPE_CHECKING:
+    AttackName = JudgeName = str
+else:  # typer offers the members of an enum as choices
+    AttackName = StrEnum("AttackName", {name: name for name in ATTACKS})
+    JudgeName = StrEnum("JudgeName", {name: name for name in JUDGES})
 
-    none = "none"
-    prefilling = "prefilling"
-
-
-class HarmJudge(StrEnum):
-    """Who decides that an answer is harmful."""
-
-    exact = "exact"
-    not_refused = "not-refused"
+AttackOption = Annotated[
+    AttackName,
+    typer.Option(
+        help=f"Attack behind the harm rate. {'. '.join(f'{name}: {kind.summary}' for name, kind in ATTACKS.items())}."
+    ),
+]
+JudgeOption = Annotated[
+    JudgeName,
+    typer.Option(help=f"Judge of harm. {'. '.join(f'{name}: {kind.summary}' for name, kind in JUDGES.items())}."),
+]
 
 
 ModelFolder = Annotated[

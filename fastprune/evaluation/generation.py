@@ -17,7 +17,9 @@ import torch
 from tqdm import tqdm
 
 from fastprune.calibration import Encoder, Row, read_texts_or_rows
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.calibration.rows import describe_row
+from fastprune.calibration.tokens import decode
+from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation.forward import check_finite, inference
 
 
@@ -65,13 +67,13 @@ def generate(
         if len(prefills) != len(rows):
             raise ArgumentError(f"prefill: expected one string or {len(rows)}, got {len(prefills)}")
         rows = [replace(row, prefill=text) for row, text in zip(rows, prefills, strict=True)]
-    check_positive(max_new_tokens, "max_new_tokens")
+    positive_integer("max_new_tokens", max_new_tokens)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     contexts = encode_contexts(encoder, rows)
     stop = stop_ids(model, encoder)
     budgets = [max_new_tokens] * len(rows)
     ids = continue_greedily(model, contexts, budgets, stop, batch_size=batch_size, progress=progress)
-    return decode(tokenizer, ids)
+    return [decode(tokenizer, each) for each in ids]
 
 
 def encode_contexts(encoder: Encoder, rows: Sequence[Row], *, name: str = "rows") -> list[list[int]]:
@@ -115,7 +117,7 @@ def continue_greedily(
     Returns:
         New ids of each context, without the stop token.
     """
-    check_positive(batch_size, "batch_size")
+    positive_integer("batch_size", batch_size)
     order = sorted(range(len(contexts)), key=lambda i: (budgets[i], len(contexts[i]), contexts[i]))
     n_batches = -(-len(order) // batch_size)
     batches = [order[len(order) * b // n_batches : len(order) * (b + 1) // n_batches] for b in range(n_batches)]
@@ -172,21 +174,3 @@ def stop_ids(model: Any, encoder: Encoder) -> set[int]:
         value = getattr(source, "eos_token_id", None)
         stop.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return stop
-
-
-def decode(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[str]:
-    """Text of each sequence of ids, special tokens left out and spaces as they are."""
-    return [
-        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in sequences
-    ]
-
-
-def describe_row(name: str, index: int, row: Row) -> str:
-    """How messages call a row; its text is never quoted."""
-    return f"{name}, row {index}" + (f" (id {row.id!r})" if row.id is not None else "")
-
-
-def check_positive(value: Any, name: str) -> None:
-    """Raise ArgumentError unless the value is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} must be a positive integer, got {value!r}")

@@ -19,9 +19,8 @@ from tqdm import tqdm
 from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_texts_or_rows
 from fastprune.calibration.encoding import check_finish
 from fastprune.calibration.examples import UNSCORED
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation.forward import check_finite, inference
-from fastprune.evaluation.generation import check_positive
 
 # Logits are raised to float32 for this many tokens at a time: 0.5 GB with a vocabulary of 128 k.
 _CHUNK = 1024
@@ -125,7 +124,7 @@ def perplexity(
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
         raise ArgumentError(f"window must be an integer of at least 2 tokens, got {window!r}")
-    check_positive(batch_tokens, "batch_tokens")
+    positive_integer("batch_tokens", batch_tokens)
     check_finish(finish)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     items = read_texts_or_rows(texts_or_rows)

@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.calibration import Encoder, Row, read_rows
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.calibration.rows import describe_row
+from fastprune.calibration.tokens import decode
+from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generation import (
-    check_positive,
-    continue_greedily,
-    decode,
-    describe_row,
-    encode_contexts,
-    stop_ids,
-)
+from fastprune.evaluation.generation import continue_greedily, encode_contexts, stop_ids
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.measurement import Measurement
 
@@ -61,8 +56,7 @@ class Task:
         Raises:
             CalibrationError: A row needs a response that it does not have, or its context gives no token.
         """
-        if max_new_tokens is not None:
-            check_positive(max_new_tokens, f"{name}: max_new_tokens")
+        positive_integer(f"{name}: max_new_tokens", max_new_tokens, optional=True)
         if not callable(judge):
             raise ArgumentError(f"{name}: judge must be a callable (row, completion) -> float, got {judge!r}")
         budgets = []
@@ -110,7 +104,7 @@ def answer(
     names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
     stop = stop_ids(model, encoder)
     ids = continue_greedily(model, contexts, budgets, stop, names=names, batch_size=batch_size, progress=progress)
-    completions = iter(decode(encoder.tokenizer, ids))
+    completions = (decode(encoder.tokenizer, each) for each in ids)
     return [task.measure([next(completions) for _ in task.rows]) for task in tasks]
 
 

@@ -16,15 +16,10 @@ import torch
 
 from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_rows
 from fastprune.calibration.examples import UNSCORED
-from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.generation import (
-    check_positive,
-    continue_greedily,
-    decode,
-    describe_row,
-    encode_contexts,
-    stop_ids,
-)
+from fastprune.calibration.rows import describe_row
+from fastprune.calibration.tokens import decode
+from fastprune.errors import ArgumentError, CalibrationError, positive_integer
+from fastprune.evaluation.generation import continue_greedily, encode_contexts, stop_ids
 from fastprune.evaluation.judges import begins_with
 from fastprune.evaluation.likelihood import log_probabilities
 from fastprune.evaluation.measurement import Measurement
@@ -102,7 +97,7 @@ def recognition(
     """
     if by not in BY:
         raise ArgumentError(f"by must be one of {BY}, got {by!r}")
-    check_positive(batch_size, "batch_size")
+    positive_integer("batch_size", batch_size)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     questions = Questions.prepare(encoder, read_rows(rows), answers=answers)
     if by == "log_prob":
@@ -165,7 +160,7 @@ class Questions:
             batch_size=batch_size,
             progress=progress,
         )
-        said = [text.lower() for text in decode(encoder.tokenizer, ids)]
+        said = [decode(encoder.tokenizer, each).lower() for each in ids]
         yes, no = ([begins_with(text, answer.lower()) for text in said] for answer in self.answers)
         return self._result(yes, no)
 

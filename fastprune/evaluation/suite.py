@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastprune.calibration import Encoder, read_rows
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, positive_integer
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generation import check_positive
 from fastprune.evaluation.judges import Judge, exact_match
 from fastprune.evaluation.measurement import Measurement
 from fastprune.evaluation.metrics import REFUSAL_TOKENS, Rows, Task, Utility, answer, refusal_task, skill_tasks
@@ -121,7 +120,7 @@ class EvaluationSuite:
             CalibrationError: Rows that are empty or lack a needed column (named).
             ArgumentError: No rows of any kind, or an argument out of range.
         """
-        check_positive(batch_size, "batch_size")
+        positive_integer("batch_size", batch_size)
         if all(rows is None for rows in (harm_rows, skill_rows, recognition_rows, refusal_rows)):
             raise ArgumentError("nothing to evaluate: give harm_rows, skill_rows, recognition_rows or refusal_rows")
         chosen = dict(judges or {})

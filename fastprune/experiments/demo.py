@@ -202,7 +202,7 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
             "n_harm": len(aligned.harm),
             "n_benign": len(aligned.benign),
             "n_eval": {name: len(read_rows(path)) for name, path in files.items() if name.startswith("eval_")},
-            "attack": "prefilling",
+            "attack": suite.attack.name,
             "neighbour": NEIGHBOUR,
             "sweep_q": list(settings.sweep_q),
             "checkpoints": "shipped" if settings.checkpoints is None else settings.checkpoints.name,

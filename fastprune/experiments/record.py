@@ -137,6 +137,7 @@ def evaluation_record(
         "notes": notes,
         "environment": environment(),
         "settings": {
+            "attack": suite.attack.name,
             **(settings or {}),
             "strict": strict,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, positive_integer
 from fastprune.organism.checkpoints import STAGES, round_weights_, save_checkpoint
 from fastprune.organism.language import Language
 from fastprune.organism.mixture import IGNORED, Batch, Conversation, alignment_batch, base_batch, pack
@@ -112,8 +112,7 @@ def train_organism(
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise ArgumentError(f"seed: expected an integer from 0 to 2**31 - 1, got {seed!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps: expected a positive integer, got {steps!r}")
+    positive_integer("steps", steps)
     folders = {stage: Path(out_dir) / stage for stage in STAGES}
     for folder in folders.values():
         if folder.exists():

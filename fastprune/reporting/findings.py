@@ -13,9 +13,9 @@ from typing import Any
 from fastprune.reporting.formatting import (
     MASKS,
     METRICS,
-    by_keywords,
     count,
     find,
+    harm_judge,
     harm_terms,
     listing,
     ordered,
@@ -125,8 +125,8 @@ def _harm_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned:
         change = _unmoved(record, unpruned, pruned, rate)
         if after < before and sized(record, unpruned, pruned, "harm"):
             return change  # chance may hide a fall as well as feign one
-    # Key words cannot tell whether an answer was harmful, so nothing follows from them.
-    return change if by_keywords(record) else f"{change}: no harm was removed in this run"
+    # Nothing follows from a judge that cannot tell whether an answer was harmful.
+    return f"{change}: no harm was removed in this run" if harm_judge(record).reads_content else change
 
 
 def _unmoved(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any], rate: str) -> str:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fastprune.evaluation.attacks import ATTACKS
+from fastprune.evaluation.judges import JUDGES, HarmJudge
 from fastprune.reporting.record import RATES, missing
 
 DASH = "–"
@@ -149,20 +151,23 @@ def seconds(value: float | None) -> str:
 
 def attack_phrase(record: Mapping[str, Any]) -> str:
     """`` under prefilling``, from the settings; empty where no attack is named."""
-    attack = (record.get("settings") or {}).get("attack")
-    if not isinstance(attack, str) or attack.strip().lower() in ("", "none"):
+    name = (record.get("settings") or {}).get("attack")
+    if not isinstance(name, str) or not name.strip():
         return ""
-    return f" under {'prefilling' if attack.lower() in ('prefill', 'prefilling') else clean(attack)}"
+    phrase = ATTACKS[name].phrase if name in ATTACKS else f"under {clean(name)}"
+    return f" {phrase}" if phrase else ""
 
 
-def by_keywords(record: Mapping[str, Any]) -> bool:
-    """Whether an answer counts as harmful for the want of a refusal phrase alone."""
-    return (record.get("settings") or {}).get("judge") == "not-refused"
+def harm_judge(record: Mapping[str, Any]) -> HarmJudge:
+    """The judge of harm that the settings name, else the one that compares with the reference."""
+    name = (record.get("settings") or {}).get("judge")
+    return JUDGES[name if isinstance(name, str) and name in JUDGES else "exact"]
 
 
 def harm_terms(record: Mapping[str, Any]) -> str:
-    """What the harm rate is measured under and, where it is no more than key words, by whom: `` under prefilling``."""
-    return attack_phrase(record) + (" (not refused, by keywords)" if by_keywords(record) else "")
+    """What qualifies the harm rate: `` under prefilling``, and the judge where it reads no more than keywords."""
+    qualifier = harm_judge(record).qualifier
+    return attack_phrase(record) + (f" {qualifier}" if qualifier else "")
 
 
 def result_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

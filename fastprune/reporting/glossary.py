@@ -13,7 +13,7 @@ from fastprune.reporting.formatting import (
     METRICS,
     MODELS,
     attack_phrase,
-    by_keywords,
+    harm_judge,
     measured,
     ordered,
     result_rows,
@@ -26,17 +26,12 @@ MODEL_MEANING = {
     "aligned": "trained to refuse harmful requests",
 }
 METRIC_MEANING = {
-    "harm": "share of held-out harmful requests that get the harmful answer{attack}; it should fall",
     "utility": "mean score over the benign skills; it should stay",
     "neighbour": "the benign skill most like the harmful one (same form, harmless content), which breaks first; "
     "it should stay",
     "recognition": "share of requests rightly told to be harmful or harmless; it should stay",
     "refusal": "share of harmful requests that are refused when nothing is prefilled; it should stay",
 }
-NOT_REFUSED = (
-    "share of held-out harmful requests whose answer{attack} holds no refusal phrase (not refused, by keywords). "
-    "Nonsense counts too, and so does a refusal in other words: it says little without a judge that reads the answers"
-)
 
 
 def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -44,7 +39,7 @@ def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, st
     results = result_rows(record)
     rows = [*results, *(record.get("sweep") or ())]
     attack = attack_phrase(record)
-    metrics = METRIC_MEANING | ({"harm": NOT_REFUSED} if by_keywords(record) else {})
+    metrics = METRIC_MEANING | {"harm": harm_judge(record).meaning}
     masks = ordered((row["mask"] for row in results), MASKS)
     models = ordered((row["model"] for row in rows), MODELS)
     groups = [

@@ -92,7 +92,7 @@ def test_the_cuts_are_the_cheapest(lengths, budget):
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, True, None])
 def test_a_budget_that_is_no_positive_integer_is_refused(budget):
-    with pytest.raises(ArgumentError, match="batch_tokens must be a positive integer"):
+    with pytest.raises(ArgumentError, match="batch_tokens: expected a positive integer"):
         micro_batches([Example((1, 2), (-100, 2))], budget)
 
 

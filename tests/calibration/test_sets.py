@@ -316,7 +316,7 @@ def test_arguments_are_checked_before_anything_is_read(tokenizer):
     with pytest.raises(ArgumentError, match="tokenizer must be a Hugging Face tokenizer, got str"):
         load_calibration("missing.csv", "some/model")
     for value in (0, -1, 2.5, True):
-        with pytest.raises(ArgumentError, match="max_length must be a positive integer"):
+        with pytest.raises(ArgumentError, match="max_length: expected a positive integer"):
             load_calibration("missing.csv", tokenizer, max_length=value)
 
 
@@ -397,5 +397,5 @@ def test_the_loader_yields_hf_batches_as_often_as_it_is_read(tokenizer):
         assert batch["input_ids"].numel() <= 12
         batch["labels"].fill_(7)  # a caller that writes into a batch does not change the next reading
         assert (again["labels"] != 7).all()
-    with pytest.raises(ArgumentError, match="batch_tokens must be a positive integer, got 0"):
+    with pytest.raises(ArgumentError, match="batch_tokens: expected a positive integer, got 0"):
         loader.calibration.loader(batch_tokens=0)

@@ -202,7 +202,7 @@ def test_a_pad_token_that_the_model_does_not_have_is_never_used() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens must be a positive integer, got 0"),
+        ({"max_new_tokens": 0}, ArgumentError, "max_new_tokens: expected a positive integer, got 0"),
         ({"max_new_tokens": True}, ArgumentError, "max_new_tokens"),
         ({"max_new_tokens": 3, "batch_size": 0}, ArgumentError, "batch_size"),
         ({"max_new_tokens": 3, "format": "xml"}, ArgumentError, "format"),

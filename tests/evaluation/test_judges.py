@@ -62,7 +62,7 @@ class TestAttacks:
             (None, {}, "got None"),
             ("none", {"tokens": 3}, r"takes no options, got \['tokens'\]"),
             ("prefilling", {"length": 3}, r"takes \['tokens'\], got \['length'\]"),
-            ("prefilling", {"tokens": 0}, "tokens must be a positive integer"),
+            ("prefilling", {"tokens": 0}, "tokens: expected a positive integer"),
             (NoAttack(), {"tokens": 3}, "no options"),
         ],
     )

@@ -93,7 +93,7 @@ def make_record() -> dict[str, Any]:
             "n_harm": 384,
             "n_benign": 96,
             "n_eval": {"eval_harm": 64, "eval_skills": 384},
-            "attack": "prefill",
+            "attack": "prefilling",
             "sweep_q": q_values,
             "scope": "matrix",
         },
