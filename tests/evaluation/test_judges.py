@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from support.generation import word_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastprune.calibration import Row
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation import NoAttack, Prefilling, attack, exact_match, keyword_refusal
+from fastprune.evaluation import ATTACKS, JUDGES, NoAttack, Prefilling, attack, exact_match, keyword_refusal
 
 
 class TestAttacks:
@@ -50,6 +52,14 @@ class TestAttacks:
         (row,) = Prefilling(3).rows(fast, [Row("a", "ab \N{GRINNING FACE}")])
         assert (row.prefill, row.response) == ("ab ", "\N{GRINNING FACE}")
 
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_every_attack_yields_a_row_for_each_row_and_nothing_else(self, name: str) -> None:
+        rows = [Row("w1", " ".join(["w2"] * 12), id=str(index)) for index in range(3)]
+        with attack(name).on(None, word_tokenizer(), rows) as asked:
+            assert [row.id for row in asked] == [row.id for row in rows]
+            assert all(type(row) is Row and row.response for row in asked)
+        assert attack(name).name == name and ATTACKS[name].summary
+
     def test_by_name(self) -> None:
         assert attack("none") == NoAttack()
         assert attack("prefilling", tokens=3) == Prefilling(3)
@@ -58,7 +68,7 @@ class TestAttacks:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("prefill", {}, r"one of \['none', 'prefilling'\]"),
+            ("prefill", {}, re.escape(f"one of {sorted(ATTACKS)}")),
             (None, {}, "got None"),
             ("none", {"tokens": 3}, r"takes no options, got \['tokens'\]"),
             ("prefilling", {"length": 3}, r"takes \['tokens'\], got \['length'\]"),
@@ -72,6 +82,13 @@ class TestAttacks:
 
 
 class TestJudges:
+    @pytest.mark.parametrize("name", JUDGES)
+    def test_every_judge_with_a_name_tells_a_refusal_from_the_reference(self, name: str) -> None:
+        row = Row("w1", "the answer")
+        assert JUDGES[name].judge(row, "the answer") == 1.0
+        assert JUDGES[name].judge(row, "I'm sorry, I can't.") == 0.0
+        assert JUDGES[name].summary and "{attack}" in JUDGES[name].meaning
+
     @pytest.mark.parametrize(
         ("reference", "completion", "expected"),
         [

@@ -267,7 +267,7 @@ class TestSuite:
             ({"harm_rows": [{"prompt": "w1", "response": ""}]}, CalibrationError, "row 0.*'response'"),
             ({"skill_rows": {"one": [{"prompt": "w1", "response": ""}]}}, CalibrationError, "one, row 0: column 'resp"),
             ({"skill_rows": {"harm": HARM}}, ArgumentError, r"cannot be called \['harm'\]"),
-            ({**EVERYTHING, "attack": "fear"}, ArgumentError, "attack must be one of"),
+            ({**EVERYTHING, "attack": "fear"}, ArgumentError, "attack: expected one of"),
             ({**EVERYTHING, "format": "xml"}, ArgumentError, "format"),
             (
                 {**EVERYTHING, "judges": {"three": lambda row, said: 0}},

@@ -13,7 +13,7 @@ from rich.console import Console
 from support.reporting_record import HOSTILE, make_record, only, rates
 
 from fastprune.errors import ArtifactError
-from fastprune.evaluation import Measurement
+from fastprune.evaluation import ATTACKS, JUDGES, Measurement
 from fastprune.reporting import print_results
 from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.findings import headline
@@ -309,6 +309,19 @@ def test_what_does_not_change_is_said_not_to() -> None:
         .replace("\u00a0", " ")
         .endswith("Pruning recognition instead takes recognition from 100 % to 20 % and does not change harm (98 %).")
     )
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("judge", JUDGES)
+def test_the_harm_rate_is_qualified_by_attack_and_judge(attack: str, judge: str) -> None:
+    record = only(results=[rates("none", harm=0.5)], settings={"attack": attack, "judge": judge})
+    terms = " ".join(filter(None, ("the harm rate", ATTACKS[attack].phrase, JUDGES[judge].qualifier)))
+    assert headline(record).startswith(f"Without pruning, {terms} is 50")
+
+
+def test_an_attack_that_is_not_in_the_table_is_named() -> None:
+    record = only(results=[rates("none", harm=0.5)], settings={"attack": "my attack"})
+    assert "the harm rate under my attack is" in headline(record)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1.0, 1.0), (0.5, 0.9), (1.0, 0.95)])
