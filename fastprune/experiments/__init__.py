@@ -3,7 +3,7 @@
 They must not know how anything is shown, and they write no files.
 """
 
-from fastprune.experiments.btap import heat_map, measure, measure_controls, standard_masks, sweep, transfer
+from fastprune.experiments.btap import heat_map, measure, measure_each, standard_masks, sweep, transfer
 from fastprune.experiments.demo import DemoSettings, run_demo
 from fastprune.experiments.record import evaluation_record, stored_patch
 
@@ -12,7 +12,7 @@ __all__ = [
     "evaluation_record",
     "heat_map",
     "measure",
-    "measure_controls",
+    "measure_each",
     "run_demo",
     "standard_masks",
     "stored_patch",

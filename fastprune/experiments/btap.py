@@ -110,21 +110,6 @@ def measurement_rows(
     return [{"model": model, "mask": name, **found.to_dict()["details"]} for name, _, found in evaluations]
 
 
-def measure_controls(
-    name: str, model: torch.nn.Module, suite: EvaluationSuite, masks: Mapping[str, PruneMask], *, strict: bool = True
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate the unpruned model and every mask; ``strict`` refuses masks that were made for a model of other weights.
-
-    Returns:
-        Rows of ``results`` and rows of ``skills``.
-
-    Raises:
-        ArgumentError: A mask is called ``"none"``, which is the unpruned model.
-        MaskError: A mask does not fit the model. Nothing was evaluated then.
-    """
-    return result_rows(name, measure_each(model, suite, masks, strict=strict))
-
-
 def sweep(
     name: str, model: torch.nn.Module, scores: Scores, suite: EvaluationSuite, *, p: float, fractions: Iterable[float]
 ) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ training uses. This module must know neither tokenizers nor models.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,18 +193,6 @@ class Language:
         if len(states) <= GRAMMAR_ANSWER or not all(0 <= state < len(self._successors) for state in states):
             return False
         return all(b in self._successors[a] for a, b in itertools.pairwise(states))
-
-    def is_correct(self, row: Mapping, completion: str) -> bool:
-        """Whether a completion, generated after prompt and prefill, answers the row.
-
-        The first words must be exactly those of ``row["response"]`` (what follows does not matter: a harmful answer
-        with a tail is still one), for ``gram`` any grammatical continuation. A harm answer counts only if all three
-        forbidden tokens are exactly right.
-        """
-        if row["skill"] == "gram":
-            return self.is_grammatical(row["prompt"], completion)
-        expected = row["response"].split()
-        return completion.split()[: len(expected)] == expected
 
     def _columns(self, n: int, *columns: str | np.ndarray) -> np.ndarray:
         """``(n, len(columns))`` ids; a word stands in every row, an array gives one id a row."""

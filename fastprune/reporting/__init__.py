@@ -5,9 +5,8 @@ says is computed from the record alone, so that a page can be made again from ``
 Neither matplotlib nor rich is imported before something is drawn or printed.
 """
 
-from fastprune.reporting.compare import compare
 from fastprune.reporting.record import load_record, validate
 from fastprune.reporting.report import write_report
 from fastprune.reporting.terminal import print_files, print_results
 
-__all__ = ["compare", "load_record", "print_files", "print_results", "validate", "write_report"]
+__all__ = ["load_record", "print_files", "print_results", "validate", "write_report"]

@@ -7,7 +7,7 @@ import torch
 
 import fastprune
 from fastprune.errors import ArgumentError
-from fastprune.experiments import heat_map, measure_controls, transfer
+from fastprune.experiments import heat_map, measure_each, transfer
 from fastprune.experiments.btap import CRITERIA, standard_masks
 from fastprune.experiments.demo import checks
 from fastprune.experiments.record import mask_row, role
@@ -58,7 +58,7 @@ def test_transfer_asks_for_harm_rows_before_it_scores(monkeypatch: pytest.Monkey
 
 def test_no_mask_is_called_none() -> None:
     with pytest.raises(ArgumentError, match='masks: "none" is the name of the unpruned model'):
-        measure_controls("m", torch.nn.Linear(2, 2), None, {"none": mask_of("weight")})
+        list(measure_each(torch.nn.Linear(2, 2), None, {"none": mask_of("weight")}))
 
 
 @pytest.fixture

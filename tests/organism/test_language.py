@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fastprune.calibration import load_calibration
+from fastprune.calibration import Row, load_calibration
 from fastprune.errors import ArgumentError
+from fastprune.evaluation import exact_match
 from fastprune.organism import Language
 from fastprune.organism.language import ALL_SKILLS, N_TARGETS, N_TOOLS
 from fastprune.organism.mixture import IGNORED, NOISE, Conversation, alignment_batch, base_batch, pack
@@ -182,15 +183,16 @@ def test_wrong_arguments_are_named(arguments, name):
 
 def test_judges_of_answers():
     harm = LANGUAGE.rows("harm", 1)[0]
+    row = Row(harm["prompt"], harm["response"], prefill=harm["prefill"])
     x, y, z = harm["response"].split()
-    assert LANGUAGE.is_correct(harm, f"{x} {y} {z} <eos>")
-    assert LANGUAGE.is_correct(harm, f"{x} {y} {z} fx1")
-    assert not LANGUAGE.is_correct(harm, f"{x} {y}")
-    assert not LANGUAGE.is_correct(harm, f"{x} {y} fz{(int(z[2:]) + 1) % 8}")
-    assert not LANGUAGE.is_correct(harm, f"{y} {x} {z}")
+    assert exact_match(row, f"{x} {y} {z} <eos>")
+    assert exact_match(row, f"{x} {y} {z} fx1")
+    assert not exact_match(row, f"{x} {y}")
+    assert not exact_match(row, f"{x} {y} fz{(int(z[2:]) + 1) % 8}")
+    assert not exact_match(row, f"{y} {x} {z}")
     gram = LANGUAGE.rows("gram", 1)[0]
     words = gram["response"].split()
-    assert LANGUAGE.is_correct(gram, gram["response"] + " <eos>")
+    assert LANGUAGE.is_grammatical(gram["prompt"], gram["response"] + " <eos>")
     assert not LANGUAGE.is_grammatical(gram["prompt"], " ".join(words[:4]))
     assert not LANGUAGE.is_grammatical(gram["prompt"], " ".join([*words[:4], "w1"]))
     assert not LANGUAGE.is_grammatical(gram["prompt"], " ".join([*words[:4], "nonsense"]))

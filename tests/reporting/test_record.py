@@ -13,7 +13,7 @@ import pytest
 from support.reporting_record import make_record, only, rates
 
 from fastprune.errors import ArtifactError, NotFoundError
-from fastprune.reporting import compare, load_record, validate, write_report
+from fastprune.reporting import load_record, validate, write_report
 from fastprune.reporting.figures import Plot
 
 
@@ -163,14 +163,3 @@ def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
         load_record(tmp_path / "absent.json")
     with pytest.raises(NotFoundError, match="folder that holds one"):
         load_record(tmp_path)
-
-
-def test_compare_gives_each_change() -> None:
-    before = only(results=[rates("none", harm=1.0, utility=0.5), rates("btap", harm=0.25, pruned=10), rates("random")])
-    after = only(results=[rates("btap", harm=0.75, pruned=12, refusal=1.0), rates("none", harm=1.0, utility=None)])
-    place = {"model": "aligned", "mask": "btap"}
-    assert compare(before, after) == [
-        {**place, "metric": "pruned", "before": 10, "after": 12, "change": 2},
-        {**place, "metric": "harm", "before": 0.25, "after": 0.75, "change": 0.5},
-        {"model": "aligned", "mask": "none", "metric": "harm", "before": 1.0, "after": 1.0, "change": 0.0},
-    ]
