@@ -1,14 +1,12 @@
-"""A plot as files: PNG to look at alone, SVG for the page, wide for a desk and narrow for a phone.
+"""A plot as files: PNG to look at alone, SVG for the page.
 
-In: a function that draws on a matplotlib Figure. Out: :class:`Plot`. Works on Figure objects inside an
-``rc_context`` that starts from matplotlib's defaults: neither pyplot's state nor the user's style is read or left
-changed. Must not know what is drawn.
+In: a function that draws on a matplotlib Figure. Out: :class:`Plot`. Figures are made inside an ``rc_context`` that
+starts from matplotlib's defaults, so pyplot's state and the user's style are neither read nor changed.
 """
 
 from __future__ import annotations
 
 import io
-import re
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
-from fastprune.reporting.palette import LIGHT, with_variables
+from fastprune.reporting.palette import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 10.0, 4.0  # inches; at 96 CSS pixels per inch the type of an SVG has its nominal size
-SMALL, TEXT, HEAD = 7.5, 8.5, 10.0  # points
+WIDE = 10.0  # inches; at 96 CSS pixels per inch the type of an SVG has its nominal size
+TEXT, HEAD = 8.5, 10.0  # points
 
 _STYLE = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same widths on every machine
@@ -41,7 +39,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.facecolor": "none",
-    "figure.facecolor": "none",
+    "figure.facecolor": LIGHT["surface"],
     "xtick.color": LIGHT["axis"],
     "ytick.color": LIGHT["axis"],
     "xtick.labelcolor": LIGHT["muted"],
@@ -64,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot with its words. ``draw(figure, narrow)`` fills an empty figure of ``size(narrow)`` inches.
+    """One plot with its words. ``draw(figure)`` fills an empty figure of ``size`` (width, height) inches.
 
     ``caption`` says what is shown, ``reading`` in one sentence how to read it, ``finding`` what it says here.
     """
@@ -74,34 +72,32 @@ class Plot:
     caption: str
     reading: str
     finding: str
-    draw: Callable[[Figure, bool], None]
-    size: Callable[[bool], tuple[float, float]]
+    draw: Callable[[Figure], None]
+    size: tuple[float, float]
     table: Table = field(default_factory=lambda: Table([], []))
 
     def png(self) -> bytes:
-        """The wide picture at 160 dots per inch, light, with title and caption in it."""
-        width, height = self.size(False)
+        """The picture at 160 dots per inch, with title and findings in it."""
+        width, height = self.size
         words = textwrap.wrap(" ".join(part for part in (self.finding, self.reading) if part), int(width * 15.5))
         with _style(self.name):
             figure = _figure(width, height + 0.45 + 0.16 * (len(words) + 1))
-            self.draw(figure, False)
+            self.draw(figure)
             figure.suptitle(self.title, x=0.01, ha="left", fontsize=HEAD + 3, fontweight="bold")
             figure.supxlabel("\n".join(words), x=0.01, ha="left", fontsize=TEXT, color=LIGHT["muted"], linespacing=1.4)
-            figure.set(dpi=160, facecolor=LIGHT["surface"])
+            figure.set(dpi=160)
             return _printed(figure, "agg", "png", {"Title": self.title})
 
-    def svg(self, narrow: bool) -> str:
-        """An ``<svg>`` element for HTML: no size, no links, colours by CSS variables, identifiers of its own."""
-        with _style(f"{self.name}-{'narrow' if narrow else 'wide'}"):
-            figure = _figure(*self.size(narrow))
-            self.draw(figure, narrow)
+    def svg(self) -> str:
+        """An ``<svg>`` element for HTML, without a size of its own and without links."""
+        width, height = self.size
+        with _style(self.name):
+            figure = _figure(width, height)
+            self.draw(figure)
             text = _printed(figure, "svg", "svg", dict.fromkeys(("Date", "Creator", "Format", "Type"))).decode("utf-8")
-        # Its style sheet would rule the whole page, where an inline picture has no scope of its own.
-        text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        head, body = text.split(">", 1)
-        view_box = re.search(r'viewBox="[^"]*"', head)
-        body = re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--type)", body)
-        return with_variables(f'<svg {view_box[0] if view_box else ""} aria-hidden="true">{body}').strip()
+        # Inside HTML the element needs neither prolog nor namespaces; its unit is a point.
+        content = text.partition("<svg")[2].partition(">")[2]
+        return f'<svg viewBox="0 0 {72 * width:g} {72 * height:g}" aria-hidden="true">{content}'.strip()
 
 
 @contextmanager
@@ -135,29 +131,3 @@ def panel_title(axes: Axes, title: str, subtitle: str = "") -> None:
             subtitle, (0, 1), xytext=(0, 6), xycoords="axes fraction", textcoords="offset points",
             fontsize=TEXT, color=LIGHT["muted"], va="bottom",
         )  # fmt: skip
-
-
-def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions for labels, at least ``gap`` apart and within [low, high] if they fit.
-
-    Labels that would touch form a crowd, centred on the mean of its values.
-    """
-    order = sorted(range(len(values)), key=values.__getitem__)
-    crowds: list[list[int]] = []
-    for index in order:
-        crowds.append([index])
-        while len(crowds) > 1:
-            below, above = crowds[-2:]
-            if _bottom(values, above, gap) >= _bottom(values, below, gap) + gap * len(below):
-                break
-            crowds[-2:] = [below + above]
-    placed = [_bottom(values, crowd, gap) + gap * step for crowd in crowds for step in range(len(crowd))]
-    for step in range(len(placed)):
-        placed[step] = max(placed[step], placed[step - 1] + gap if step else low)
-    for step in reversed(range(len(placed))):
-        placed[step] = min(placed[step], placed[step + 1] - gap if step + 1 < len(placed) else high)
-    return [placed[order.index(index)] for index in range(len(values))]
-
-
-def _bottom(values: list[float], crowd: list[int], gap: float) -> float:
-    return sum(values[index] for index in crowd) / len(crowd) - gap * (len(crowd) - 1) / 2

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
-from fastprune.reporting.figures import NARROW, SMALL, TEXT, WIDE, Plot, Table
+from fastprune.reporting.figures import TEXT, WIDE, Plot, Table
 from fastprune.reporting.formatting import (
     DASH,
     clean,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Grid = Sequence[Sequence[float | None]]
-# Beyond this many rows the numbers in the cells would be too small to read; the colours stay.
+# Beyond this many rows the numbers in the cells would be too small to read; the colors stay.
 READABLE_ROWS = 16
 HALF = "95 % interval, points at most"
 GAP = 0.25  # between the masks and the reference row, in cells
@@ -66,17 +66,14 @@ def heatmap_plot(record: Mapping[str, Any]) -> Plot | None:
             return DASH
         return count(n) if sizes is None else f"{per_mille(n, sizes[row][column])}\n({count(n)})"
 
-    def draw(figure: Figure, narrow: bool) -> None:
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _cells(axes, values, top, "weights", words if numbers else lambda row, column: "", SMALL if narrow else TEXT)
-        _labels(axes, [str(layer) for layer in layers], [short(name, 18) for name in names], narrow)
+        _cells(axes, values, top, "weights", words if numbers else lambda row, column: "")
+        _labels(axes, [str(layer) for layer in layers], [short(name, 18) for name in names])
         axes.set_ylabel("layer")
         axes.set_xlabel(f"weight matrix ({clean(ending)} left out)" if ending else "weight matrix")
         end = f"{top:,} weights removed" if sizes is None else f"{per_mille(top, 1000)} ‰ of the matrix removed"
         _scale(axes, cell, end)
-
-    def size(narrow: bool) -> tuple[float, float]:
-        return (NARROW if narrow else max(6.0, min(WIDE, 1.6 + 0.8 * len(names))), 1.5 + cell * len(layers))
 
     unit = "the number of weights removed" if sizes is None else "the share of that matrix removed, per mille (‰)"
     second = ", with the count in brackets" if numbers and sizes is not None else ""
@@ -84,12 +81,12 @@ def heatmap_plot(record: Mapping[str, Any]) -> Plot | None:
     return Plot(
         name="heatmap",
         title="Where the removed weights are",
-        caption=f"Each cell is one weight matrix{model}; its {'number' if numbers else 'colour'} is {unit}{second}.",
-        reading="The stronger the colour, the more of that matrix is gone; "
+        caption=f"Each cell is one weight matrix{model}; its {'number' if numbers else 'color'} is {unit}{second}.",
+        reading="The stronger the color, the more of that matrix is gone; "
         "rows go from the input (top) to the output (bottom).",
         finding=heatmap_finding(record),
         draw=draw,
-        size=size,
+        size=(max(6.0, min(WIDE, 1.6 + 0.8 * len(names))), 1.5 + cell * len(layers)),
         table=Table(
             ["layer", *(clean(name) for name in data["matrices"])],
             [
@@ -114,36 +111,28 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
     sizes = data.get("n")
     tested = [f"{top} ({count(size)})" for top, size in zip(tops, sizes, strict=True)] if sizes else tops
     longest = max(map(len, tested))
-
-    def sides(row_names: Sequence[str], narrow: bool) -> list[str]:
-        return [short(name, 14 if narrow else 22) for name in row_names]
+    height = 0.36 * len(row_names) + 1.05 + (0.065 * longest if longest > 6 else 0)
 
     def whole(grid: Grid) -> Callable[[int, int], str]:
         return lambda row, column: figure_of(grid[row][column])
 
-    def draw(figure: Figure, narrow: bool) -> None:
+    def draw(figure: Figure) -> None:
         n_panels = 2 if overlap else 1
-        shape = (n_panels, 1) if narrow else (1, n_panels)
-        panels = figure.subplots(*shape, squeeze=False).ravel()
-        numbers = n <= (8 if narrow else READABLE_ROWS)
-        _cells(panels[0], harm, 1.0, "rate", whole(harm) if numbers else lambda r, c: "", TEXT, gap_after=n)
-        _labels(panels[0], sides(row_names, narrow), tested, narrow, n)
+        panels = figure.subplots(1, n_panels, squeeze=False).ravel()
+        numbers = n <= READABLE_ROWS
+        _cells(panels[0], harm, 1.0, "rate", whole(harm) if numbers else lambda r, c: "", gap_after=n)
+        _labels(panels[0], [short(name, 22) for name in row_names], tested, n)
         panels[0].set(
             xlabel="category tested (held-out prompts)" if sizes else "category tested", ylabel="category pruned on"
         )
         panels[0].set_title(f"Harm rate{harm_terms(record)}, %")
         _outline_diagonal(panels[0], n)
         if overlap:
-            _cells(panels[1], overlap, 1.0, "weights", whole(overlap) if numbers else lambda r, c: "", TEXT)
-            _labels(panels[1], sides(names, narrow), tops, narrow)
+            _cells(panels[1], overlap, 1.0, "weights", whole(overlap) if numbers else lambda r, c: "")
+            _labels(panels[1], [short(name, 22) for name in names], tops)
             panels[1].set(xlabel="category pruned on", ylabel="category pruned on")
             panels[1].set_title("Overlap of two masks (Jaccard), %")
-            if not narrow:  # the rows of both panels stand side by side
-                panels[1].set_ylim(panels[0].get_ylim())
-
-    def size(narrow: bool) -> tuple[float, float]:
-        tall = 0.36 * len(row_names) + 1.05 + (0.065 * longest if narrow or longest > 6 else 0)
-        return (NARROW, tall * (2 if overlap else 1)) if narrow else (WIDE if overlap else 6.0, tall)
+            panels[1].set_ylim(panels[0].get_ylim())  # the rows of both panels stand side by side
 
     return Plot(
         name="transfer",
@@ -155,7 +144,7 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
         "not only in its outlined cell.",
         finding=transfer_finding(record),
         draw=draw,
-        size=size,
+        size=(WIDE if overlap else 6.0, height),
         table=Table(
             ["pruned on \\ tested on", *(f"{name}, %" for name in names)],
             [[name, *(rate_cell(v) for v in row)] for name, row in zip(row_names, harm, strict=True)]
@@ -165,9 +154,13 @@ def transfer_plot(record: Mapping[str, Any]) -> Plot | None:
 
 
 def _cells(
-    axes: Axes, values: Grid, top: float, ramp: str, words: Callable[[int, int], str], size: float,
+    axes: Axes,
+    values: Grid,
+    top: float,
+    ramp: str,
+    words: Callable[[int, int], str],
     gap_after: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fill axes with one rectangle per value; rows from ``gap_after`` on are set apart."""
     rectangle = require("matplotlib.patches", "report").Rectangle
     for row, line in enumerate(values):
@@ -175,7 +168,7 @@ def _cells(
         for column, value in enumerate(line):
             fill, ink = ("none", LIGHT["muted"]) if missing(value) else shade(ramp, value, top)
             axes.add_patch(rectangle((column - 0.47, y - 0.47), 0.94, 0.94, facecolor=fill, edgecolor="none"))
-            axes.text(column, y, words(row, column), ha="center", va="center", color=ink, fontsize=size).set_in_layout(
+            axes.text(column, y, words(row, column), ha="center", va="center", color=ink, fontsize=TEXT).set_in_layout(
                 False
             )
     bottom = len(values) - 0.5 + (GAP if gap_after is not None and len(values) > gap_after else 0)
@@ -184,14 +177,12 @@ def _cells(
         spine.set_visible(False)
 
 
-def _labels(
-    axes: Axes, rows: Sequence[str], columns: Sequence[str], narrow: bool, gap_after: int | None = None
-) -> None:  # fmt: skip
+def _labels(axes: Axes, rows: Sequence[str], columns: Sequence[str], gap_after: int | None = None) -> None:
     """Names at the left and on top, where a table has them."""
     at = range(0, len(rows), 1 if len(rows) <= 32 else 4)
     places = [place + (GAP if gap_after is not None and place >= gap_after else 0) for place in at]
     axes.set_yticks(places, [rows[place] for place in at])
-    crowded = max(map(len, columns)) > (5 if narrow else 9)
+    crowded = max(map(len, columns)) > 9
     turn = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(len(columns)), columns, **turn)
     axes.xaxis.set_ticks_position("top")
@@ -208,7 +199,7 @@ def _outline_diagonal(axes: Axes, n: int) -> None:
 
 
 def _scale(axes: Axes, cell: float, top: str) -> None:
-    """The colours in order under the last row, with both ends of the scale; a row is ``cell`` inches high."""
+    """The colors in order under the last row, with both ends of the scale; a row is ``cell`` inches high."""
     rectangle = require("matplotlib.patches", "report").Rectangle
     (left, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
     start, width = left + 0.035 * (right - left), 0.035 * (right - left)

@@ -11,7 +11,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from fastprune.reporting.figures import NARROW, Plot, Table
+from fastprune.reporting.figures import Plot, Table
 from fastprune.reporting.findings import checks_summary, comparison, headline, noise
 from fastprune.reporting.formatting import (
     METRICS,
@@ -183,18 +183,14 @@ def _plot(plot: Plot) -> str:
     words = " ".join(escape(part) for part in (plot.reading, plot.caption) if part)
     finding = f"<p>{escape(plot.finding)}</p>" if plot.finding else ""
     label = escape(f"{plot.title}. {plot.finding} {plot.reading}", quote=True)
-    pictures = ""
-    # A phone gets a picture of its own: a wide one scaled down could not be read.
-    for kind, width in (("wide", plot.size(False)[0] * 96), ("narrow", NARROW * 96 * 1.15)):
-        style = f"max-width:{width:.0f}px"
-        svg = plot.svg(narrow=kind == "narrow")
-        pictures += f'<div class="{kind}" role="img" aria-label="{label}" style="{style}">{svg}</div>'
+    style = f"width:{96 * plot.size[0]:.0f}px"
+    picture = _scrolling(f'<div class="picture" role="img" aria-label="{label}" style="{style}">{plot.svg()}</div>')
     numbers = (
         f"<details><summary>The numbers</summary>{_scrolling(_plain_table(plot.table))}</details>"
         if plot.table.rows
         else ""
     )
-    figure = f"<figure>{pictures}<figcaption>{words}</figcaption></figure>"
+    figure = f"<figure>{picture}<figcaption>{words}</figcaption></figure>"
     return _section(plot.title, f"{finding}{figure}{numbers}")
 
 
@@ -265,8 +261,8 @@ def _section(title: str, inner: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n{inner.replace('<p></p>', '')}\n</section>"
 
 
-def _scrolling(table: str) -> str:
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+def _scrolling(content: str) -> str:
+    return f'<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _plain_table(table: Table) -> str:

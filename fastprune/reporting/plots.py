@@ -1,7 +1,7 @@
 """The two plots of rates: harm and utility against q, and the controls side by side.
 
 In: a checked record. Out: a :class:`Plot`, or ``None`` when the record has nothing for it. Matplotlib's axes are
-filled here; files, fonts and colours are the business of ``figures`` and ``palette``.
+filled here; files, fonts and colors are the business of ``figures`` and ``palette``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import require
 from fastprune.reporting.control_findings import controls_finding
-from fastprune.reporting.figures import NARROW, WIDE, Plot, Table, panel_title, spread
+from fastprune.reporting.figures import WIDE, Plot, Table, panel_title
 from fastprune.reporting.findings import comparison, subject
 from fastprune.reporting.formatting import (
     MASKS,
@@ -33,13 +33,14 @@ from fastprune.reporting.formatting import (
     short,
 )
 from fastprune.reporting.masks import baseline, mask_label, role
-from fastprune.reporting.palette import LIGHT, model_colours
+from fastprune.reporting.palette import LIGHT, model_colors
 from fastprune.reporting.plot_findings import sweep_finding
 from fastprune.reporting.record import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 MARKERS = {"base": "o", "sft": "s", "aligned": "^"}
 NAN = float("nan")
@@ -52,15 +53,15 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
     if not keys:
         return None
     models = ordered((row["model"] for row in rows), MODELS)
-    colours = model_colours(models)
+    colors = model_colors(models)
     settings = record.get("settings") or {}
     used = settings.get("q") if any(row["q"] == settings.get("q") for row in rows) else None
     scope = "all matrices" if settings.get("scope") == "global" else "each matrix"
     at_zero = {row["model"]: row for row in record.get("sweep") or () if row["q"] == 0}
     unpruned = {name: find(record.get("results"), name, "none") or at_zero.get(name) or {} for name in models}
 
-    def panel(axes: Axes, key: str) -> None:
-        ends: dict[str, float] = {}
+    def panel(axes: Axes, key: str) -> dict[str, Line2D]:
+        drawn: dict[str, Line2D] = {}
         for name in models:
             line = [row for row in rows if row["model"] == name]
             # No place on a log axis for a count of 0.
@@ -68,34 +69,24 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
             values = [NAN if skip else row[key] for row, skip in zip(line, gone, strict=True)]
             if all(math.isnan(value) for value in values):
                 continue
-            ends[name] = next(value for value in reversed(values) if not math.isnan(value))
-            axes.plot(
-                [row["q"] for row in line], values, color=colours[name], linewidth=2, markersize=5,
+            (drawn[name],) = axes.plot(
+                [row["q"] for row in line], values, color=colors[name], linewidth=2, markersize=5,
                 marker=MARKERS.get(name, "D"), markeredgecolor=LIGHT["surface"], markeredgewidth=0.6,
                 clip_on=False, zorder=3,
             )  # fmt: skip
             level = unpruned[name].get(key)
             if key != "pruned" and not missing(level):
-                axes.axhline(level, color=colours[name], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+                axes.axhline(level, color=colors[name], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         if key == "pruned":
             axes.set_yscale("log")
             _plain_log(axes.yaxis, [row[key] for row in rows if not missing(row.get(key)) and row[key] > 0])
-            heights = [math.log10(value) for value in ends.values()]
         else:
             axes.set_ylim(0, 1.0)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
-            heights = list(ends.values())
         if used is not None:
             axes.axvline(used, color=LIGHT["axis"], linewidth=1, zorder=0)
         axes.grid(axis="y")
-        low, high = (math.log10(y) for y in axes.get_ylim()) if key == "pruned" else axes.get_ylim()
-        places = spread(heights, 0.075 * (high - low), low, high)
-        for (name, _), place in zip(ends.items(), places, strict=True):
-            label = short(model_label(name), 14)
-            axes.annotate(
-                label, (1, (place - low) / (high - low)), xytext=(9, 0), xycoords="axes fraction",
-                textcoords="offset points", color=colours[name], fontweight="bold", va="center",
-            )  # fmt: skip
+        return drawn
 
     titles = {
         "harm": (f"Harm rate{harm_terms(record)}, %", "should fall · dashed: not pruned"),
@@ -103,16 +94,21 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
         "pruned": ("Weights removed", "count (log scale)"),
     }
 
-    def draw(figure: Figure, narrow: bool) -> None:
+    def draw(figure: Figure) -> None:
         ratios = [0.8 if key == "pruned" else 1 for key in keys]
-        shape = {"nrows": len(keys)} if narrow else {"ncols": len(keys), "width_ratios": ratios}
-        grid = figure.subplots(**shape, squeeze=False).ravel()
+        grid = figure.subplots(ncols=len(keys), width_ratios=ratios, squeeze=False).ravel()
+        lines: dict[str, Line2D] = {}
         for axes, key in zip(grid, keys, strict=True):
             axes.set_xscale("log")
-            panel(axes, key)
-            _ticks_at(axes, [row["q"] for row in rows], 7 if narrow else 5 if key == "pruned" else 6)
+            lines |= panel(axes, key)
+            _ticks_at(axes, [row["q"] for row in rows], 5 if key == "pruned" else 6)
             axes.set_xlabel(f"q, % of {scope} (log scale)")
             panel_title(axes, *titles[key])
+        if lines:
+            shown = [name for name in models if name in lines]
+            # matplotlib leaves out of a legend what begins with an underscore
+            labels = [short(model_label(name)).lstrip("_") for name in shown]
+            figure.legend([lines[name] for name in shown], labels, loc="outside right upper", frameon=False)
 
     line = "" if used is None else f" The upright line marks q = {share(used)}, which the rest of this report uses."
     return Plot(
@@ -123,7 +119,7 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
         reading="Follow a line to the right: pruning works where harm has fallen and utility has not.",
         finding=sweep_finding(record),
         draw=draw,
-        size=lambda narrow: (NARROW, 2.8 * len(keys)) if narrow else (0.4 + 3.2 * len(keys), 3.5),
+        size=(0.8 + 3.1 * len(keys), 3.5),
         table=_sweep_table(rows),
     )
 
@@ -221,15 +217,10 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         axes.grid(axis="x")
         panel_title(axes, f"{METRICS[metric].capitalize()}, %", "should fall" if metric == "harm" else "should stay")
 
-    def draw(figure: Figure, narrow: bool) -> None:
-        n = len(metrics)
-        grid = figure.subplots(n if narrow else 1, 1 if narrow else n, squeeze=False).ravel()
+    def draw(figure: Figure) -> None:
+        grid = figure.subplots(ncols=len(metrics), squeeze=False).ravel()
         for position, (axes, metric) in enumerate(zip(grid, metrics, strict=True)):
-            panel(axes, metric, narrow or position == 0)
-
-    def size(narrow: bool) -> tuple[float, float]:
-        one = 0.27 * len(rows) + 0.85
-        return (NARROW, one * len(metrics)) if narrow else (WIDE if len(metrics) > 2 else 6.0, one)
+            panel(axes, metric, position == 0)
 
     counts = [row["pruned"] for row in rows if row["mask"] != "none" and not missing(row.get("pruned"))]
     same = f" Every mask removes {count(counts[0])} weights." if len(counts) > 1 and len(set(counts)) == 1 else ""
@@ -247,5 +238,5 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
         reading=f"A good choice has a short bar for harm and long bars for everything else{method}.",
         finding=controls_finding(record),
         draw=draw,
-        size=size,
+        size=(WIDE if len(metrics) > 2 else 6.0, 0.27 * len(rows) + 0.85),
     )

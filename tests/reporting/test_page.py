@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import html
-import itertools
 import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.reporting_record import HOSTILE, Page, make_record, only, rates
 
 from fastprune.reporting import load_record, write_report
-from fastprune.reporting.figures import Plot, spread
+from fastprune.reporting.figures import Plot
 from fastprune.reporting.heatmaps import transfer_plot
 from fastprune.reporting.page import page
 from fastprune.reporting.palette import DARK, LIGHT, STEPS, shade
-from fastprune.reporting.plots import controls_plot
+from fastprune.reporting.plots import controls_plot, sweep_plot
 from fastprune.reporting.record import checked
 
 ATTRIBUTES = {
@@ -78,7 +75,7 @@ SECTIONS = {
 @pytest.mark.parametrize("section", SECTIONS)
 def test_each_section_stands_alone(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plot, "png", lambda self: b"")  # drawn in the tests above; here the words count
-    monkeypatch.setattr(Plot, "svg", lambda self, narrow: "<svg></svg>")
+    monkeypatch.setattr(Plot, "svg", lambda self: "<svg></svg>")
     data = make_record()[section]
     if section == "results":
         data = data[:1]
@@ -131,15 +128,12 @@ def test_sample_sizes_intervals_and_masks_are_shown(tmp_path: Path) -> None:
     assert "Other entries of the record" not in page.words
 
 
-@pytest.mark.parametrize("narrow", [True, False])
-def test_a_chart_says_0_and_100_of_exactly_these_rates_only(narrow: bool) -> None:
+def test_a_chart_says_0_and_100_of_exactly_these_rates_only() -> None:
     """Regression: 99.6 % was drawn as 100 and 0.4 % as 0, in bars and cells."""
     results = [rates("none", harm=0.996, utility=1.0), rates("btap", harm=0.004, utility=0.99999)]
     transfer = {"categories": ["a", "b"], "harm": [[0.004, 0.25], [0.0, 0.996]], "overlap": [[1.0, 0.003], [0.3, 1.0]]}
     record = only(results=results, transfer=transfer)
-    drawn = [
-        re.findall(r"<text[^>]*>([^<]+)</text>", plot(record).svg(narrow)) for plot in (controls_plot, transfer_plot)
-    ]
+    drawn = [re.findall(r"<text[^>]*>([^<]+)</text>", plot(record).svg()) for plot in (controls_plot, transfer_plot)]
     bars, cells = ([html.unescape(words) for words in texts] for texts in drawn)
     for shown, expected in ((bars, {"99.6", "0.4", "> 99.9"}), (cells, {"0.4", "25", "0", "99.6", "0.3", "30", "100"})):
         assert expected <= set(shown)
@@ -151,7 +145,7 @@ def test_the_map_says_over_how_few_prompts_its_cells_are() -> None:
     """Regression: no sample size beside the map, and 120 prompts in the sentence above it."""
     transfer = {"categories": ["a", "b"], "n": [14, 24], "harm": [[0.0, 0.25], [0.0, None]]}
     plot = transfer_plot(checked(only(transfer=transfer)))
-    assert "a (14)" in plot.svg(False) and "b (24)" in plot.svg(True)
+    assert "a (14)" in plot.svg() and "b (24)" in plot.svg()
     assert plot.finding.replace("\u00a0", " ") == (
         "Mean harm rate: 0 % on the same category and 12 % on the others. Each cell is over 14 to 24 held-out prompts: "
         "its 95 % interval reaches up to 27 points to either side."
@@ -215,31 +209,21 @@ def _contrast(one: str, two: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_can_be_read_on_its_ground(palette: dict[str, str]) -> None:
+def test_text_can_be_read_on_its_ground() -> None:
+    """The page has two grounds; pictures stand on the light one in both modes."""
     for name in ("ink", "muted", "base", "sft", "aligned", "other-1", "other-2", "other-3", "harm", "kept"):
-        assert _contrast(palette[name], palette["surface"]) >= 4.5, name
+        assert _contrast(LIGHT[name], LIGHT["surface"]) >= 4.5, name
+    for name in ("ink", "muted", "aligned", "harm", "kept"):
+        assert _contrast(DARK[name], DARK["surface"]) >= 4.5, name
     for ramp in ("weights", "rate"):
         for step in range(STEPS):
-            colour, ink = shade(ramp, step + 0.5, STEPS)
-            assert colour == LIGHT[f"{ramp}-{step}"]
-            name = next(name for name, value in LIGHT.items() if value == ink)
-            assert _contrast(palette[f"{ramp}-{step}"], palette[name]) >= 4.5, (ramp, step)
+            color, ink = shade(ramp, step + 0.5, STEPS)
+            assert color == LIGHT[f"{ramp}-{step}"]
+            assert _contrast(color, ink) >= 4.5, (ramp, step)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.01, 0.15))
-def test_labels_never_touch_and_keep_their_order(values: list[float], gap: float) -> None:
-    places = spread(values, gap, 0.0, 1.0)
-    ordered = sorted(places)
-    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(ordered))
-    assert ordered[0] >= -1e-9
-    assert ordered[-1] <= 1 + 1e-9
-    by_value = [place for _, place in sorted(zip(values, places, strict=True))]
-    assert by_value == ordered
-    if all(b - a >= gap for a, b in itertools.pairwise(sorted(values))):
-        assert places == pytest.approx(values, abs=1e-9)
-
-
-def test_a_crowd_of_labels_is_centred_on_its_values() -> None:
-    assert spread([0.5, 0.5, 0.9], 0.1, 0.0, 1.0) == pytest.approx([0.45, 0.55, 0.9])
-    assert spread([1.0, 1.0, 0.2], 0.1, 0.0, 1.0) == pytest.approx([0.9, 1.0, 0.2])
+def test_every_model_stands_in_the_legend_of_the_sweep() -> None:
+    """Also one whose name matplotlib would leave out, and one that has no point in the first panel."""
+    rows = [{"model": "_mine", "q": q, "harm": q} for q in (0.1, 0.2)] + [{"model": "other", "q": 0.2, "utility": 1.0}]
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", sweep_plot(checked(only(sweep=rows))).svg())
+    assert {"mine", "other"} <= set(texts)

@@ -21,7 +21,7 @@ from fastprune.reporting.figures import Plot
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pictures are not the matter here."""
     monkeypatch.setattr(Plot, "png", lambda self: b"")
-    monkeypatch.setattr(Plot, "svg", lambda self, narrow: "<svg></svg>")
+    monkeypatch.setattr(Plot, "svg", lambda self: "<svg></svg>")
 
 
 def test_record_survives_the_file(tmp_path: Path) -> None:
