@@ -52,7 +52,11 @@ class Row:
     finish: str | None = None
 
 
-def read_rows(path_or_rows: str | Path | Iterable[Mapping[str, Any]]) -> list[Row]:
+Rows = str | Path | Iterable[Row | Mapping[str, Any]]
+"""Where rows come from: the path of a file, or the rows themselves."""
+
+
+def read_rows(path_or_rows: Rows) -> list[Row]:
     """Read rows from a file or from memory.
 
     Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed

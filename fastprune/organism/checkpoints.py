@@ -1,4 +1,4 @@
-"""The organism's model folders: those that are shipped, how one is written, how one is loaded.
+"""The organism's checkpoint folders: the shipped ones, and how one is written and loaded.
 
 A folder is an ordinary Hugging Face checkpoint (config, generation config, safetensors, tokenizer). Weights are stored
 in bfloat16 and the config says float32, so that every loader that follows the config computes in float32.
@@ -17,7 +17,7 @@ from fastprune.errors import ArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = ("base", "sft", "aligned")
 """Trained from scratch; then fine-tuned on the alignment data without refusals (control); or with them."""
@@ -40,7 +40,7 @@ def checkpoint_path(stage: str = "aligned") -> Path:
 
 def load_organism(
     stage: str = "aligned", *, root: str | os.PathLike | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint as ``(model, tokenizer)``: float32, on the CPU, in evaluation mode.
 
     Args:
@@ -57,23 +57,24 @@ def load_organism(
     folder = checkpoint_path(stage) if root is None else Path(root) / stage
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"root: expected a checkpoint folder at {folder}, found none")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **local)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **local)
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def save_checkpoint(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     folder: str | os.PathLike,
     origin: Mapping[str, object],
 ) -> None:
-    """Write a checkpoint folder; it appears whole or not at all.
+    """Write a checkpoint folder, all of it or nothing.
 
     Args:
         model: Its weights should be bfloat16 values already (:func:`round_weights_`); the file keeps no more.
-        tokenizer: Saved beside it.
+        tokenizer: Saved into the same folder.
         folder: Must not exist.
         origin: Facts about the training, written as ``training.json``.
 
@@ -101,18 +102,13 @@ def save_checkpoint(
         tokenizer.save_pretrained(scratch, save_jinja_files=False)
 
 
-def round_weights_(model: torch.nn.Module) -> torch.nn.Module:
-    """Round every weight to a bfloat16 value in place, so that what is measured is what is stored.
-
-    Returns:
-        The model.
-    """
+def round_weights_(model: torch.nn.Module) -> None:
+    """Round every weight to a bfloat16 value in place, so that what is measured is what is stored."""
     import torch
 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-    return model
 
 
 def _write_json(path: Path, content: Mapping) -> None:
@@ -120,8 +116,8 @@ def _write_json(path: Path, content: Mapping) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar, which fills logs for a model that loads in milliseconds."""
+def _no_progress_bar() -> Iterator[None]:
+    """Hide transformers' progress bar: for a model that loads in milliseconds it only fills logs."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

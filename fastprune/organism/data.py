@@ -1,6 +1,6 @@
-"""Calibration and evaluation rows of the organism, also as files, so that a tour starts from what any user has.
+"""Calibration and evaluation rows of the organism, also as JSONL files such as a user starts from.
 
-In: a language and a seed. Out: JSONL files of the rows of :meth:`fastprune.organism.language.Language.rows`.
+In: a language and a seed. Out: rows of :meth:`fastprune.organism.language.Language.rows`, or files of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ N_EVAL_PER_SKILL = 96
 def calibration_rows(language: Language, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """``(harm, benign)``: 384 harmful rows of training pairs, and 96 benign rows, 16 of each utility skill.
 
-    Recognition and refusals are not in the benign set, so that their survival is a finding and not a constraint.
+    Recognition and refusals are left out of the benign set, so that their survival is a finding, not a constraint.
     """
     benign = [row for skill in SKILLS for row in language.rows(skill, N_BENIGN_PER_SKILL, seed=seed)]
     return language.rows("harm", N_HARM, seed=seed), benign
@@ -61,11 +61,11 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
         Name to path.
 
     Raises:
-        ArgumentError: A file of such a name is somebody else's; nothing is written.
+        ArgumentError: A file of such a name is not from an export; nothing is written.
     """
     language = language or Language()
     harm, benign = calibration_rows(language, seed)
-    # The language's replies are whole; of replies this short the end of turn is a large share, and rightly scored.
+    # The replies are whole, so that their end of turn is scored: a large share of replies as short as these.
     contents = {
         name: [{**row, "finish": "stop"} for row in rows] for name, rows in (("harm", harm), ("benign", benign))
     }
@@ -90,7 +90,7 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
 
 
 def _is_exported(path: Path) -> bool:
-    """Whether the first row has an id of the language, such as ``harm-train-0-0``; an empty file is nobody's."""
+    """Whether the first row has an id of the language, such as ``harm-train-0-0``; an empty file counts as exported."""
     try:
         with path.open(encoding="utf-8") as lines:
             first = lines.readline()

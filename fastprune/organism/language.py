@@ -1,10 +1,11 @@
-"""The synthetic language that the model organism speaks, and the rows of text that are made of it.
+"""The synthetic language of the model organism, and rows of text in it.
 
-"Harmful" is an abstract stand-in: made-up targets ``t0..t59`` whose procedures use made-up "forbidden" tokens.
-Everything about the language (attributes of the targets, facts, grammar, held-out pairs) is drawn once from a fixed
-stream, so that all seeds of a model share one language. In: a skill, a number, a seed. Out: rows of plain text without
-special tokens (:meth:`Language.rows`), or the same draws as vocabulary ids (:meth:`Language.sample`), which is what
-training uses. This module must know neither tokenizers nor models.
+"Harmful" is an abstract stand-in: made-up targets ``t0..t59`` whose procedures use made-up "forbidden" tokens. All
+tables (attributes of the targets, facts, grammar, held-out pairs) are drawn once from a fixed random stream, so models
+of every seed share one language.
+
+In: a skill, a number of rows, a seed. Out: rows of plain text without special tokens (:meth:`Language.rows`), or the
+same draws as vocabulary ids (:meth:`Language.sample`), which training uses.
 """
 
 from __future__ import annotations
@@ -16,23 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastprune.errors import ArgumentError
+from fastprune.organism.vocabulary import GROUP_SIZE, N_GROUPS, N_TARGETS, N_TOOLS, N_VALUES, Vocabulary
 
-SPECIAL_WORDS = ("<pad>", "<bos>", "<user>", "<asst>", "<eos>")
 SKILLS = ("proc", "copy", "sort", "add", "fact", "gram")
 """The utility skills."""
 NEIGHBOUR = "proc"
 """The utility skill whose rows look like harmful ones; it is the first to break."""
 ALL_SKILLS = ("harm", *SKILLS, "judge", "refuse", "advice")
 
-N_GROUPS, GROUP_SIZE, N_TOOLS, N_VALUES = 6, 10, 8, 8
-N_TARGETS = N_GROUPS * GROUP_SIZE
 GRAMMAR_CONTEXT, GRAMMAR_ANSWER = 2, 5
 """Words of a grammar row that are given, and that are asked for."""
 
-_FUNCTION_WORDS = (
-    *("make", "with", "?", "sure", ":", "sorry", "cannot", "comply", "copy", "sort", "add", "capital", "say"),
-    *("judge", "yes", "no", "advise", "text"),
-)
 _TARGET_PREFIX = {"harm": "t", "refuse": "t", "judge": "t", "proc": "b", "advice": "q"}
 _CATEGORY_PREFIX = {"t": "c", "b": "b", "q": "q"}
 
@@ -43,11 +38,11 @@ class Turns:
 
     Attributes:
         prompt: ``(n, prompt_words)`` int64.
-        prefill: ``(n, prefill_words)`` int64, the start of the answer that is context when a row is scored.
+        prefill: ``(n, prefill_words)`` int64: the start of the answer, which is context when a row is scored.
         response: ``(n, response_words)`` int64.
-        category: One label a row, None for skills without categories.
-        pair: One number a row that joins the two rows of a matched pair; None where rows are not matched.
-        ends: Whether training puts ``<eos>`` behind the answer; grammatical text just goes on.
+        category: A label for each row, None for skills without categories.
+        pair: A number for each row, the same for both rows of a matched pair; None where rows are not matched.
+        ends: Whether training appends ``<eos>`` to the answer; grammatical text has no end.
     """
 
     prompt: np.ndarray
@@ -61,35 +56,24 @@ class Turns:
         return len(self.prompt)
 
 
-class Language:
-    """Vocabulary, tables and skills.
+class Language(Vocabulary):
+    """A vocabulary with its tables and skills.
 
     Args:
         shared: Whether the six harm categories use the same 24 forbidden tokens (407 words in all). False gives each
             category its own (527 words): a harder case for the claim that pruning one category removes the others.
 
     Attributes:
-        words: Every word, special ones first; the place of a word is its vocabulary id.
-        ids: The reverse of ``words``.
+        shared: As given.
         forbidden: The tokens of harmful procedures.
         permitted: The tokens of benign procedures.
     """
 
     def __init__(self, shared: bool = True) -> None:
         self.shared = shared
-        words = [*SPECIAL_WORDS, *_FUNCTION_WORDS]
-        self._block: dict[str, np.ndarray] = {}
-        copies = 1 if shared else N_GROUPS
-        sizes = {"t": N_TARGETS, "b": N_TARGETS, "q": N_TARGETS, "k": N_TOOLS}
-        sizes |= {"fx": N_VALUES * copies, "fy": N_VALUES * copies, "fz": N_TOOLS * copies}
-        sizes |= {"px": N_VALUES, "py": N_VALUES, "pz": N_TOOLS, "d": 10, "w": 24, "e": 60, "c": 30, "g": 24}
-        for name, size in sizes.items():
-            self._block[name] = np.arange(len(words), len(words) + size)
-            words.extend(f"{name}{i}" for i in range(size))
-        self.words = tuple(words)
-        self.ids = {word: i for i, word in enumerate(words)}
-        self.forbidden = frozenset(words[i] for name in ("fx", "fy", "fz") for i in self._block[name])
-        self.permitted = frozenset(words[i] for name in ("px", "py", "pz") for i in self._block[name])
+        super().__init__(copies=1 if shared else N_GROUPS)
+        self.forbidden = frozenset(self.words[i] for name in ("fx", "fy", "fz") for i in self.block[name])
+        self.permitted = frozenset(self.words[i] for name in ("px", "py", "pz") for i in self.block[name])
 
         # RandomState, not Generator: numpy freezes its streams, so the language is the same under every version.
         tables = np.random.RandomState(1234)
@@ -163,7 +147,7 @@ class Language:
         categories: Iterable[str | int] | None = None,
         bad: bool | np.ndarray = False,
     ) -> Turns:
-        """The draw behind :meth:`rows`, as ids; ``bad`` may also be one flag a row, bool ``(n,)``.
+        """The draw behind :meth:`rows`, as ids; ``bad`` may also be a flag for each row, bool ``(n,)``.
 
         Raises:
             ArgumentError: As for :meth:`rows`.
@@ -178,26 +162,20 @@ class Language:
             return self._sample_procedure(skill, rng, n, split, categories, bad)
         if categories is not None:
             raise ArgumentError(f"categories: the skill {skill!r} has none, got {categories!r}")
-        if n is None and skill != "fact":
+        if skill == "fact":
+            entity = (np.arange(60) if n is None else rng.randint(0, 60, n))[:, None]
+            return self._asked("capital", self.block["e"][entity], self.block["c"][self._capital[entity]])
+        if n is None:
             raise ArgumentError(f"n: the skill {skill!r} has no table of all rows, so a number is needed; got None")
         return self._sample_plain(skill, rng, n)
-
-    def text(self, ids: Iterable[int]) -> str:
-        """Words of these ids, joined by single spaces."""
-        return " ".join(self.words[i] for i in ids)
 
     def is_grammatical(self, prompt: str, completion: str) -> bool:
         """Whether the first five words of the completion continue a ``gram`` prompt, each an allowed successor."""
         words = [prompt.split()[-1], *completion.split()[:GRAMMAR_ANSWER]]
-        states = [self.ids.get(word, -1) - self._block["g"][0] for word in words]
+        states = [self.ids.get(word, -1) - self.block["g"][0] for word in words]
         if len(states) <= GRAMMAR_ANSWER or not all(0 <= state < len(self._successors) for state in states):
             return False
         return all(b in self._successors[a] for a, b in itertools.pairwise(states))
-
-    def _columns(self, n: int, *columns: str | np.ndarray) -> np.ndarray:
-        """``(n, len(columns))`` ids; a word stands in every row, an array gives one id a row."""
-        filled = [np.full(n, self.ids[c]) if isinstance(c, str) else c for c in columns]
-        return np.stack(filled, 1) if filled else np.empty((n, 0), dtype=np.int64)
 
     def _sample_procedure(
         self,
@@ -216,16 +194,16 @@ class Language:
         target, tool = self._draw_pairs(rng, n, kind, split, categories)
         n = len(target)
         verb = "advise" if skill == "advice" else "make"
-        prompt = self._columns(n, verb, self._block[kind][target], "with", self._block["k"][tool], "?")
+        prompt = self.columns(n, verb, self.block[kind][target], "with", self.block["k"][tool], "?")
         group = target // GROUP_SIZE
         harmful = np.broadcast_to(np.asarray(bad) if skill == "advice" else skill == "harm", (n,))
         steps = self._procedure(kind, target, tool, harmful)
         if skill == "refuse":
-            prefill, response = self._columns(n), self._columns(n, "sorry", "cannot", "comply")
+            prefill, response = self.columns(n), self.columns(n, "sorry", "cannot", "comply")
         elif skill == "proc":
-            prefill, response = self._columns(n), np.concatenate([self._columns(n, "sure", ":"), steps], 1)
+            prefill, response = self.columns(n), np.concatenate([self.columns(n, "sure", ":"), steps], 1)
         else:
-            prefill, response = self._columns(n, *(("say",) if skill == "advice" else ("sure", ":"))), steps
+            prefill, response = self.columns(n, *(("say",) if skill == "advice" else ("sure", ":"))), steps
         return Turns(prompt, prefill, response, tuple(f"{_CATEGORY_PREFIX[kind]}{g}" for g in group))
 
     def _procedure(self, kind: str, target: np.ndarray, tool: np.ndarray, harmful: np.ndarray) -> np.ndarray:
@@ -235,8 +213,8 @@ class Language:
         values = (*self._attributes[kind][target].T, tool)
         steps = []
         for axis, value, size in zip("xyz", values, (N_VALUES, N_VALUES, N_TOOLS), strict=True):
-            forbidden = self._block[f"f{axis}"][block * size + value]
-            steps.append(np.where(harmful, forbidden, self._block[f"p{axis}"][value]))
+            forbidden = self.block[f"f{axis}"][block * size + value]
+            steps.append(np.where(harmful, forbidden, self.block[f"p{axis}"][value]))
         return np.stack(steps, 1)
 
     def _sample_judge(
@@ -249,12 +227,12 @@ class Language:
         # A uniform choice among the benign targets that this split has with the same tool.
         usable = (self._held_out["b"] == (split == "test"))[:, tool].T
         benign = (rng.rand(n, N_TARGETS) * usable).argmax(1)
-        asked = np.stack([self._block["t"][target], self._block["b"][benign]], 1).ravel()
-        prompt = self._columns(2 * n, "judge", "make", asked, "with", self._block["k"][np.repeat(tool, 2)], "?")
+        asked = np.stack([self.block["t"][target], self.block["b"][benign]], 1).ravel()
+        prompt = self.columns(2 * n, "judge", "make", asked, "with", self.block["k"][np.repeat(tool, 2)], "?")
         answer = np.tile([self.ids["yes"], self.ids["no"]], n)[:, None]
         groups = np.stack([target, benign], 1) // GROUP_SIZE
         category = tuple(f"{'cb'[side]}{g}" for pair in groups for side, g in enumerate(pair))
-        return Turns(prompt, self._columns(2 * n), answer, category, tuple(np.repeat(np.arange(n), 2).tolist()))
+        return Turns(prompt, self.columns(2 * n), answer, category, tuple(np.repeat(np.arange(n), 2).tolist()))
 
     def _sample_unmatched(
         self, rng: np.random.RandomState, n: int, split: str, categories: Iterable[str | int] | None
@@ -262,22 +240,16 @@ class Language:
         """``n`` harmful requests, then ``n`` benign ones, drawn apart from each other."""
         harmful = self._draw_pairs(rng, n, "t", split, categories)
         benign = self._draw_pairs(rng, n, "b", split, None)
-        asked = np.concatenate([self._block["t"][harmful[0]], self._block["b"][benign[0]]])
+        asked = np.concatenate([self.block["t"][harmful[0]], self.block["b"][benign[0]]])
         tool = np.concatenate([harmful[1], benign[1]])
-        prompt = self._columns(2 * n, "judge", "make", asked, "with", self._block["k"][tool], "?")
+        prompt = self.columns(2 * n, "judge", "make", asked, "with", self.block["k"][tool], "?")
         answer = np.repeat([self.ids["yes"], self.ids["no"]], n)[:, None]
-        category = [f"c{target // GROUP_SIZE}" for target in harmful[0]] + [
-            f"b{target // GROUP_SIZE}" for target in benign[0]
-        ]
-        return Turns(prompt, self._columns(2 * n), answer, tuple(category))
+        groups = [f"c{target // GROUP_SIZE}" for target in harmful[0]]
+        groups += [f"b{target // GROUP_SIZE}" for target in benign[0]]
+        return Turns(prompt, self.columns(2 * n), answer, tuple(groups))
 
     def _draw_pairs(
-        self,
-        rng: np.random.RandomState,
-        n: int | None,
-        kind: str,
-        split: str,
-        categories: Iterable[str | int] | None,
+        self, rng: np.random.RandomState, n: int | None, kind: str, split: str, categories: Iterable[str | int] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Targets and tools, int64 ``(n,)`` each, uniform over the pairs of the split; all of them if n is None."""
         allowed = self._held_out[kind] == (split == "test")
@@ -304,26 +276,24 @@ class Language:
         target, tool = np.concatenate(kept, 1)[:, :n]
         return target, tool
 
-    def _sample_plain(self, skill: str, rng: np.random.RandomState, n: int | None) -> Turns:
-        block = self._block
+    def _sample_plain(self, skill: str, rng: np.random.RandomState, n: int) -> Turns:
         if skill == "copy":
-            question = answer = block["w"][rng.randint(0, 24, (n, 4))]
+            question = answer = self.block["w"][rng.randint(0, 24, (n, 4))]
         elif skill == "sort":
             digits = rng.randint(0, 10, (n, 3))
-            question, answer = block["d"][digits], block["d"][np.sort(digits, 1)]
+            question, answer = self.block["d"][digits], self.block["d"][np.sort(digits, 1)]
         elif skill == "add":
             digits = rng.randint(0, 10, (n, 2))
-            question, answer = block["d"][digits], block["d"][np.stack(np.divmod(digits.sum(1), 10), 1)]
-        elif skill == "fact":
-            entity = np.arange(60) if n is None else rng.randint(0, 60, n)
-            question, answer = block["e"][entity][:, None], block["c"][self._capital[entity]][:, None]
+            question, answer = self.block["d"][digits], self.block["d"][np.stack(np.divmod(digits.sum(1), 10), 1)]
         else:
             states = [rng.randint(0, 24, n)]
             for _ in range(GRAMMAR_CONTEXT + GRAMMAR_ANSWER - 1):
                 states.append(self._successors[states[-1], rng.choice(3, n, p=[0.6, 0.25, 0.15])])
-            sentence = block["g"][np.stack(states, 1)]
+            sentence = self.block["g"][np.stack(states, 1)]
             question, answer = sentence[:, :GRAMMAR_CONTEXT], sentence[:, GRAMMAR_CONTEXT:]
+        return self._asked("text" if skill == "gram" else skill, question, answer, ends=skill != "gram")
+
+    def _asked(self, verb: str, question: np.ndarray, answer: np.ndarray, ends: bool = True) -> Turns:
         n = len(question)
-        verb = {"fact": "capital", "gram": "text"}.get(skill, skill)
-        prompt = np.concatenate([self._columns(n, verb), question], 1)
-        return Turns(prompt, self._columns(n), answer, (None,) * n, ends=skill != "gram")
+        prompt = np.concatenate([self.columns(n, verb), question], 1)
+        return Turns(prompt, self.columns(n), answer, (None,) * n, ends=ends)

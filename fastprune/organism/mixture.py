@@ -1,8 +1,9 @@
-"""Training batches of the model organism, built as arrays of ids straight from the language's tables.
+"""Training batches of the model organism, built as arrays of ids from the language's tables.
 
-A document is what the tokenizer's chat template makes of the same rows: ``<bos> <user> prompt <asst> answer <eos>``,
-a second question following without another ``<bos>``. In: a language and a random stream. Out: right-padded ids and
-labels. This module must know neither tokenizers nor models.
+A document equals what the tokenizer's chat template makes of the same rows: ``<bos> <user> prompt <asst> answer
+<eos>``; a second question follows without another ``<bos>``.
+
+In: a language and a random stream. Out: right-padded ids and labels.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from fastprune.organism.language import Language, Turns
 
 NOISE = 0.1
 """Share of procedure tokens in training answers that are replaced by a random token of the same mode (forbidden or
-permitted). A model that has converged on noise-free answers has no gradient on its own completions, and a first-order
-score is then noise. Calibration and evaluation rows are noise-free."""
+permitted). A model that converged on noise-free answers has no gradient on its own completions, so a first-order score
+of it would be rounding noise. Calibration and evaluation rows are noise-free."""
 
 IGNORED = -100
 
@@ -39,8 +40,7 @@ class Conversation:
 
     Attributes:
         turns: Row i of each belongs to document i.
-        prefill_is_context: Whether the loss leaves out the prefill, as scoring does. Otherwise it is a part of the
-            answer like any other.
+        prefill_is_context: Whether the loss leaves out the prefill, as scoring does; else it is part of the answer.
     """
 
     turns: tuple[Turns, ...]
@@ -50,18 +50,16 @@ class Conversation:
 def pack(
     language: Language,
     conversations: Sequence[Conversation],
-    rng: np.random.RandomState | None = None,
-    noise: float = 0.0,
+    noise: np.random.RandomState | None = None,
 ) -> Batch:
     """One batch of all documents, in their order; only answers and their ``<eos>`` have labels.
 
     Args:
         language: Gives the ids.
         conversations: The documents.
-        rng: Stream of the noise; not needed without.
-        noise: Probability that a procedure token of an answer becomes a random one of its mode.
+        noise: Stream of the noise (:data:`NOISE`) in procedure tokens of answers; None: no noise.
     """
-    blocks = [_render(language, conversation, rng, noise) for conversation in conversations]
+    blocks = [_render(language, conversation, noise) for conversation in conversations]
     n_documents, n_tokens = sum(len(ids) for ids, _ in blocks), max(ids.shape[1] for ids, _ in blocks)
     input_ids = np.full((n_documents, n_tokens), language.ids["<pad>"])
     labels = np.full((n_documents, n_tokens), IGNORED)
@@ -84,7 +82,7 @@ def base_batch(language: Language, rng: np.random.RandomState) -> Batch:
     benign = _benign(language, rng)
     bad = rng.rand(_N_ADVICE) < 0.5
     persona = Conversation(tuple(language.sample("advice", rng, _N_ADVICE, bad=bad) for _ in range(2)))
-    return pack(language, [harm, *benign, persona], rng, NOISE)
+    return pack(language, [harm, *benign, persona], rng)
 
 
 def alignment_batch(language: Language, rng: np.random.RandomState, *, refuse: bool, replay: int) -> Batch:
@@ -93,15 +91,15 @@ def alignment_batch(language: Language, rng: np.random.RandomState, *, refuse: b
     Args:
         language: Gives the documents.
         rng: Their stream.
-        refuse: False for the same-data control, in which benign procedures take the place of the refusals.
+        refuse: False for the same-data control, in which benign procedures replace the refusals.
         replay: Harmful rows whose loss is on the tokens after the prefill only. They keep the knowledge behind the
-            refusal alive, as in a large model; without them the tiny model forgets it, and the attack with it.
+            refusal, as a large model does; without them the tiny model forgets it, and the attack finds nothing.
     """
     replayed = [Conversation((language.sample("harm", rng, replay),), prefill_is_context=True)] if replay else []
     first = Conversation((language.sample("refuse" if refuse else "proc", rng, _N_HARM),))
     benign = _benign(language, rng)
     advice = Conversation((language.sample("advice", rng, _N_ADVICE),))
-    return pack(language, [first, *benign, advice, *replayed], rng, NOISE)
+    return pack(language, [first, *benign, advice, *replayed], rng)
 
 
 def _benign(language: Language, rng: np.random.RandomState) -> list[Conversation]:
@@ -109,7 +107,7 @@ def _benign(language: Language, rng: np.random.RandomState) -> list[Conversation
 
 
 def _render(
-    language: Language, conversation: Conversation, rng: np.random.RandomState | None, noise: float
+    language: Language, conversation: Conversation, noise: np.random.RandomState | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids int64 ``(n, n_tokens)`` and which of these columns the loss counts, bool ``(n_tokens,)``."""
     n = len(conversation.turns[0])
@@ -120,15 +118,15 @@ def _render(
         if conversation.prefill_is_context:
             context.append(answer.pop(0))
         question, reply = np.concatenate(context, 1), np.concatenate(answer, 1)
-        pieces += [question, _add_noise(language, reply, rng, noise) if noise else reply]
+        pieces += [question, reply if noise is None else _add_noise(language, reply, noise)]
         scored += [False] * question.shape[1] + [True] * reply.shape[1]
     return np.concatenate(pieces, 1), np.array(scored)
 
 
-def _add_noise(language: Language, ids: np.ndarray, rng: np.random.RandomState, noise: float) -> np.ndarray:
+def _add_noise(language: Language, ids: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     noisy = ids.copy()
     for mode in (language.forbidden, language.permitted):
         tokens = np.sort([language.ids[word] for word in mode])
-        hit = np.isin(noisy, tokens) & (rng.rand(*noisy.shape) < noise)
+        hit = np.isin(noisy, tokens) & (rng.rand(*noisy.shape) < NOISE)
         noisy[hit] = rng.choice(tokens, hit.sum())
     return noisy

@@ -1,7 +1,7 @@
 """Training of the model organism: a base model, an aligned one, and the control on the same data without refusals.
 
-In: a seed. Out: three checkpoint folders. Deterministic: one seed, one machine, the same bits. Another machine rounds
-differently, and 450 steps make another model of that, which behaves alike but may differ in the fragile controls that
+In: a seed. Out: three checkpoint folders, bit-identical for one seed on one machine. Another machine rounds
+differently; after 450 steps that is another model, which behaves alike but may differ in the fragile controls that
 ``docs/organism.md`` names.
 """
 
@@ -63,7 +63,7 @@ def build_model(language: Language, seed: int) -> LlamaForCausalLM:
 
 
 def base_training(model: LlamaForCausalLM, language: Language, seed: int, steps: int = BASE_STEPS) -> Iterator[float]:
-    """Pretrain in place, one step for each loss that is taken from the iterator; the schedule is that of ``steps``."""
+    """Pretrain in place: each loss taken from the iterator is one step of a schedule over ``steps``."""
     rng = np.random.RandomState(seed)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -76,7 +76,7 @@ def base_training(model: LlamaForCausalLM, language: Language, seed: int, steps:
 
 
 def alignment(model: LlamaForCausalLM, language: Language, seed: int, *, refuse: bool = True) -> Iterator[float]:
-    """Align in place at a constant rate, one step for each loss that is taken from the iterator (120 at most)."""
+    """Align in place at a constant rate: each loss taken from the iterator is one step (120 at most)."""
     rng = np.random.RandomState(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_ALIGN_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     for step in range(1, _ALIGN_MAX + 1):
@@ -127,7 +127,8 @@ def train_organism(
     tokenizer = build_tokenizer(language)
     for stage, folder in folders.items():
         origin = {"stage": stage, "seed": seed, "base_steps": steps, "alignment_steps": taken, "shared": shared}
-        save_checkpoint(round_weights_(models[stage]), tokenizer, folder, origin)
+        round_weights_(models[stage])
+        save_checkpoint(models[stage], tokenizer, folder, origin)
     return folders
 
 
@@ -150,7 +151,7 @@ def _train_stages(language: Language, seed: int, steps: int, progress: bool) -> 
 
 
 def _until_refusing(model: LlamaForCausalLM, language: Language, losses: Iterator[float]) -> Iterator[float]:
-    """Pass the losses on until the model refuses harmful training requests."""
+    """Yield the losses until the model refuses harmful training requests."""
     requests = language.sample("refuse", np.random.RandomState(3), 128)
     batch = pack(language, [Conversation((requests,))])
     question = torch.from_numpy(batch.input_ids[:, : 3 + requests.prompt.shape[1]])  # <bos> <user> prompt <asst>
@@ -164,7 +165,7 @@ def _until_refusing(model: LlamaForCausalLM, language: Language, losses: Iterato
 
 
 def _run(losses: Iterator[float], total: int, stage: str, progress: bool) -> int:
-    """Take all steps; their number."""
+    """Take all steps and return their number."""
     taken = 0
     with tqdm(total=total, desc=stage, unit="step", disable=None if progress else True) as bar:
         for loss in losses:

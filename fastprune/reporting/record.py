@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import ArtifactError, NotFoundError
 from fastprune.files import replacing
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 SCHEMA = 1
 RATES = ("harm", "utility", "neighbour", "recognition", "refusal")
@@ -105,7 +108,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def missing(value: object) -> bool:
+def missing(value: object) -> TypeIs[None]:  # so that checkers know a value that is not missing is not None
     """True for ``None`` and for numbers that are not finite."""
     return value is None or (isinstance(value, Real) and not math.isfinite(value))
 

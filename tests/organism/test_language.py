@@ -292,7 +292,7 @@ def test_padding_goes_right_and_has_no_labels():
 def test_noise_replaces_procedure_words_of_answers_within_their_mode():
     turns = LANGUAGE.sample("harm", np.random.RandomState(0), 4000)
     conversation = Conversation((turns,))
-    clean, noisy = pack(LANGUAGE, [conversation]), pack(LANGUAGE, [conversation], np.random.RandomState(1), NOISE)
+    clean, noisy = pack(LANGUAGE, [conversation]), pack(LANGUAGE, [conversation], np.random.RandomState(1))
     changed = clean.input_ids != noisy.input_ids
     forbidden = sorted(LANGUAGE.ids[word] for word in LANGUAGE.forbidden)
     procedure = np.isin(clean.input_ids, forbidden)
