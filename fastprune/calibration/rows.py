@@ -1,8 +1,7 @@
 """Rows of a calibration or evaluation set, from wherever they are kept.
 
 In: the path of a CSV or JSONL file, a list of dicts, or anything that yields dicts (a Hugging Face ``datasets``
-object). Out: :class:`Row` objects, checked column by column, so that nothing after this module has to ask whether a
-value is text. It must not know tokenizers, models or what the rows are for.
+object). Out: :class:`Row` objects, checked column by column, so that later code can rely on their types.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastprune.errors import CalibrationError, FastpruneWarning, NotFoundError
 
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("prefill", "category", "id", "finish")
-FINISHES = ("stop", "length")  # the words of generation servers
-# Optional columns without which another experiment is run. How alike a name has to be to be taken for one of them:
-# "prefix" and "categories" are, "preference" and "prompt_id" are not.
+FINISHES = ("stop", "length")  # as generation servers call them
+# Optional columns whose absence changes the experiment, so that a misspelt one is worth a warning. The cutoff takes
+# "prefix" and "categories" for one of them, but not "preference" or "prompt_id".
 _MISSPELT = ("prefill", "category", "finish")
 _ALIKE = 0.75
 
@@ -39,8 +38,8 @@ class Row:
         prefill: The start of the reply that counts as context.
         category: Label by which :meth:`CalibrationSet.subset` picks rows.
         id: Name of the row in messages and reports.
-        extra: Every other column, as it came.
-        finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a limit of tokens, ``None`` not known.
+        extra: Every other column, unchanged.
+        finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a token limit, ``None`` unknown.
     """
 
     prompt: str
@@ -59,17 +58,16 @@ Rows = str | Path | Iterable[Row | Mapping[str, Any]]
 def read_rows(path_or_rows: Rows) -> list[Row]:
     """Read rows from a file or from memory.
 
-    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are passed
-    over. ``prefill``, ``category``, ``id`` and ``finish`` may be absent, ``None``, NaN or NA, as ``datasets`` and
-    pandas write missing values. Whole numbers are taken as names in ``category`` and ``id``, also where pandas has made
-    them floats (1.0 is "1").
+    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are skipped.
+    ``prefill``, ``category``, ``id`` and ``finish`` may be absent, ``None``, NaN or NA, as ``datasets`` and pandas
+    write missing values. Whole numbers are valid names in ``category`` and ``id``, also as floats (1.0 is "1").
 
     Args:
         path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt,
             response[, prefill, category, id, finish]``. It is iterated once.
 
     Returns:
-        The rows in their order; never empty.
+        The rows in their order, at least one.
 
     Raises:
         NotFoundError: There is no such file.
@@ -77,16 +75,18 @@ def read_rows(path_or_rows: Rows) -> list[Row]:
             there are no rows. The message names the file and the line, or the number of the row (from 0).
 
     Warns:
-        FastpruneWarning: A column that is not used has nearly the name of one that would be and is absent.
+        FastpruneWarning: An unused column has nearly the name of an optional column that is absent.
     """
-    rows, misspelt, seen = [], {}, set()
+    rows: list[Row] = []
+    misspelt: dict[str, str] = {}
+    seen: set[frozenset] = set()
     for record, where in _records(path_or_rows):
         rows.append(_row(record, where))
-        if (columns := frozenset(record)) not in seen:  # most rows have the same
+        if (columns := frozenset(record)) not in seen:  # most rows have the same columns
             seen.add(columns)
             misspelt.update(_misspelt(record))
     if not rows:
-        raise CalibrationError(f"{describe(path_or_rows)} holds no rows; at least one is needed")
+        raise CalibrationError(f"{describe(path_or_rows)}: expected at least one row, got none")
     for column, meant in misspelt.items():
         message = f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?"
         warnings.warn(message, FastpruneWarning, stacklevel=2)
@@ -94,16 +94,18 @@ def read_rows(path_or_rows: Rows) -> list[Row]:
 
 
 def read_texts_or_rows(source: str | Path | Iterable[str | Row | Mapping[str, Any]]) -> list[str] | list[Row]:
-    """Texts as they are if all items are; anything else is read by :func:`read_rows`, a single string as a path."""
+    """Read texts if every item is a string, else rows as :func:`read_rows` does; a single string is a path."""
     if isinstance(source, (str, Path)):
         return read_rows(source)
     _check_yields_rows(source)
     items = list(source)
-    return items if items and all(isinstance(item, str) for item in items) else read_rows(items)
+    texts = [item for item in items if isinstance(item, str)]
+    # strings among rows are refused by read_rows, which names the first
+    return texts if texts and len(texts) == len(items) else read_rows(cast("list[Row | Mapping[str, Any]]", items))
 
 
 def describe(path_or_rows: object) -> str:
-    """Name of a source in messages: its path, or ``rows`` for what is in memory."""
+    """Name of a source in messages: its path, or ``rows`` for rows in memory."""
     return str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else "rows"
 
 
@@ -118,7 +120,7 @@ def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
         return
     path = Path(source)
     if not path.is_file():
-        raise NotFoundError(f"calibration file {path} does not exist or is not a file")
+        raise NotFoundError(f"{path}: expected a file of rows, found none")
     match path.suffix.lower():
         case ".csv":
             reader = _from_csv
@@ -137,8 +139,8 @@ def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     columns = lines[0][1] if lines else []
     _check_columns(columns, str(path))
     if len(set(columns)) < len(columns):
-        raise CalibrationError(f"{path}: a column appears twice in the header {columns}")
-    # an empty cell is how a CSV says that there is no value; the optional columns show that they are there
+        raise CalibrationError(f"{path}: expected each column once, got the header {columns}")
+    # an empty cell of a CSV means no value; the keys of absent optional values show that the column exists
     empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
     for number, cells in lines[1:]:
         where = f"{path}, line {number}"
@@ -151,11 +153,11 @@ def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, header first, each with the number of the line on which it begins."""
-    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters unless told otherwise, for the whole process
+    """Rows that are not blank, header first, each with the number of its first line."""
+    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters by default; the limit is process-wide
     lines, begin = [], 1
     try:
-        # newline="" is what csv asks for: line breaks inside quotes then arrive as they were written
+        # csv needs newline="" to keep line breaks inside quotes as written
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for cells in reader:
@@ -186,7 +188,7 @@ def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
     _check_yields_rows(source)
-    columns = getattr(source, "column_names", None)  # a datasets object says what is missing before anything is read
+    columns = getattr(source, "column_names", None)  # a datasets object can be refused before it is read
     if columns is not None:
         _check_columns(list(columns), "rows")
     for number, record in enumerate(source):
@@ -199,7 +201,7 @@ def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _check_yields_rows(source: Any) -> None:
-    """Refuse what yields the names of its columns or splits instead of rows."""
+    """Refuse objects whose iteration yields names of columns or splits instead of rows."""
     if isinstance(source, Mapping):
         raise CalibrationError(
             f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
@@ -216,7 +218,9 @@ def _check_yields_rows(source: Any) -> None:
 def _check_columns(columns: list[str], where: str) -> None:
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
-        raise CalibrationError(f"{where}: missing {' and '.join(missing)}; found {columns or 'no columns'}")
+        raise CalibrationError(
+            f"{where}: expected the column{'s' * (len(missing) > 1)} {' and '.join(missing)}, got {columns or 'none'}"
+        )
 
 
 def _row(record: Mapping[str, Any], where: str) -> Row:
@@ -233,7 +237,7 @@ def _row(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Columns that nothing reads, each with the absent one whose name is nearly the same."""
+    """Unused columns, each with the absent optional column whose name is nearly the same."""
     absent = [name for name in _MISSPELT if name not in record]
     for column in record:
         if absent and isinstance(column, str) and column not in REQUIRED + OPTIONAL:
@@ -244,24 +248,28 @@ def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _absent(value: Any) -> bool:
     if isinstance(value, Real):
         return math.isnan(value)
-    return value is None or type(value).__name__ in ("NAType", "NaTType")  # pandas', which is not imported here
+    return value is None or type(value).__name__ in ("NAType", "NaTType")  # of pandas, which is not imported here
 
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise CalibrationError(f"{where}: {column} must be a string, got {type(value).__name__}")
+        raise CalibrationError(f"{where}: {column}: expected a string, got {type(value).__name__}")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, and no tokenizer takes it
-        raise CalibrationError(f"{where}: {column} holds half a surrogate pair at character {error.start}") from error
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but tokenizers refuse it
+        raise CalibrationError(
+            f"{where}: {column}: expected valid Unicode, got half a surrogate pair at character {error.start}"
+        ) from error
     return value
 
 
 def _name(value: Any, column: str, where: str) -> str | None:
     if _absent(value):
         return None
-    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
-        return str(int(value))  # pandas makes floats of whole numbers where one is missing
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = cast("float", value)
+        if math.isfinite(number) and number == int(number):
+            return str(int(number))  # pandas turns whole numbers into floats where one is missing
     return _text(value, column, where)
 
 

@@ -254,7 +254,7 @@ def test_whole_numbers_that_pandas_made_floats_are_names() -> None:
     rows = [{"prompt": "a", "response": "b", "id": value} for value in (1.0, np.int64(2), np.float32(3), float("nan"))]
     assert [row.id for row in read_rows(rows)] == ["1", "2", "3", None]
     for value in (1.5, float("inf"), True):
-        with pytest.raises(CalibrationError, match="id must be a string"):
+        with pytest.raises(CalibrationError, match="id: expected a string"):
             read_rows([{"prompt": "a", "response": "b", "id": value}])
 
 

@@ -125,26 +125,26 @@ def test_a_csv_cell_may_be_long(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "prompt,answer\na,b\n", r"a\.csv: missing response; found \['prompt', 'answer'\]"),
-        ("a.csv", "question,answer\na,b\n", "missing prompt and response"),
-        ("a.csv", "", "found no columns"),
-        ("a.csv", "prompt,response\n", "holds no rows"),
+        ("a.csv", "prompt,answer\na,b\n", r"a\.csv: expected the column response, got \['prompt', 'answer'\]"),
+        ("a.csv", "question,answer\na,b\n", "expected the columns prompt and response, got"),
+        ("a.csv", "", "expected the columns prompt and response, got none"),
+        ("a.csv", "prompt,response\n", "expected at least one row, got none"),
         ("a.csv", "prompt,response\na,b\nc\n", r"a\.csv, line 3: expected 2 fields"),
         ("a.csv", "prompt,response\na,b,c\n", r"a\.csv, line 2: expected 2 fields"),
-        ("a.csv", "prompt,response,response\na,b,c\n", "appears twice"),
+        ("a.csv", "prompt,response,response\na,b,c\n", "expected each column once"),
         ("a.csv", 'prompt,response\na,"b\n', r"a\.csv, line 2: the row that begins here is not valid CSV"),
         ("a.csv", 'prompt,response\n"a\n\nb",c\n\nd,"e"f\n', r"a\.csv, line 6: the row that begins here is not valid"),
         ("a.csv", 'prompt,response\n"a\n\nb",c\n"d\ne"\n', r"a\.csv, line 5: expected 2 fields .*, got 1"),
         ("a.csv", '"prompt,response\na,b\n', r"a\.csv, line 1: the row that begins here is not valid"),
-        ("a.jsonl", "", "holds no rows"),
-        ("a.jsonl", "\n \n", "holds no rows"),
+        ("a.jsonl", "", "expected at least one row, got none"),
+        ("a.jsonl", "\n \n", "expected at least one row, got none"),
         ("a.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"', r"a\.jsonl, line 3: not valid JSON"),
         ("a.jsonl", '["a", "b"]', r"a\.jsonl, line 1: expected a JSON object, got list"),
-        ("a.jsonl", '{"prompt": "a"}', r"a\.jsonl, line 1: missing response; found \['prompt'\]"),
-        ("a.jsonl", '{"prompt": 3, "response": "b"}', "prompt must be a string, got int"),
-        ("a.jsonl", '{"prompt": "a", "response": null}', "response must be a string, got NoneType"),
-        ("a.jsonl", '{"prompt": "a", "response": "b", "prefill": ["c"]}', "prefill must be a string, got list"),
-        ("a.jsonl", '{"prompt": "a", "response": "b", "id": true}', "id must be a string, got bool"),
+        ("a.jsonl", '{"prompt": "a"}', r"a\.jsonl, line 1: expected the column response, got \['prompt'\]"),
+        ("a.jsonl", '{"prompt": 3, "response": "b"}', "prompt: expected a string, got int"),
+        ("a.jsonl", '{"prompt": "a", "response": null}', "response: expected a string, got NoneType"),
+        ("a.jsonl", '{"prompt": "a", "response": "b", "prefill": ["c"]}', "prefill: expected a string, got list"),
+        ("a.jsonl", '{"prompt": "a", "response": "b", "id": true}', "id: expected a string, got bool"),
         ("a.jsonl", '{"prompt": "a", "response": "\\ud800"}', "half a surrogate pair at character 0"),
         ("a.txt", "a", r"expected a \.csv or \.jsonl file, got the suffix '\.txt'"),
         ("a", "a", "got the suffix ''"),
@@ -161,7 +161,7 @@ def test_files_that_are_not_text_or_not_there(tmp_path):
         (tmp_path / name).write_bytes(b"prompt,response\n\xff\xfe,b\n")
         with pytest.raises(CalibrationError, match=rf"{name}: expected UTF-8 text, byte 16 is not"):
             read_rows(tmp_path / name)
-    with pytest.raises(NotFoundError, match=r"missing\.csv does not exist"):
+    with pytest.raises(NotFoundError, match=r"missing\.csv: expected a file of rows, found none"):
         read_rows(tmp_path / "missing.csv")
     with pytest.raises(FileNotFoundError):
         read_rows(tmp_path)
@@ -170,8 +170,8 @@ def test_files_that_are_not_text_or_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "holds no rows"),
-        ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], "rows, row 1: missing response"),
+        ([], "expected at least one row, got none"),
+        ([{"prompt": "a", "response": "b"}, {"prompt": "a"}], "rows, row 1: expected the column response"),
         (["ab"], "rows, row 0: expected a mapping, got str"),
         ({"prompt": ["a"], "response": ["b"]}, "expected an iterable of mappings, got one dict with the keys"),
         (3, "got int"),
@@ -185,7 +185,7 @@ def test_rows_in_memory_that_are_refused(rows, message):
 def test_a_dataset_says_what_it_lacks_before_it_is_read():
     datasets = pytest.importorskip("datasets")
 
-    with pytest.raises(CalibrationError, match=r"^rows: missing response; found \['prompt'\]"):
+    with pytest.raises(CalibrationError, match=r"^rows: expected the column response, got \['prompt'\]"):
         read_rows(datasets.Dataset.from_list([{"prompt": "a"}]))
     with pytest.raises(CalibrationError, match="of several splits pass one"):
         read_rows(datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}))

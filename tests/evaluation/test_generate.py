@@ -217,11 +217,11 @@ def test_bad_arguments_are_named(settings: dict, error: type, message: str) -> N
 
 def test_rows_that_cannot_be_continued_are_named() -> None:
     tokenizer, model = word_tokenizer(), tiny_model()
-    with pytest.raises(CalibrationError, match="no rows"):
+    with pytest.raises(CalibrationError, match="at least one row, got none"):
         generate(model, tokenizer, [], max_new_tokens=3)
     with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt gives no token"):
         generate(model, tokenizer, [Row("w1", "", id="a"), Row(" ", "", id="b")], max_new_tokens=3)
-    with pytest.raises(CalibrationError, match=r"row 0: missing response"):
+    with pytest.raises(CalibrationError, match=r"row 0: expected the column response"):
         generate(model, tokenizer, [{"prompt": "w1"}], max_new_tokens=3)
     tokenizer.add_tokens(["new"])
     with pytest.raises(ArgumentError, match=r"row 1 has token id \d+.*another model"):

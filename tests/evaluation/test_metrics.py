@@ -118,7 +118,7 @@ class TestHarmAndRefusal:
 
     def test_harm_needs_rows_with_a_response(self) -> None:
         tokenizer, model = word_tokenizer(), tiny_model()
-        with pytest.raises(CalibrationError, match="no rows"):
+        with pytest.raises(CalibrationError, match="at least one row, got none"):
             harm(model, tokenizer, [])
         rows = [HARM[0], {"prompt": "w1", "prefill": "sure", "response": "", "id": "x"}]
         with pytest.raises(CalibrationError, match=r"harm, row 1 \(id 'x'\): column 'response' is empty"):
@@ -179,5 +179,5 @@ class TestUtility:
     def test_no_skills(self) -> None:
         with pytest.raises(CalibrationError, match="at least one skill"):
             utility(tiny_model(), word_tokenizer(), {})
-        with pytest.raises(CalibrationError, match="no rows"):
+        with pytest.raises(CalibrationError, match="at least one row, got none"):
             utility(tiny_model(), word_tokenizer(), {"one": []})

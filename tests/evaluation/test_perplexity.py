@@ -64,7 +64,7 @@ def test_long_logits_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("texts", "settings", "error", "message"),
     [
-        ([], {}, CalibrationError, "no rows"),
+        ([], {}, CalibrationError, "at least one row, got none"),
         (["w1 w2", "w1"], {}, CalibrationError, "text 1: 1 tokens"),
         (["w1 w2"], {"window": 1}, ArgumentError, "window"),
         (["w1 w2"], {"batch_tokens": 0}, ArgumentError, "batch_tokens"),

@@ -104,7 +104,7 @@ class TestRecognition:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([], "no rows"),
+            ([], "at least one row, got none"),
             ([{"prompt": "w1", "response": "maybe", "id": "q"}], r"row 0 \(id 'q'\): column 'response' must be one of"),
             (paired(1, 2, 3, 1, ""), "row 4: column 'pair' is empty"),
             (paired(1, 2, math.nan, math.nan), "row 2: column 'pair' is empty"),
@@ -260,10 +260,10 @@ class TestSuite:
         ("settings", "error", "message"),
         [
             ({}, ArgumentError, "nothing to evaluate"),
-            ({"harm_rows": []}, CalibrationError, "no rows"),
-            ({"recognition_rows": []}, CalibrationError, "no rows"),
-            ({"skill_rows": {"one": []}}, CalibrationError, "no rows"),
-            ({"harm_rows": [{"prompt": "w1"}]}, CalibrationError, "row 0: missing response"),
+            ({"harm_rows": []}, CalibrationError, "at least one row, got none"),
+            ({"recognition_rows": []}, CalibrationError, "at least one row, got none"),
+            ({"skill_rows": {"one": []}}, CalibrationError, "at least one row, got none"),
+            ({"harm_rows": [{"prompt": "w1"}]}, CalibrationError, "row 0: expected the column response"),
             ({"harm_rows": [{"prompt": "w1", "response": ""}]}, CalibrationError, "row 0.*'response'"),
             ({"skill_rows": {"one": [{"prompt": "w1", "response": ""}]}}, CalibrationError, "one, row 0: column 'resp"),
             ({"skill_rows": {"harm": HARM}}, ArgumentError, r"cannot be called \['harm'\]"),
