@@ -1,9 +1,10 @@
 """Text to token ids: how prompt, prefill and response become one example.
 
-In: a tokenizer, a format and rows. Out: ids and labels. An :class:`Encoder` is made once, so that scoring, generation,
-recognition and perplexity give a model the same tokens for the same text. The pieces are tokenised separately and
-verbatim and then joined: the border between context and scored response is exact.
-It must not know files, batches or models.
+An :class:`Encoder` is made once, so that scoring, generation, recognition and perplexity give a model the same tokens
+for the same text. Pieces are tokenized separately and verbatim and then joined, so that the border between context and
+scored response is exact.
+
+In: a tokenizer, a format and rows. Out: ids and labels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FORMATS = ("raw", "chat")
 
 
 class Encoder:
-    r"""One tokenizer's way from text to ids.
+    r"""Turns text into token ids, with one tokenizer and one format.
 
     ``raw`` is ``[BOS] | tok(prompt + "\n") | tok(prefill) | tok(response)``; ``chat`` is the tokenizer's template
     around a single user turn with the assistant's turn opened, then prefill, response and the end of the turn.
@@ -30,9 +31,9 @@ class Encoder:
     Args:
         tokenizer: A Hugging Face tokenizer.
         format: ``"raw"`` or ``"chat"``.
-        bos: Whether ``raw`` text begins with the tokenizer's BOS. ``"auto"``: where the tokenizer puts it in front of a
-            text by itself, as the model was trained; ``False``: never, the published recipe; ``True``: always. In
-            ``chat`` the template decides, and only ``"auto"`` is accepted.
+        bos: Whether ``raw`` text begins with the tokenizer's BOS. ``"auto"``: if the tokenizer adds one by default, as
+            in training; ``False``: never, the published recipe; ``True``: always. ``chat`` accepts ``"auto"`` only,
+            since its template writes the BOS.
         template_args: Variables for the chat template, e.g. ``{"enable_thinking": False}``.
         system: The system turn of a chat; ``None`` leaves that to the template.
 
@@ -40,14 +41,14 @@ class Encoder:
         tokenizer: The tokenizer.
         format: The format.
         turn_ends: Special tokens with which the chat template ends the assistant's turn; none in ``raw``.
-        facts: JSON-able: what the ids depend on beside the text, for provenance.
+        facts: What the ids depend on besides the text, as JSON data for provenance.
 
     Raises:
         ArgumentError: An argument is unknown or does not go with the format.
         CalibrationError: ``chat`` without a usable template.
 
     Warns:
-        FastpruneWarning: What the chat template does that a user may not expect.
+        FastpruneWarning: The chat template does something that a user may not expect.
     """
 
     def __init__(
@@ -60,14 +61,15 @@ class Encoder:
         system: str | None = None,
     ) -> None:
         if format not in FORMATS:
-            raise ArgumentError(f"format must be one of {FORMATS}, got {format!r}")
+            raise ArgumentError(f"format: expected one of {FORMATS}, got {format!r}")
         if not callable(tokenizer):
-            raise ArgumentError(f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+            raise ArgumentError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
         if not (isinstance(bos, bool) or bos == "auto"):
             raise ArgumentError(f'bos: expected "auto", True or False, got {bos!r}')
         self.tokenizer, self.format = tokenizer, format
         self._template: ChatTemplate | None = None
         self._prefix: list[int] = []
+        self.facts: dict[str, Any]
         self.turn_ends: frozenset[int] = frozenset()
         if format == "chat":
             if bos != "auto":
@@ -75,7 +77,7 @@ class Encoder:
                     f'bos: expected "auto" with format="chat", whose template writes the BOS or not, got {bos!r}'
                 )
             self._template = ChatTemplate(tokenizer, system=system, template_args=template_args)
-            # a template may close a turn with ordinary text, say a line break, which does not end a reply
+            # ordinary text with which a template may close a turn (a line break) does not end a reply
             self.turn_ends = frozenset(self._template.control_ids.intersection(self._template.end_of_turn))
             self.facts = {"format": format, "bos": {"rule": bos, "ids": None}, "template": self._template.facts}
             return
@@ -86,15 +88,15 @@ class Encoder:
         self.facts = {"format": format, "bos": {"rule": bos, "ids": self._prefix}, "template": None}
 
     def context(self, prompt: str, prefill: str = "", *, where: str = "row") -> list[int]:
-        """Token ids of everything before the scored response, ready to be continued by generation.
+        """Token ids of everything before the scored response; generation continues them.
 
         Args:
             prompt: The request.
             prefill: Start of the reply that counts as context.
-            where: How messages call the row.
+            where: Name of the row in messages.
 
         Raises:
-            CalibrationError: The template fails, or the text is a rendered conversation itself.
+            CalibrationError: The template fails, or the text is already a rendered conversation.
         """
         if self._template is None:
             opening = self.begun(self.tokens(prompt + "\n"))
@@ -105,16 +107,16 @@ class Encoder:
         return opening + self.tokens(prefill)
 
     def example(self, row: Row, *, where: str = "row", finish: str | None = None) -> Example:
-        """Tokenise one row; the response is scored and, in ``chat``, the end-of-turn token of a reply that ended.
+        """Tokenize one row. The response is scored and, in ``chat``, the end-of-turn token of a reply that ended.
 
         Args:
             row: The row.
-            where: How messages call the row.
-            finish: How the reply ended where the row does not say: ``"stop"``, or ``"length"`` for one that was cut,
-                whose end of turn is no part of the example; ``None`` is ``"stop"``.
+            where: Name of the row in messages.
+            finish: How the reply ended if the row does not say: ``"stop"`` (the same as ``None``), or ``"length"`` for
+                a reply that was cut, whose end of turn is left out of the example.
 
         Returns:
-            The example, of whatever length: nothing is truncated.
+            The example, never truncated.
 
         Raises:
             CalibrationError: The response is empty or gives no token that can be scored, or as :meth:`context`.
@@ -126,13 +128,13 @@ class Encoder:
             self._template.check_text(row.response, "response", where)
         response = self.tokens(row.response)
         if not response:
-            what = "is empty" if not row.response else "gives no token"
-            raise CalibrationError(f"{where}: response {what}; a row needs at least one token to score")
+            found = "text without a token" if row.response else "empty text"
+            raise CalibrationError(f"{where}: response: expected at least one token to score, got {found}")
         labels = [UNSCORED] * len(context) + response
         closing: list[int] = []
         if self._template is not None and (row.finish or finish) != "length":
             closing = self._template.end_of_turn
-            # what a template puts between reply and end of turn (a space, a line break) is its own, not the reply's
+            # only the last token is scored: a space or line break before it is the template's, not the reply's
             labels += [UNSCORED] * len(closing[:-1]) + closing[-1:]
         labels[0] = UNSCORED
         if all(label == UNSCORED for label in labels):
@@ -155,34 +157,34 @@ class Encoder:
         return encode(self.tokenizer, text)
 
     def begun(self, ids: list[int]) -> list[int]:
-        """The ids behind the BOS where this encoder writes one; once, as some prompts bring it as text."""
+        """The ids after the BOS that this encoder writes, if any; a BOS that the text already has is not doubled."""
         prefix = self._prefix
         return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
 
 def check_finish(finish: object) -> None:
-    """Raise ArgumentError unless ``finish`` says how replies ended, or nothing."""
+    """Raise ArgumentError unless ``finish`` is one of :data:`FINISHES` or None."""
     if finish is not None and finish not in FINISHES:
         raise ArgumentError(f"finish: expected one of {FINISHES} or None, got {finish!r}")
 
 
 def control_texts(tokenizer: Any) -> list[str]:
-    """The special tokens of a tokenizer as they would stand in a text."""
+    """Texts of a tokenizer's special tokens."""
     tokens = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     return [token for token in tokens if isinstance(token, str) and token.strip()]
 
 
-def holding(texts: Iterable[str], controls: Iterable[str]) -> int:
-    """How many of the texts hold one of the control tokens."""
+def count_holding(texts: Iterable[str], controls: Iterable[str]) -> int:
+    """Number of texts that contain one of the control tokens."""
     controls = list(controls)
     return sum(any(control in text for control in controls) for text in texts)
 
 
 def _bos(tokenizer: Any, rule: str | bool) -> list[int]:
-    """Ids that go in front of a text under a rule.
+    """Ids that a rule puts before a text.
 
-    Whether a tokenizer adds a BOS is seen by encoding a word: Gemma's ``add_bos_token`` reads ``False`` and it adds
-    one, GPT-2 has a ``bos_token`` and adds none, and GLM adds two tokens.
+    Whether a tokenizer adds a BOS shows only when it encodes a word: Gemma's adds one although its ``add_bos_token`` is
+    ``False``, GPT-2's has a ``bos_token`` but adds none, and GLM's adds two tokens.
     """
     if rule is False:
         return []
@@ -193,6 +195,6 @@ def _bos(tokenizer: Any, rule: str | bool) -> list[int]:
     if tokenizer.bos_token_id is None:
         raise ArgumentError(
             f"bos: expected a tokenizer with a BOS token, got a {type(tokenizer).__name__} without one; "
-            'use bos="auto", which adds what the tokenizer adds by itself'
+            'use bos="auto", which adds what the tokenizer adds by default'
         )
     return [tokenizer.bos_token_id]

@@ -1,9 +1,8 @@
 """Batches of any origin to examples.
 
 In: an iterable of Hugging Face batches, padded on either side, with or without an attention mask. Out: a
-:class:`CalibrationSet`, one example a row, padding taken off. Everything that could silently change a score is checked
-here, so that the engine can trust what it gets.
-It must not know models; the size of the vocabulary is all it is told.
+:class:`CalibrationSet` with an example for each row, padding removed. Everything in a batch that could silently change
+a score is checked here and nowhere later.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from fastprune.calibration.sets import CalibrationLoader, CalibrationSet
 from fastprune.errors import CalibrationError, warn
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-_ENOUGH = 3  # labels that are all the next token's: no chance
+_ENOUGH = 3  # so many labels that are all the next token's are no coincidence
 
 
 def collect(
-    loader: Iterable[Mapping[str, Any]],
+    loader: Iterable[Mapping[str, Any]] | CalibrationSet,
     name: str,
     vocab_size: int | None = None,
     n_labels: int | None = None,
@@ -32,16 +31,16 @@ def collect(
 ) -> CalibrationSet:
     """Read a loader once and turn each row of each batch into an example.
 
-    A set or a loader of :func:`load_calibration` passes through as it is; only the range of its ids is checked.
+    A set of :func:`load_calibration`, or its loader, is returned unchanged after a check of its ids.
 
     Args:
         loader: Iterable of mappings with ``input_ids (rows, tokens)`` and ``labels (rows, tokens)`` (-100 = not
             scored), and optionally ``attention_mask (rows, tokens)`` of 0 and 1; without it every token is real.
-            Values that are ``None`` are as absent.
-        name: How messages call it, e.g. ``"harm_loader"``.
-        vocab_size: Ids must be below; ``None`` leaves that open.
-        n_labels: Labels must be below; ``None``: ``vocab_size``.
-        accepted: Names of the arguments that the model's forward takes; a batch that holds others of them than the
+            A value of ``None`` counts as absent.
+        name: Its name in messages, e.g. ``"harm_loader"``.
+        vocab_size: Exclusive limit of ids; ``None``: no limit.
+        n_labels: Exclusive limit of labels; ``None``: ``vocab_size``.
+        accepted: Names of the arguments that the model's forward takes; a batch with any of them besides the keys
             above is refused.
 
     Returns:
@@ -49,19 +48,20 @@ def collect(
 
     Raises:
         CalibrationError: No batch, labels missing, shapes or dtypes that do not fit, ids out of range, a label on a
-            token that the mask leaves out, a mask with holes, packed rows, labels that are shifted already, a row
+            token that the mask leaves out, a mask with holes, packed rows, labels that are already shifted, a row
             without a scored token, or a key that would change what is scored (see
             :func:`fastprune.calibration.batch_keys.unread_keys`). The message names ``name``, the batch and the row.
 
     Warns:
-        FastpruneWarning: Batches hold tensors that nothing needs, or labels that are mostly other tokens than those at
-            their places; once a loader.
+        FastpruneWarning: Batches contain tensors that scoring does not use, or most labels differ from the tokens at
+            their positions; once for each loader.
     """
     n_labels = vocab_size if n_labels is None else n_labels
     if isinstance(loader, CalibrationLoader):
         loader = loader.calibration
     if isinstance(loader, CalibrationSet):
-        _check_vocabulary(loader, name, vocab_size, n_labels)
+        for number, example in enumerate(loader.examples):
+            _check_range(example, f"{name}, example {number}", vocab_size, n_labels)
         return loader
     examples: list[Example] = []
     unread: dict[str, None] = {}  # in order, each once
@@ -73,7 +73,7 @@ def collect(
         _check_unshifted(input_ids, labels, attended, scored, where)
         unread.update(dict.fromkeys(unread_keys(batch, scored, where, accepted)))
     if not examples:
-        raise CalibrationError(f"{name} yields no examples; at least one is needed")
+        raise CalibrationError(f"{name}: expected at least one example, got none")
     if unread:
         message = f"{name}: its batches hold {', '.join(unread)}, which scoring does not use"
         warn(message)
@@ -84,20 +84,20 @@ def collect(
 def _iterator(loader: Any, name: str) -> Iterator[Any]:
     if isinstance(loader, (str, Path)):
         raise CalibrationError(
-            f"{name} must be an iterable of batches, got a path; read it with load_calibration(...).loader()"
+            f"{name}: expected an iterable of batches, got a path; read it with load_calibration(...).loader()"
         )
     if isinstance(loader, Mapping):
         kind = type(loader).__name__
         if "input_ids" in loader:
-            raise CalibrationError(f"{name} must be an iterable of batches, got a single {kind}; pass [batch]")
+            raise CalibrationError(f"{name}: expected an iterable of batches, got a single {kind}; pass [batch]")
         raise CalibrationError(
-            f"{name} must be an iterable of batches, got a {kind} of {', '.join(map(str, loader)) or 'nothing'}; pass "
-            "a loader over one of these"
+            f"{name}: expected an iterable of batches, got a {kind} of {', '.join(map(str, loader)) or 'nothing'}; "
+            "pass a loader over one of these"
         )
     try:
         return iter(loader)
     except TypeError:
-        raise CalibrationError(f"{name} must be an iterable of batches, got {type(loader).__name__}") from None
+        raise CalibrationError(f"{name}: expected an iterable of batches, got {type(loader).__name__}") from None
 
 
 def _examples_of(
@@ -108,9 +108,6 @@ def _examples_of(
     vocab_size: int | None,
     n_labels: int | None,
 ) -> list[Example]:
-    # a pad id outside the vocabulary is common and harmless: only what the model will see counts
-    _check_range(input_ids, attended, "input_ids", where, vocab_size)
-    _check_range(labels, labels != UNSCORED, "labels", where, n_labels)
     stray = (labels != UNSCORED) & ~attended
     if stray.any():
         row, column = torch.nonzero(stray)[0].tolist()
@@ -127,18 +124,19 @@ def _examples_of(
         if all(label == UNSCORED for label in scored):
             raise CalibrationError(f"{where}, row {row}: no scored token (the first real token never is)")
         examples.append(Example(tuple(ids), tuple(scored)))
+        _check_range(examples[-1], f"{where}, row {row}", vocab_size, n_labels)
     return examples
 
 
 def _scored(labels: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Where a label counts: on attended tokens, the first of each row left out."""
+    """Tokens whose label counts, ``(rows, tokens)`` bool: attended ones except the first of each row."""
     return (labels != UNSCORED) & attended & (attended.cumsum(1) > 1)
 
 
 def _check_unshifted(
     input_ids: torch.Tensor, labels: torch.Tensor, attended: torch.Tensor, scored: torch.Tensor, where: str
 ) -> None:
-    """Refuse labels that are the next token's: shifted once more, they would ask for the token after the next."""
+    """Refuse labels that are already shifted to the next token: scoring shifts them once more."""
     compared = scored[:, :-1] & attended[:, 1:]
     found = labels[:, :-1][compared]
     if (
@@ -147,7 +145,7 @@ def _check_unshifted(
         and not torch.equal(found, input_ids[:, :-1][compared])
     ):
         raise CalibrationError(
-            f"{where}: labels: expected at each place the id of the token there, got that of the next token; give "
+            f"{where}: labels: expected at each position the id of the token there, got that of the next token; give "
             "labels that are not shifted, the shift is made here"
         )
 
@@ -157,8 +155,8 @@ def _note_other_tokens(examples: Sequence[Example], name: str) -> None:
     other = sum(token != label for token, label in pairs)
     if 2 * other > len(pairs):
         warn(
-            f"{name}: {other} of {len(pairs)} labels are other tokens than those at their places; expected the same, "
-            "as for causal language models (masked language modeling, mlm=True, hides the tokens that it asks for)"
+            f"{name}: {other} of {len(pairs)} labels are other tokens than those at their positions; expected the "
+            "same, as for causal language models (masked language modeling, mlm=True, hides the tokens it asks for)"
         )
 
 
@@ -171,10 +169,10 @@ def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, tor
         )
     for key in ("input_ids", "labels"):
         if batch.get(key) is None:
-            raise CalibrationError(f"{where}: {key} is missing; found {sorted(map(str, batch))}")
+            raise CalibrationError(f"{where}: expected the key {key}, got {sorted(map(str, batch))}")
     input_ids = _integers(batch["input_ids"], "input_ids", where)
     if input_ids.ndim != 2:
-        raise CalibrationError(f"{where}: input_ids must be (rows, tokens), got the shape {tuple(input_ids.shape)}")
+        raise CalibrationError(f"{where}: input_ids: expected the shape (rows, tokens), got {tuple(input_ids.shape)}")
     labels = _integers(batch["labels"], "labels", where)
     _check_shape(labels, input_ids, "labels", where)
     if batch.get("attention_mask") is None:
@@ -184,7 +182,7 @@ def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, tor
         _check_shape(mask, input_ids, "attention_mask", where)
         if ((mask != 0) & (mask != 1)).any():
             raise CalibrationError(
-                f"{where}: attention_mask must hold 0 and 1 only, got {sorted(set(mask.unique().tolist()))[:5]}"
+                f"{where}: attention_mask: expected 0 and 1 only, got {sorted(set(mask.unique().tolist()))[:5]}"
             )
         attended = mask.bool()
         _check_runs(attended, where)
@@ -196,68 +194,57 @@ def _tensors_of(batch: Any, where: str) -> tuple[torch.Tensor, torch.Tensor, tor
 def _integers(value: Any, key: str, where: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise CalibrationError(
-            f"{where}: {key} must be a tensor, got {type(value).__name__}; a collator makes tensors of rows "
+            f"{where}: {key}: expected a tensor, got {type(value).__name__}; a collator makes tensors of rows "
             '(return_tensors="pt")'
         )
     if value.dtype not in _INTEGERS and not (key == "attention_mask" and value.dtype == torch.bool):
-        raise CalibrationError(f"{where}: {key} must be int64, got {value.dtype}")
+        raise CalibrationError(f"{where}: {key}: expected int64, got {value.dtype}")
     return value.detach().to(device="cpu", dtype=torch.int64)
 
 
 def _check_shape(tensor: torch.Tensor, input_ids: torch.Tensor, key: str, where: str) -> None:
     if tensor.shape != input_ids.shape:
         raise CalibrationError(
-            f"{where}: {key} must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
+            f"{where}: {key}: expected the shape of input_ids {tuple(input_ids.shape)}, got {tuple(tensor.shape)}"
         )
 
 
 def _check_runs(attended: torch.Tensor, where: str) -> None:
-    """Without what a hole covers, the model would be shown another text than the caller's."""
+    """Refuse holes in a mask: without the tokens under them the model would be shown another text."""
     begins = attended & ~torch.nn.functional.pad(attended, (1, 0))[:, :-1]
     runs = begins.sum(1)
     if (runs > 1).any():
         row = int(torch.nonzero(runs > 1)[0])
         starts = torch.nonzero(begins[row]).flatten().tolist()
         raise CalibrationError(
-            f"{where}, row {row}: attention_mask must leave out padding on the left and right only, got {len(starts)} "
+            f"{where}, row {row}: attention_mask: expected zeros on the left and right only, got {len(starts)} "
             f"runs of attended tokens, which begin at {starts[:5]}"
         )
 
 
 def _check_positions(positions: torch.Tensor, attended: torch.Tensor, where: str) -> None:
-    """Positions are made anew from the mask; given ones may only say the same, or packed examples merge."""
+    """Refuse positions other than those made from the mask: they are how packed examples are told apart."""
     expected = (attended.cumsum(1) - 1).clamp(min=0)
     if (
         positions.ndim != 2
         or positions.shape[1] != expected.shape[1]
         or positions.shape[0] not in (1, expected.shape[0])
     ):
-        raise CalibrationError(f"{where}: position_ids must be (rows, tokens), got the shape {tuple(positions.shape)}")
+        raise CalibrationError(
+            f"{where}: position_ids: expected the shape (rows, tokens), got {tuple(positions.shape)}"
+        )
     if ((positions != expected) & attended).any():
         raise CalibrationError(
-            f"{where}: position_ids do not count each row's tokens from 0; "
+            f"{where}: position_ids: expected each row's tokens counted from 0, got other numbers; "
             "packed rows cannot be scored, give each example a row of its own"
         )
 
 
-def _check_range(
-    ids: torch.Tensor, where_it_counts: torch.Tensor, key: str, where: str, vocab_size: int | None
-) -> None:
-    wrong = where_it_counts & ((ids < 0) | (ids >= vocab_size) if vocab_size is not None else ids < 0)
-    if wrong.any():
-        row, column = torch.nonzero(wrong)[0].tolist()
-        raise CalibrationError(_out_of_range(f"{where}, row {row}", key, int(ids[row, column]), vocab_size))
-
-
-def _check_vocabulary(calibration: CalibrationSet, name: str, vocab_size: int | None, n_labels: int | None) -> None:
-    for number, example in enumerate(calibration.examples):
-        labels = [label for label in example.labels if label != UNSCORED]
-        for key, ids, limit in (("input_ids", example.input_ids, vocab_size), ("labels", labels, n_labels)):
-            low, high = min(ids), max(ids)
-            if low < 0 or (limit is not None and high >= limit):
-                raise CalibrationError(_out_of_range(f"{name}, example {number}", key, low if low < 0 else high, limit))
-
-
-def _out_of_range(where: str, key: str, value: int, vocab_size: int | None) -> str:
-    limit = "0 or more" if vocab_size is None else f"in [0, {vocab_size})"
-    return f"{where}: {key} must be {limit}, got the id {value}"
+def _check_range(example: Example, where: str, vocab_size: int | None, n_labels: int | None) -> None:
+    """Refuse ids that the model has no embedding or logit for; ids of padding, often out of range, are gone by now."""
+    labels = [label for label in example.labels if label != UNSCORED]
+    for key, ids, limit in (("input_ids", example.input_ids, vocab_size), ("labels", labels, n_labels)):
+        low, high = min(ids), max(ids)
+        if low < 0 or (limit is not None and high >= limit):
+            expected = "of 0 or more" if limit is None else f"in [0, {limit})"
+            raise CalibrationError(f"{where}: {key}: expected ids {expected}, got the id {low if low < 0 else high}")

@@ -1,7 +1,7 @@
-"""A calibration set: examples with their hash, and the loader that hands them to scoring.
+"""A calibration set: examples with their hash, and the loader that scoring reads.
 
 In: a file or rows and a tokenizer. Out: :class:`CalibrationSet`. Rows above a length limit are dropped and counted,
-never cut. It must not know models.
+never truncated.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from fastprune.calibration.encoding import Encoder, check_finish, control_texts, holding
+from fastprune.calibration.encoding import Encoder, check_finish, control_texts, count_holding
 from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
-from fastprune.calibration.rows import FINISHES, Row, describe, read_rows
+from fastprune.calibration.rows import FINISHES, Row, Rows, describe, read_rows
 from fastprune.errors import CalibrationError, FastpruneWarning, positive_integer
 
-# Replies of fewer tokens are often all of one length: a word, a number, a line of a table.
+# Shorter replies often have one length by nature: a word, a number, a line of a table.
 _SHORT = 8
 
 
 class CalibrationSet:
-    """Tokenised examples, in their order; never empty.
+    """Tokenized examples in their order, at least one.
 
     Args:
         examples: The examples.
-        counts: What became of the rows they were made from; by default all were kept.
-        encoding: How rows became tokens, if it is known: the facts of an :class:`Encoder`.
-        prefilled: How many of the rows had a prefill, if it is known.
+        counts: Number of rows kept and left out; by default all were kept.
+        encoding: The ``facts`` of the :class:`Encoder` that made the examples, if known.
+        prefilled: Number of rows that had a prefill, if known.
 
     Raises:
         CalibrationError: There is no example.
@@ -46,7 +45,7 @@ class CalibrationSet:
     ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
-            raise CalibrationError("a calibration set needs at least one example, got none")
+            raise CalibrationError("examples: expected at least one, got none")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
         self.encoding: dict[str, Any] | None = None if encoding is None else dict(encoding)
         self.prefilled = prefilled
@@ -63,31 +62,31 @@ class CalibrationSet:
 
     @property
     def finishes(self) -> dict[str, int]:
-        """How many replies ended by themselves (``"stop"``), at a limit of tokens (``"length"``), or ``"unknown"``."""
+        """Number of replies by end: ``"stop"`` (by themselves), ``"length"`` (at a token limit), ``"unknown"``."""
         counted = Counter(example.finish or "unknown" for example in self.examples)
         return {name: counted[name] for name in (*FINISHES, "unknown")}
 
     @property
     def refusals(self) -> float | None:
-        """Share of refusals, by key phrases, among the replies whose text is known; ``None`` if none is."""
+        """Share of refusals, by keywords, among the replies whose text is known; ``None`` if no text is."""
         known = [example.refusal for example in self.examples if example.refusal is not None]
         return sum(known) / len(known) if known else None
 
     def loader(self, batch_tokens: int = 4096) -> CalibrationLoader:
-        """Micro-batches of at most ``batch_tokens`` padded tokens, as often as it is iterated."""
+        """A loader of micro-batches of at most ``batch_tokens`` padded tokens, which can be iterated repeatedly."""
         return CalibrationLoader(self, batch_tokens)
 
     def subset(self, *, category: str | Collection[str]) -> CalibrationSet:
-        """The examples of one category or of several, in their order.
+        """The examples of one or several categories, in their order.
 
         Raises:
-            CalibrationError: No example has such a category; the message lists those there are.
+            CalibrationError: No example has such a category; the message lists the categories of the set.
         """
         wanted = {category} if isinstance(category, str) else set(category)
         chosen = [example for example in self.examples if example.category in wanted]
         if not chosen:
-            there = sorted({str(example.category) for example in self.examples})
-            raise CalibrationError(f"no example of category {sorted(map(str, wanted))}; the set has {there}")
+            known = sorted({str(example.category) for example in self.examples})
+            raise CalibrationError(f"category: expected one of {known}, got {sorted(map(str, wanted))}")
         return CalibrationSet(chosen, encoding=self.encoding)
 
     def __len__(self) -> int:
@@ -101,8 +100,9 @@ class CalibrationSet:
     @overload
     def __getitem__(self, index: slice) -> CalibrationSet: ...
     def __getitem__(self, index: int | slice) -> Example | CalibrationSet:
-        chosen = self.examples[index]
-        return CalibrationSet(chosen, encoding=self.encoding) if isinstance(index, slice) else chosen
+        if isinstance(index, slice):
+            return CalibrationSet(self.examples[index], encoding=self.encoding)
+        return self.examples[index]
 
     def __repr__(self) -> str:
         tokens = sum(map(len, self.examples))
@@ -110,11 +110,11 @@ class CalibrationSet:
 
 
 class CalibrationLoader:
-    """Iterable of HF batches (``input_ids``, ``labels``, ``attention_mask``; right-padded) made by a calibration set.
+    """Iterable of a set's batches: ``input_ids``, ``labels`` and ``attention_mask``, padded on the right.
 
     Attributes:
         calibration: The set.
-        batch_tokens: Limit for the padded tokens of one batch.
+        batch_tokens: Limit of the padded tokens of a batch.
     """
 
     def __init__(self, calibration: CalibrationSet, batch_tokens: int) -> None:
@@ -142,7 +142,7 @@ class CalibrationLoader:
 
 
 def load_calibration(
-    path_or_rows: str | Path | Iterable[Mapping[str, Any]],
+    path_or_rows: Rows,
     tokenizer: Any,
     *,
     format: str = "raw",
@@ -152,21 +152,21 @@ def load_calibration(
     template_args: Mapping[str, Any] | None = None,
     system: str | None = None,
 ) -> CalibrationSet:
-    """Read rows and tokenise them.
+    """Read rows and tokenize them.
 
-    An example is ``prompt | prefill | response``, each piece tokenised separately and verbatim; only the response is
-    scored. ``raw`` writes a line break after the prompt, and the tokenizer's BOS in front; ``chat`` uses the
-    tokenizer's template and scores the end-of-turn token as well.
+    An example is ``prompt | prefill | response``, each piece tokenized separately and verbatim; only the response is
+    scored. ``raw`` puts the tokenizer's BOS before the prompt and a line break after it; ``chat`` uses the tokenizer's
+    template and scores the end-of-turn token as well.
 
     Args:
         path_or_rows: As for :func:`fastprune.calibration.read_rows`.
         tokenizer: A Hugging Face tokenizer.
         format: ``"raw"`` or ``"chat"``.
-        max_length: Rows of more tokens than this are left out whole; ``None`` keeps all.
-        bos: For ``raw``: ``"auto"`` begins with BOS where the tokenizer does so by itself, ``False`` never (the
-            published recipe), ``True`` always.
-        finish: How the replies ended whose row does not say: ``"length"`` for replies that were cut at a limit of
-            tokens, whose end-of-turn token is then no part of the example; ``"stop"`` for whole ones.
+        max_length: Rows of more tokens than this are left out; ``None`` keeps all.
+        bos: For ``raw``: ``"auto"`` begins with BOS if the tokenizer does so by default, ``False`` never (the published
+            recipe), ``True`` always.
+        finish: How replies ended if their row does not say: ``"length"`` for replies cut at a token limit, whose
+            end-of-turn token is then left out of the example; ``"stop"`` for whole ones.
         template_args: For ``chat``: variables of the template, e.g. ``{"enable_thinking": False}``.
         system: For ``chat``: a system turn.
 
@@ -177,19 +177,19 @@ def load_calibration(
         NotFoundError: There is no such file.
         ArgumentError: ``format``, ``tokenizer``, ``max_length``, ``bos``, ``finish``, ``template_args`` or ``system``
             is not usable.
-        CalibrationError: The data cannot be read, a row has nothing to score or is a rendered conversation already, the
-            chat template would give another experiment, or no row is left.
+        CalibrationError: The data cannot be read, a row has nothing to score or is already a rendered conversation, the
+            chat template would change the experiment, or no row is left.
 
     Warns:
-        FastpruneWarning: Rows were left out, a column has nearly the name of one that would be used, many replies have
-            one length, or raw text holds special tokens.
+        FastpruneWarning: Rows were left out, a column has nearly the name of one that is used, many replies have the
+            same length, or raw text contains special tokens.
     """
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     check_finish(finish)
     positive_integer("max_length", max_length, optional=True)
     source = describe(path_or_rows)
     kept: list[Example] = []
-    rows: list[Row] = []
+    rows: list[Row] = []  # those behind `kept`
     too_long = 0
     for number, row in enumerate(read_rows(path_or_rows)):
         example = encoder.example(row, where=f"{source}, row {number}", finish=finish)
@@ -201,10 +201,10 @@ def load_calibration(
     if not kept:
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
-        message = (
-            f"{source}: left out {too_long} of {len(kept) + too_long} rows, longer than max_length={max_length} tokens"
+        limit = f"longer than max_length={max_length} tokens"
+        warnings.warn(
+            f"{source}: left out {too_long} of {len(kept) + too_long} rows, {limit}", FastpruneWarning, stacklevel=2
         )
-        warnings.warn(message, FastpruneWarning, stacklevel=2)
     for message in (_one_length(kept), _control_tokens(encoder, rows)):
         if message is not None:
             warnings.warn(f"{source}: {message}", FastpruneWarning, stacklevel=2)
@@ -217,26 +217,26 @@ def load_calibration(
 
 
 def _one_length(examples: Sequence[Example]) -> str | None:
-    """Half of the replies that are scored to their end have one length: a limit of tokens shows like this."""
+    """A note if half of the replies that are scored to their end have the same length, the sign of a token limit."""
     unknown = [example.scored - 1 for example in examples if example.ends_turn and example.finish is None]
     if not unknown:
         return None
     length, count = Counter(unknown).most_common(1)[0]
-    # answers of a few words are of one length by their nature, and two replies by chance
+    # answers of a few words have one length by nature, two replies by chance
     if length < _SHORT or count < 3 or 2 * count < len(unknown):
         return None
     return (
         f"{count} of {len(unknown)} replies have exactly {length} tokens, as if they had been cut there, and the end "
-        'of turn behind each is scored; give finish="length" (or a column finish) if they were cut, else finish="stop"'
+        'of turn after each is scored; give finish="length" (or a column finish) if they were cut, else finish="stop"'
     )
 
 
 def _control_tokens(encoder: Encoder, rows: Sequence[Row]) -> str | None:
-    """Raw text with special tokens in it: perhaps a rendered conversation, which is somebody's intention or not."""
+    """A note on raw text with special tokens in it, which may be a rendered conversation, intended or not."""
     if encoder.format != "raw":
-        return None  # refused row by row
+        return None  # the chat format refuses such rows one by one
     texts = (row.prompt + row.prefill + row.response for row in rows)
-    found = holding(texts, control_texts(encoder.tokenizer))
+    found = count_holding(texts, control_texts(encoder.tokenizer))
     if not found:
         return None
     return (

@@ -159,7 +159,7 @@ def test_without_a_mask_every_token_is_real():
         assert list(collect([given_batch], "x"))[1] == Example((4, 5, 0), (-100, 5, -100))
 
 
-@pytest.mark.filterwarnings("ignore:.*are other tokens than those at their places")
+@pytest.mark.filterwarnings("ignore:.*are other tokens than those at their positions")
 def test_labels_may_differ_from_the_ids():
     got = collect(
         [
@@ -192,37 +192,42 @@ def test_a_set_and_its_loader_pass_through():
     assert collect(whole, "x") is whole
     assert collect(whole.loader(4), "x", vocab_size=6) is whole
     assert collect(list(whole.loader(4)), "x").hash == whole.hash
-    with pytest.raises(CalibrationError, match=r"harm_loader, example 1: input_ids must be in \[0, 5\), got the id 5"):
+    with pytest.raises(
+        CalibrationError, match=r"harm_loader, example 1: input_ids: expected ids in \[0, 5\), got the id 5"
+    ):
         collect(whole.loader(), "harm_loader", vocab_size=5)
     odd_label = CalibrationSet([Example((1, 2), (-100, 9))])
-    with pytest.raises(CalibrationError, match=r"labels must be in \[0, 5\), got the id 9"):
+    with pytest.raises(CalibrationError, match=r"labels: expected ids in \[0, 5\), got the id 9"):
         collect(odd_label, "harm_loader", vocab_size=5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": None}, r"batch 1: labels is missing; found \['attention_mask', 'input_ids', 'labels'\]"),
-        ({"input_ids": None}, "batch 1: input_ids is missing"),
+        ({"labels": None}, r"batch 1: expected the key labels, got \['attention_mask', 'input_ids', 'labels'\]"),
+        ({"input_ids": None}, "batch 1: expected the key input_ids"),
         (
             {"labels": torch.tensor([[-100, 2], [-100, 5]])},
-            r"labels must have the shape of input_ids \(2, 3\), got \(2, 2\)",
+            r"labels: expected the shape of input_ids \(2, 3\), got \(2, 2\)",
         ),
-        ({"labels": torch.tensor([-100, 2, 3])}, r"labels must have the shape of input_ids"),
-        ({"attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.int64)}, "attention_mask must have the shape"),
-        ({"attention_mask": torch.tensor([[1, 1, 2], [1, 1, 0]])}, r"must hold 0 and 1 only, got \[0, 1, 2\]"),
-        ({"attention_mask": torch.ones(2, 3)}, "attention_mask must be int64, got torch.float32"),
-        ({"input_ids": torch.tensor([1, 2, 3])}, r"input_ids must be \(rows, tokens\), got the shape \(3,\)"),
-        ({"input_ids": torch.rand(2, 3)}, "input_ids must be int64, got torch.float32"),
-        ({"input_ids": [[1, 2, 3], [4, 5, 0]]}, "input_ids must be a tensor, got list"),
-        ({"labels": torch.rand(2, 3)}, "labels must be int64, got torch.float32"),
+        ({"labels": torch.tensor([-100, 2, 3])}, r"labels: expected the shape of input_ids"),
+        ({"attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.int64)}, "attention_mask: expected the shape"),
+        ({"attention_mask": torch.tensor([[1, 1, 2], [1, 1, 0]])}, r"expected 0 and 1 only, got \[0, 1, 2\]"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask: expected int64, got torch.float32"),
+        ({"input_ids": torch.tensor([1, 2, 3])}, r"input_ids: expected the shape \(rows, tokens\), got \(3,\)"),
+        ({"input_ids": torch.rand(2, 3)}, "input_ids: expected int64, got torch.float32"),
+        ({"input_ids": [[1, 2, 3], [4, 5, 0]]}, "input_ids: expected a tensor, got list"),
+        ({"labels": torch.rand(2, 3)}, "labels: expected int64, got torch.float32"),
         (
             {"input_ids": torch.tensor([[1, 2, 6], [4, 5, 0]])},
-            r"batch 1, row 0: input_ids must be in \[0, 6\), got the id 6",
+            r"batch 1, row 0: input_ids: expected ids in \[0, 6\), got the id 6",
         ),
-        ({"input_ids": torch.tensor([[1, 2, 3], [4, -1, 0]])}, "batch 1, row 1: input_ids must be .* got the id -1"),
-        ({"labels": torch.tensor([[-100, 2, 6], [-100, 5, -100]])}, r"row 0: labels must be in \[0, 6\), got the id 6"),
-        ({"labels": torch.tensor([[-100, 2, 3], [-100, -1, -100]])}, r"row 1: labels must be .* got the id -1"),
+        ({"input_ids": torch.tensor([[1, 2, 3], [4, -1, 0]])}, "batch 1, row 1: input_ids: expected .* got the id -1"),
+        (
+            {"labels": torch.tensor([[-100, 2, 6], [-100, 5, -100]])},
+            r"row 0: labels: expected ids in \[0, 6\), got the id 6",
+        ),
+        ({"labels": torch.tensor([[-100, 2, 3], [-100, -1, -100]])}, r"row 1: labels: expected .* got the id -1"),
         ({"labels": torch.tensor([[-100, 2, 3], [-100, 5, 0]])}, "row 1: labels scores token 2, which attention_mask"),
         ({"labels": torch.tensor([[-100, 2, 3], [-100, -100, -100]])}, "batch 1, row 1: no scored token"),
         (
@@ -241,10 +246,10 @@ def test_a_set_and_its_loader_pass_through():
                 "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 1]]),
                 "labels": torch.tensor([[-100, 2, 3], [-100, -100, 5]]),
             },
-            r"row 1: attention_mask must leave out padding on the left and right only, got 2 runs .* begin at \[0, 2\]",
+            r"row 1: attention_mask: expected zeros on the left and right only, got 2 runs .* begin at \[0, 2\]",
         ),
         ({"position_ids": torch.tensor([[0, 1, 0], [0, 1, 0]])}, "packed rows cannot be scored"),
-        ({"position_ids": torch.arange(2)[None]}, r"position_ids must be \(rows, tokens\)"),
+        ({"position_ids": torch.arange(2)[None]}, r"position_ids: expected the shape \(rows, tokens\)"),
     ],
 )
 def test_batches_that_are_refused_by_name(changes, message):
@@ -256,10 +261,10 @@ def test_batches_that_are_refused_by_name(changes, message):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        ([], "harm_loader yields no examples"),
-        (iter(()), "harm_loader yields no examples"),
-        ([{k: v[:0] for k, v in batch().items()}], "harm_loader yields no examples"),
-        (None, "harm_loader must be an iterable of batches, got NoneType"),
+        ([], "harm_loader: expected at least one example, got none"),
+        (iter(()), "harm_loader: expected at least one example, got none"),
+        ([{k: v[:0] for k, v in batch().items()}], "harm_loader: expected at least one example, got none"),
+        (None, "harm_loader: expected an iterable of batches, got NoneType"),
         ("harm.jsonl", r"got a path; read it with load_calibration"),
         (batch(), r"got a single dict; pass \[batch\]"),
         ([torch.tensor([[1]])], "harm_loader, batch 0: expected a mapping with input_ids and labels, got Tensor"),

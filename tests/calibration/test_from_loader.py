@@ -119,7 +119,7 @@ def test_token_types_of_zero_are_noted_where_the_model_takes_them() -> None:
 
 def test_labels_that_are_shifted_already_are_refused() -> None:
     """Regression: they were shifted once more, so each token was asked for the one after the next."""
-    with pytest.raises(CalibrationError, match="batch 0: labels: expected at each place the id of the token there"):
+    with pytest.raises(CalibrationError, match="batch 0: labels: expected at each position the id of the token there"):
         read(batch(labels=torch.tensor([[-100, 3, 4, 5, -100], [7, 8, 9, -100, -100]])))
     same = torch.full((1, 5), 7)  # one token over and over: both at once
     assert len(read({"input_ids": same, "labels": same})) == 1
@@ -136,7 +136,7 @@ class DatasetDict(dict):
         (DatasetDict(train=[batch()]), "got a DatasetDict of train; pass a loader over one of these"),
         ({"train": [batch()], "test": [batch()]}, "got a dict of train, test; pass a loader over one of these"),
         ([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], "got list; a collator makes"),  # a Dataset's rows
-        ([{"input_ids": IDS.numpy(), "labels": LABELS.numpy()}], "must be a tensor, got ndarray; a collator makes"),
+        ([{"input_ids": IDS.numpy(), "labels": LABELS.numpy()}], "expected a tensor, got ndarray; a collator makes"),
         (HARM, "got Example; pass a CalibrationSet"),
         (DataLoader(CalibrationSet(HARM), 2, collate_fn=list), "got list; pass a CalibrationSet"),
     ],
@@ -177,7 +177,7 @@ def test_masked_language_modeling_is_noted() -> None:
         tokenizer, mlm=True, mlm_probability=0.5, mask_replace_prob=1.0, random_replace_prob=0.0
     )
     rows = [{"input_ids": list(range(3, 7)) * 6} for _ in range(4)]
-    with pytest.warns(FastpruneWarning, match=r"labels are other tokens than those at their places.*mlm=True"):
+    with pytest.warns(FastpruneWarning, match=r"labels are other tokens than those at their positions.*mlm=True"):
         collect(DataLoader(rows, 2, collate_fn=collator), "harm_loader")
 
 
@@ -205,7 +205,7 @@ def test_an_embedding_may_be_wider_than_the_head(segments: int | None) -> None:
     beyond = pad(_asks_for(VOCAB), "left")
     for loader in (CalibrationSet(_asks_for(VOCAB)), [beyond]):
         with pytest.raises(
-            CalibrationError, match=rf"(row|example) 5: labels must be in \[0, {VOCAB}\), got the id {VOCAB}"
+            CalibrationError, match=rf"(row|example) 5: labels: expected ids in \[0, {VOCAB}\), got the id {VOCAB}"
         ):
             fastprune.score(model, loader, segments=segments, progress=False)
 
@@ -214,9 +214,9 @@ def test_a_head_may_be_wider_than_the_embedding() -> None:
     """A vocabulary that is padded in the head only."""
     model = _resized(build("Llama"), predict=VOCAB + 7)
     assert fastprune.score(model, CalibrationSet(_asks_for(VOCAB + 6)), progress=False).harm
-    with pytest.raises(CalibrationError, match=rf"example 5: labels must be in \[0, {VOCAB + 7}\)"):
+    with pytest.raises(CalibrationError, match=rf"example 5: labels: expected ids in \[0, {VOCAB + 7}\)"):
         fastprune.score(model, CalibrationSet(_asks_for(VOCAB + 7)), progress=False)
-    with pytest.raises(CalibrationError, match=rf"example 5: input_ids must be in \[0, {VOCAB}\)"):
+    with pytest.raises(CalibrationError, match=rf"example 5: input_ids: expected ids in \[0, {VOCAB}\)"):
         fastprune.score(model, CalibrationSet([*HARM, Example((VOCAB, 6), (-100, 6))]), progress=False)
 
 
@@ -224,13 +224,13 @@ def test_a_head_that_has_no_weight_of_its_own_is_known_by_the_config() -> None:
     model = build("Llama")
     model.lm_head = nn.Sequential(model.lm_head)
     assert predictable_tokens(model) == VOCAB
-    with pytest.raises(CalibrationError, match=rf"labels must be in \[0, {VOCAB}\)"):
+    with pytest.raises(CalibrationError, match=rf"labels: expected ids in \[0, {VOCAB}\)"):
         fastprune.score(model, CalibrationSet(_asks_for(VOCAB)), progress=False)
 
 
 def test_a_streamed_model_knows_its_head(tmp_path) -> None:
     build("GPTNeoX").save_pretrained(tmp_path)
-    with pytest.raises(CalibrationError, match=rf"example 5: labels must be in \[0, {VOCAB}\)"):
+    with pytest.raises(CalibrationError, match=rf"example 5: labels: expected ids in \[0, {VOCAB}\)"):
         fastprune.score(tmp_path, CalibrationSet(_asks_for(VOCAB)), progress=False)
 
 

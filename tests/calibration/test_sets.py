@@ -299,21 +299,26 @@ def test_without_any_context_the_first_response_token_is_not_scored(tokenizer):
 
 def test_a_row_without_response_tokens_is_refused_by_name(tokenizer, tmp_path):
     rows = [ROWS[0], {"prompt": "a", "response": "", "id": "empty-one"}]
-    with pytest.raises(CalibrationError, match=r"rows, row 1 \(id 'empty-one'\): response is empty"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"rows, row 1 \(id 'empty-one'\): response: expected at least one token to score, got empty text",
+    ):
         load_calibration(rows, tokenizer)
     (tmp_path / "a.csv").write_text("prompt,response\na,\n")
-    with pytest.raises(CalibrationError, match=r"a\.csv, row 0: response is empty"):
+    with pytest.raises(
+        CalibrationError, match=r"a\.csv, row 0: response: expected at least one token to score, got empty text"
+    ):
         load_calibration(tmp_path / "a.csv", tokenizer)
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(CalibrationError, match="row 0: response gives no token"):
+    with pytest.raises(CalibrationError, match="row 0: response: expected at least one token to score, got text"):
         load_calibration([{"prompt": "a", "response": " \n"}], PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_arguments_are_checked_before_anything_is_read(tokenizer):
-    with pytest.raises(ArgumentError, match=r"format must be one of \('raw', 'chat'\), got 'alpaca'"):
+    with pytest.raises(ArgumentError, match=r"format: expected one of \('raw', 'chat'\), got 'alpaca'"):
         load_calibration("missing.csv", tokenizer, format="alpaca")
-    with pytest.raises(ArgumentError, match="tokenizer must be a Hugging Face tokenizer, got str"):
+    with pytest.raises(ArgumentError, match="tokenizer: expected a Hugging Face tokenizer, got str"):
         load_calibration("missing.csv", "some/model")
     for value in (0, -1, 2.5, True):
         with pytest.raises(ArgumentError, match="max_length: expected a positive integer"):
@@ -368,9 +373,9 @@ def test_a_set_is_a_sequence_of_examples_with_subsets(tokenizer):
     assert [example.id for example in whole[1:3]] == ["2", "3"] and isinstance(whole[1:3], CalibrationSet)
     assert [example.id for example in whole.subset(category="x")] == ["2", "4", "6"]
     assert len(whole.subset(category=["x", "y"])) == 6
-    with pytest.raises(CalibrationError, match=r"no example of category \['z'\]; the set has \['x', 'y'\]"):
+    with pytest.raises(CalibrationError, match=r"category: expected one of \['x', 'y'\], got \['z'\]"):
         whole.subset(category="z")
-    with pytest.raises(CalibrationError, match="at least one example"):
+    with pytest.raises(CalibrationError, match="examples: expected at least one"):
         whole[6:]
 
 
