@@ -1,7 +1,7 @@
-"""The keys of a batch that scoring does not read: which may be left out, and which would change what is scored.
+"""The keys of a batch that scoring does not read: which can be ignored, and which would change what is scored.
 
-In: a batch of any origin, the tokens it scores, and the names that the model's forward takes. Out: the keys that a note
-should name, or an error. It must not know models.
+In: a batch of any origin, the tokens it scores, and the names that the model's forward takes. Out: the keys that a
+warning should name, or an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastprune.errors import CalibrationError
 
 _READ = ("input_ids", "labels", "attention_mask", "position_ids")
 
-# How a forward answers and what it keeps, not what it computes. Losses are means of each example, so a number that a
-# trainer divides by does not matter either.
+# These change what a forward returns and keeps, not what it computes. Losses are means over each example, so a number
+# that a trainer divides by does not matter either.
 _SWITCHES = (
     "use_cache",
     "return_dict",
@@ -29,7 +29,7 @@ _SWITCHES = (
     "num_items_in_batch",
 )
 
-# Where one text ends and the next begins in a row. Attention kernels read most of these from a forward's **kwargs.
+# Borders between the texts of a packed row. Attention kernels read most of these from a forward's **kwargs.
 _PACKING = frozenset(
     (
         *("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
@@ -39,7 +39,7 @@ _PACKING = frozenset(
     )
 )
 
-# What a model may be given beside a text, or in its place, whatever its forward calls it.
+# Inputs besides text, or in its place, whether or not the forward names them.
 _OTHER_INPUTS = frozenset(
     (
         *("inputs_embeds", "input_features", "input_values", "encoder_outputs", "past_key_values", "cache_position"),
@@ -49,7 +49,7 @@ _OTHER_INPUTS = frozenset(
 )
 _OTHER_INPUT_PREFIXES = ("pixel_", "decoder_", "encoder_", "cross_attention_")
 
-# Which tokens a loss is of, said a second time: labels say it alone, so that no two can differ.
+# A second statement of which tokens are scored. Labels alone decide, so that the two cannot contradict each other.
 _LOSS_MASKS = frozenset(
     (
         *("loss_mask", "loss_masks", "loss_weight", "loss_weights", "label_mask", "label_masks", "labels_mask"),
@@ -57,7 +57,7 @@ _LOSS_MASKS = frozenset(
     )
 )
 
-# Names of masks and weights, by their ends, that say something about tokens but not which of them count.
+# Ends with "mask" like those that weigh tokens, but does not.
 _HARMLESS_MASKS = ("special_tokens_mask",)
 _MASK_ENDINGS = ("mask", "masks", "weight", "weights")
 
@@ -65,9 +65,9 @@ _MASK_ENDINGS = ("mask", "masks", "weight", "weights")
 def unread_keys(
     batch: Mapping[str, Any], scored: torch.Tensor, where: str, accepted: Collection[str] = ()
 ) -> list[str]:
-    """Look at everything in a batch that scoring does not read.
+    """Check everything in a batch that scoring does not read.
 
-    Values that are ``None`` or empty are as absent. Text and lists are taken for metadata.
+    Values that are ``None`` or empty count as absent. Text and lists count as metadata.
 
     Args:
         batch: The batch; its own keys are ``input_ids``, ``labels``, ``attention_mask`` and ``position_ids``.
@@ -76,11 +76,11 @@ def unread_keys(
         accepted: Names of the arguments that the model's forward takes.
 
     Returns:
-        The keys of tensors that nothing needs, for a note.
+        The keys of tensors that scoring ignores, for a warning.
 
     Raises:
-        CalibrationError: A key is an input that the model would be given and scoring would leave out, marks the borders
-            of packed texts, or weighs the tokens in another way than the labels do. The message names the key.
+        CalibrationError: A key is an input that the model would be given but scoring leaves out, marks the borders of
+            packed texts, or weighs tokens differently from the labels. The message names the key.
     """
     notable = []
     for key, value in batch.items():
@@ -88,12 +88,12 @@ def unread_keys(
         if name in _READ or name in _SWITCHES or _is_absent(value):
             continue
         if name.endswith("token_type_ids"):
-            # Zero is the type of plain text. Where the model takes types, leaving them out may still change it (GPT-2
-            # embeds them); where it takes none, tokenizers add them all the same.
+            # Zero is the type of plain text. A model that takes types may still compute something else without them
+            # (GPT-2 embeds them); tokenizers add them for models that take none, too.
             if not _all_equal(value, 0):
                 raise CalibrationError(
                     f"{where}: {name}: expected none, or 0 throughout, got other types; scoring gives the model token "
-                    f"ids alone, so leave {name} out if it means nothing"
+                    f"ids alone, so leave {name} out if it has no meaning"
                 )
             if name in accepted:
                 notable.append(name)
@@ -105,16 +105,16 @@ def unread_keys(
         elif name in accepted or name in _OTHER_INPUTS or name.startswith(_OTHER_INPUT_PREFIXES):
             raise CalibrationError(
                 f"{where}: {name}: expected text alone (input_ids, labels, attention_mask), got an input that scoring "
-                f"does not give to the model; score examples without it, or drop the key if it means nothing"
+                f"does not give to the model; score examples without it, or drop the key if it has no meaning"
             )
         elif name == "shift_labels":
             raise CalibrationError(
-                f"{where}: shift_labels: expected labels alone, each at the place of its own token; drop the key, the "
+                f"{where}: shift_labels: expected labels alone, each at the position of its own token; drop the key, the "
                 "labels are shifted here"
             )
         elif name in _LOSS_MASKS:
             raise CalibrationError(
-                f"{where}: {name}: expected labels alone, got a loss mask beside them; put -100 into labels where a "
+                f"{where}: {name}: expected labels alone, got a loss mask as well; put -100 into labels where a "
                 f"token should not count, and drop {name}"
             )
         elif name.endswith(_MASK_ENDINGS) and name not in _HARMLESS_MASKS:
@@ -148,7 +148,7 @@ def _all_equal(value: Any, number: float) -> bool:
 
 
 def _agrees(value: Any, scored: torch.Tensor) -> bool:
-    """Whether a mask, or weights, of tokens or of rows leave every scored token with the weight that it has here: 1."""
+    """Whether a mask or weights, of tokens or of rows, are 1 on every scored token, as scoring weighs it."""
     tensor = _as_tensor(value)
     if tensor is None:
         return False

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastprune.calibration.chat_template import ChatTemplate, special_ids
+from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
-from fastprune.calibration.tokens import encode
+from fastprune.calibration.tokens import encode, special_ids
 from fastprune.errors import ArgumentError, CalibrationError
 
 FORMATS = ("raw", "chat")
@@ -99,7 +99,7 @@ class Encoder:
             CalibrationError: The template fails, or the text is already a rendered conversation.
         """
         if self._template is None:
-            opening = self.begun(self.tokens(prompt + "\n"))
+            opening = self.with_bos(self.tokens(prompt + "\n"))
         else:
             self._template.check_text(prompt, "prompt", where)
             self._template.check_text(prefill, "prefill", where)
@@ -156,7 +156,7 @@ class Encoder:
         """Ids of a piece of text alone, without special tokens."""
         return encode(self.tokenizer, text)
 
-    def begun(self, ids: list[int]) -> list[int]:
+    def with_bos(self, ids: list[int]) -> list[int]:
         """The ids after the BOS that this encoder writes, if any; a BOS that the text already has is not doubled."""
         prefix = self._prefix
         return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids

@@ -1,7 +1,7 @@
-"""The text of a chat template: the variables it reads, the clock it may ask, the chance it may use.
+"""The text of a chat template: the variables, the clock and the randomness that it uses.
 
-In: Jinja text as a tokenizer holds it. Out: the same text with its clock frozen, and the names that it reads. Nothing
-is rendered here. It must not know tokenizers or rows.
+In: a tokenizer's Jinja text. Out: the same text with its clock stopped, and the names that it reads. Nothing is
+rendered here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from fastprune.errors import ArgumentError, CalibrationError
 
 FROZEN_DATE = datetime.date(2024, 7, 26)
-"""The day, at midnight, that a template is told when it asks for the date.
+"""The date, at midnight, that every template gets from its clock.
 
-With the real date the same rows would give other tokens, hashes and masks every day. This one is the day that the
-templates of Llama 3.1 and 3.2 write themselves where there is no clock, so the models that ask most have seen it.
+With the real date the same rows would give other tokens, hashes and masks every day. The templates of Llama 3.1 and 3.2
+fall back to this date without a clock, so the most common models that use the date have seen it.
 """
 
-# What `strftime` writes for FROZEN_DATE, in English whatever the locale of the process. Written out because
-# transformers hands only plain data to a template: neither a function nor a date object can be passed.
+# Output of `strftime` for FROZEN_DATE, in English whatever the locale of the process. Written out because transformers
+# passes only plain data to a template, neither functions nor date objects.
 _DIRECTIVES = {
     **{"a": "Fri", "A": "Friday", "b": "Jul", "B": "July", "h": "Jul", "p": "AM", "Z": "", "z": ""},
     **{"d": "26", "e": "26", "-d": "26", "-e": "26", "m": "07", "-m": "7", "y": "24", "-y": "24", "Y": "2024"},
@@ -39,8 +39,8 @@ _DIRECTIVES = {
     **{"r": "12:00:00 AM", "c": "Fri Jul 26 00:00:00 2024"},
 }
 
-# A macro of the template's own hides the global of that name, inside other macros too. The line break after it is the
-# one that `trim_blocks` takes away, so the template's own first characters stay as they are.
+# A macro hides the global of its name, also inside other macros. `trim_blocks` removes the line break after it, so the
+# template's own first characters are unchanged.
 _FROZEN_CLOCK = (
     f"{{% macro strftime_now(format) %}}{{% set written = {json.dumps(_DIRECTIVES)} %}}"
     "{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}"
@@ -49,7 +49,7 @@ _FROZEN_CLOCK = (
     "{% endfor %}{% endfor %}{% endmacro %}\n"
 )
 
-# Set by the caller of a template, by transformers or by Jinja, so never by `template_args`.
+# Names set by fastprune, by transformers or by Jinja, which `template_args` may not set.
 _RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "continue_final_message"}
     | {"conversation", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"}
@@ -64,37 +64,38 @@ class TemplateSource:
     """A chat template's text, read once.
 
     Attributes:
-        text: The text as the tokenizer holds it.
-        frozen: The text to render: ``text``, with its clock stopped at :data:`FROZEN_DATE` if it asks one.
-        asks_clock: Whether it names ``strftime_now``, the one clock that transformers gives a template.
+        text: The text as given.
+        frozen: The text to render: ``text``, with its clock stopped at :data:`FROZEN_DATE` if it reads one.
+        reads_clock: Whether it uses ``strftime_now``, the only clock that transformers gives a template.
         arguments: Names that it reads and that ``template_args`` may set.
-        sha256: Of ``text`` as UTF-8.
+        sha256: SHA-256 of ``text`` as UTF-8.
 
     Raises:
         CalibrationError: The text is not a template, or it draws at random.
     """
 
     def __init__(self, text: str) -> None:
-        # without globals, so that every name from outside is found; otherwise as transformers makes it
+        # As transformers makes it, but without globals, so that every name from outside is found.
         environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
         environment.globals.clear()
         try:
             tree = environment.parse(text)
             names = meta.find_undeclared_variables(tree)
-        except Exception as error:  # a template is a foreign program: whatever it raises is a fact about the data
-            raise failed(error) from error
-        _refuse_chance(tree, names)
+        except Exception as error:  # whatever a foreign template raises is a fact about the data
+            raise template_error(error) from error
+        _refuse_randomness(tree, names)
         self.text = text
-        self.asks_clock = "strftime_now" in names
-        self.frozen = _FROZEN_CLOCK + text if self.asks_clock else text
+        self.reads_clock = "strftime_now" in names
+        self.frozen = _FROZEN_CLOCK + text if self.reads_clock else text
         self.arguments = frozenset(names - _RESERVED)
         self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
 
     def check_arguments(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
-        """``template_args`` as plain JSON data, of names that the template reads.
+        """``template_args`` as plain JSON data.
 
         Raises:
-            ArgumentError: It is no mapping, a name is reserved or not read, or a value is not JSON.
+            ArgumentError: ``given`` is not a mapping, a name is reserved or not read by the template, or a value is not
+                JSON.
         """
         if given is None:
             return {}
@@ -116,7 +117,7 @@ class TemplateSource:
                 f"read{hint}"
             )
         if isinstance(value, str) and value.strip().lower() in ("true", "false", "none", "null"):
-            # a template takes every text for true
+            # in a template every text that is not empty is true
             raise ArgumentError(
                 f"template_args[{name!r}]: expected a JSON value, got the text {value!r}; pass True, False or None"
             )
@@ -126,30 +127,30 @@ class TemplateSource:
             raise ArgumentError(f"template_args[{name!r}]: expected a JSON value, got {value!r}") from error
 
 
-def failed(error: Exception) -> CalibrationError:
+def template_error(error: Exception) -> CalibrationError:
     """The error for a template that cannot be read or rendered."""
     return CalibrationError(f"the tokenizer's chat template failed ({type(error).__name__}: {error})")
 
 
 class _Generation(Extension):
-    """Reads ``{% generation %}``, with which templates mark the reply for training, as the text that it holds."""
+    """Parses ``{% generation %}``, which marks the reply for training, as the text inside it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]  # jinja2 reads it from the class, annotated or not
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _refuse_chance(tree: nodes.Template, names: Collection[str]) -> None:
+def _refuse_randomness(tree: nodes.Template, names: Collection[str]) -> None:
     filters = {node.name for node in tree.find_all(nodes.Filter)}
-    # `map` takes the name of a filter as a text
+    # `map` takes the name of a filter as a string
     by_name = "map" in filters and any(node.value == "random" for node in tree.find_all(nodes.Const))
-    drawn = "random" if "random" in filters or by_name else "lipsum" if "lipsum" in names else None
-    if drawn is not None:
+    draw = "random" if "random" in filters or by_name else "lipsum" if "lipsum" in names else None
+    if draw is not None:
         raise CalibrationError(
             "chat template: expected one that gives the same text each time, got one that draws at random "
-            f"({drawn!r}); set tokenizer.chat_template to a copy with one of the choices written out"
+            f"({draw!r}); set tokenizer.chat_template to a copy with one of the choices written out"
         )
 
 

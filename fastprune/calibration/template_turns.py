@@ -1,9 +1,7 @@
-"""What a chat template writes around a prompt and a reply, found by rendering marker words.
+"""The text that a chat template writes around a prompt and a reply, found by rendering marker words.
 
-In: a function that renders turns. Out: :class:`Turns`, and what is wrong with them. Scoring puts a reply after the
-generation prompt, as generation does; a template shows in a finished conversation what stands before a reply. Where the
-two differ, the reply is scored at a place at which the model was not trained to begin it.
-It must not know tokenizers, rows or where the texts come from.
+In: a function that renders turns. Out: :class:`Turns`, and how its generation prompt differs from the text before the
+reply of a finished conversation.
 """
 
 from __future__ import annotations
@@ -16,17 +14,17 @@ from typing import Any
 from fastprune.errors import CalibrationError
 
 Render = Callable[..., str]
-"""``render(*contents, open=bool)``: user and assistant in turn; ``open`` adds the generation prompt."""
+"""``render(*contents, open=bool)``: contents of user and assistant in turn; ``open`` adds the generation prompt."""
 
-# Templates may trim content and split it at their own markers, so a reply is one plain word. The prompt is long and
-# holds what a template could cut, escape, fold or take for its own; both of its ends are plain words.
+# Templates may trim content and split it at their own markers, so the reply is one plain word. The prompt is long and
+# contains what a template could cut, escape, fold or parse; its first and last words are plain.
 _REPLY = "FastpruneSentinelContent"
 _BEGIN, _END = "FastprunePromptBegins", "FastprunePromptEnds"
 _MIDDLE = ' it\'s <A> "Prompt" & {50} %;\n\n- \u00dcber\n' + "with Many more Words, " * 150
 _PROMPT = _BEGIN + _MIDDLE + _END
 SYSTEM_MARKER = "FastpruneSystemText"
 
-# Tags around thoughts, in the spellings of the model families.
+# Tags around thoughts, as the model families spell them.
 _TAG = re.compile(
     r"[<\[◁][|｜]?(?P<close>/|end_(?:of_)?)?(?:start_|begin_(?:of_)?)?(?:\w+:)?"
     r"(?:think|thinking|thoughts?|reasoning)[|｜]?[>\]▷]"
@@ -37,15 +35,15 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class Turns:
-    """What a template writes around the marker words.
+    """Text that a template writes around prompt and reply.
 
     Attributes:
-        head: Text before the prompt where a reply is to be generated.
-        finished_head: The same in a finished conversation.
-        generation: Text after the prompt up to where generation begins.
-        before_reply: Text between prompt and reply in a finished conversation.
-        closing: Text after the reply in a finished conversation.
-        pending: Text after the prompt of a conversation that ends there, without a generation prompt.
+        head: Before the prompt, with a generation prompt.
+        finished_head: Before the prompt, in a finished conversation.
+        generation: After the prompt, with a generation prompt: generation begins at its end.
+        before_reply: Between prompt and reply, in a finished conversation.
+        closing: After the reply, in a finished conversation.
+        pending: After the prompt, without reply or generation prompt.
     """
 
     head: str
@@ -56,20 +54,20 @@ class Turns:
     pending: str
 
     @property
-    def thought_written(self) -> bool:
-        """Whether the generation prompt ends a thinking block, so that a reply comes after the thought."""
+    def ends_thought(self) -> bool:
+        """Whether the generation prompt ends a thinking block, so that the reply follows the thought."""
         return without_thoughts(self.generation) != self.generation.rstrip() and open_thought(self.generation) is None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How the generation prompt differs from what stands before a reply.
+    """How the generation prompt differs from the text before a reply.
 
     Attributes:
         what: Completes "expected a generation prompt that ends where a reply begins, got …".
         refused: Whether scoring after it would be another experiment.
-        missing_thought: A thinking block is left out, which whoever chose to have thoughts wants.
-        white_space: Only white space at the border differs.
+        missing_thought: It lacks a thinking block that the template has before replies without a thought.
+        white_space: Only white space at its end differs.
     """
 
     what: str
@@ -79,7 +77,7 @@ class Difference:
 
 
 def find_turns(render: Render) -> Turns:
-    """Render the marker words and take the texts apart.
+    """Render the marker words and split the texts around them.
 
     Raises:
         CalibrationError: The template fails, or it changes, drops, moves or repeats the prompt or the reply.
@@ -102,16 +100,16 @@ def find_turns(render: Render) -> Turns:
     if not found:
         raise CalibrationError(
             "the chat template does not show the assistant's content, so its end of turn cannot be found; it gives "
-            f"{shown(finished)}"
+            f"{quoted(finished)}"
         )
     _, pending = _around_prompt(render(_PROMPT, open=False))
     return Turns(head, finished_head, generation, before_reply, closing, pending)
 
 
 def find_user_header(render: Render, closing: str) -> str:
-    """What the template writes between one reply and the next prompt, without the end of the reply's turn.
+    """Text that the template writes between a reply and the next prompt, without the end of the reply's turn.
 
-    Empty if the template takes one exchange only.
+    Empty if the template takes a single exchange only.
     """
     try:
         _, _, later = render("user", _REPLY, _PROMPT, open=False).rpartition(_REPLY)
@@ -122,14 +120,14 @@ def find_user_header(render: Render, closing: str) -> str:
 
 
 def find_system(render: Render, head: str) -> tuple[bool, str | None]:
-    """Whether a template shows a system text, and the one that it writes by itself.
+    """Whether a template shows a system text, and its default one.
 
     Args:
         render: Renders with :data:`SYSTEM_MARKER` as the system text.
         head: Text before the prompt without a system text.
 
     Returns:
-        Whether the system text is shown; the template's own, ``None`` if there is none.
+        Whether the system text is shown; the template's default, ``None`` if there is none.
 
     Raises:
         CalibrationError: The template fails on a system text.
@@ -141,19 +139,19 @@ def find_system(render: Render, head: str) -> tuple[bool, str | None]:
 
 
 def compare(turns: Turns) -> Difference | None:
-    """How what generation continues differs from what stands before a reply, ``None`` if it does not."""
+    """How the generation prompt differs from the text before a reply, ``None`` if it does not."""
     before, generation = turns.before_reply, turns.generation
     if open_thought(generation) is not None:
         return Difference("an open thinking block, in which a reply would be scored as a thought")
     if before == generation:
         if turns.head == turns.finished_head:
             return None
-        # Mistral's templates show a system text only while the prompt is the last turn, which is what generation sees
+        # Mistral's templates show a system text only while the prompt is the last turn, as in generation
         return Difference("another text before the prompt than a finished conversation has", refused=False)
     if without_thoughts(before) == without_thoughts(generation):
         if before.rstrip() == generation.rstrip():
             return Difference("other white space at its end", refused=False, white_space=True)
-        if not turns.thought_written:
+        if not turns.ends_thought:
             return Difference("none of the thinking block that a reply without a thought has", missing_thought=True)
         return Difference("an ended thinking block that a finished conversation does not show like that", refused=False)
     if generation == turns.pending:
@@ -164,7 +162,7 @@ def compare(turns: Turns) -> Difference | None:
 
 
 def completions(turns: Turns) -> list[str]:
-    """Texts that, written after the generation prompt, may make it end where a reply begins."""
+    """Texts that may be missing at the end of the generation prompt."""
     texts = []
     if turns.before_reply.startswith(turns.generation) and turns.before_reply != turns.generation:
         texts.append(turns.before_reply[len(turns.generation) :])
@@ -175,7 +173,7 @@ def completions(turns: Turns) -> list[str]:
 
 
 def open_thought(text: str) -> str | None:
-    """The last tag of thoughts in ``text`` if it opens one."""
+    """The last tag around thoughts in ``text`` if it opens one."""
     tags = list(_TAG.finditer(text))
     return tags[-1][0] if tags and not _closes(tags[-1]) else None
 
@@ -187,31 +185,31 @@ def begins_thought(text: str) -> bool:
 
 
 def is_thought_tag(token: str) -> bool:
-    """Whether ``token`` is a tag around thoughts: content that a reply may hold, unlike the ends of turns."""
+    """Whether ``token`` is a tag around thoughts, which a reply may contain, unlike the ends of turns."""
     return _TAG.fullmatch(token) is not None
 
 
 def without_thoughts(text: str) -> str:
     """``text`` without its ended thinking blocks and without white space at its end."""
-    kept, place, begin = "", 0, None
+    kept, done, opened = "", 0, None
     for tag in _TAG.finditer(text):
         if not _closes(tag):
-            begin = tag.start() if begin is None else begin
+            opened = tag.start() if opened is None else opened
             continue
-        kept += text[place : tag.start() if begin is None else begin]
-        place, begin = tag.end(), None
-    return (kept + text[place:]).rstrip()
+        kept += text[done : tag.start() if opened is None else opened]
+        done, opened = tag.end(), None
+    return (kept + text[done:]).rstrip()
 
 
-def shown(text: str) -> str:
-    """A template's text for a message: marker words named, the middle left out of a long one."""
+def quoted(text: str) -> str:
+    """A template's text for a message: marker words by name, long texts without their middle."""
     text = text.replace(_PROMPT, "{prompt}").replace(_REPLY, "{reply}")
     return repr(text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}")
 
 
-def shown_after_prompt(text: str, *, reply: bool = False) -> str:
-    """As :func:`shown`, of what stands after the prompt."""
-    return shown(_PROMPT + text + (_REPLY if reply else ""))
+def quoted_after_prompt(text: str, *, reply: bool = False) -> str:
+    """As :func:`quoted`, with the prompt before the text."""
+    return quoted(_PROMPT + text + (_REPLY if reply else ""))
 
 
 def _closes(tag: re.Match[str]) -> bool:
@@ -219,7 +217,7 @@ def _closes(tag: re.Match[str]) -> bool:
 
 
 def _around_prompt(text: str) -> tuple[str, str]:
-    """What stands before and after the prompt, which has to be there once and as it was given."""
+    """Text before and after the prompt, which must be there once and unchanged."""
     begins, ends = text.count(_BEGIN), text.count(_END)
     if not begins and not ends:
         what = "changes its case" if _BEGIN.lower() in text.lower() else "drops it"
@@ -230,7 +228,7 @@ def _around_prompt(text: str) -> tuple[str, str]:
     else:
         head, _, rest = text.partition(_BEGIN)
         middle, _, after = rest.partition(_END)
-        # several templates trim the prompt or fold its line breaks, for generation as well as in a conversation
+        # several templates trim the prompt or fold its line breaks, in generation and in conversations alike
         if middle.split() == _MIDDLE.split():
             return head, after
         what = "changes its text"
@@ -238,13 +236,13 @@ def _around_prompt(text: str) -> tuple[str, str]:
 
 
 def _refuse_parts(render: Render) -> None:
-    """Raise if the template shows content given as a list of parts, as those of vision models do."""
+    """Raise if the template takes content as a list of parts, as those of vision models do."""
     content: Any = [{"type": "text", "text": _PROMPT}]
     try:
         text = render(content, open=True)
     except CalibrationError:
         return
-    if _PROMPT in text and "'type'" not in text:  # else the list itself was printed
+    if _PROMPT in text and "'type'" not in text:  # else it printed the list itself
         raise CalibrationError(
             "chat template: expected one that takes content as text, got one that takes a list of parts; set "
             "tokenizer.chat_template to one for text alone"
@@ -253,6 +251,6 @@ def _refuse_parts(render: Render) -> None:
 
 def _unfit(expected: str, what: str, text: str) -> CalibrationError:
     return CalibrationError(
-        f"chat template: expected one that {expected}, got one that {what}; it gives {shown(text)}. Set "
+        f"chat template: expected one that {expected}, got one that {what}; it gives {quoted(text)}. Set "
         "tokenizer.chat_template to another one, or use format='raw'"
     )

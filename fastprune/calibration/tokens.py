@@ -1,4 +1,4 @@
-"""A piece of text to token ids and back, without special tokens: one rule for every caller."""
+"""A piece of text to token ids and back, without special tokens; and which tokens are special."""
 
 from __future__ import annotations
 
@@ -15,3 +15,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of ids, special tokens left out and spaces kept as they are."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that can end a turn: special and other added ones, except white space and the unknown word.
+
+    Some tokenizers have their end of turn as an added token that is not marked special; others (Gemma's, GPT-NeoX's)
+    have runs of spaces and line breaks as such tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {token for text, token in tokenizer.get_added_vocab().items() if text.strip()}
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 uses one token for both
+        special.discard(tokenizer.unk_token_id)
+    return special

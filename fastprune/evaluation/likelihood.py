@@ -143,9 +143,9 @@ def perplexity(
 
 
 def _windows(encoder: Encoder, index: int, text: str, window: int | None) -> list[Example]:
-    ids, n_bos = encoder.tokens(text), len(encoder.begun([]))
+    ids, n_bos = encoder.tokens(text), len(encoder.with_bos([]))
     size = max(1, (window or len(ids) + n_bos) - n_bos)
-    pieces = [encoder.begun(ids[start : start + size]) for start in range(0, len(ids), size)]
+    pieces = [encoder.with_bos(ids[start : start + size]) for start in range(0, len(ids), size)]
     # a last window of one token would have nothing to score
     examples = [Example(tuple(piece), (UNSCORED, *piece[1:])) for piece in pieces if len(piece) > 1]
     if not examples:

@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from fastprune.calibration.chat_template import ChatTemplate, special_ids
+from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.template_source import _DIRECTIVES, FROZEN_DATE
+from fastprune.calibration.tokens import special_ids
 from fastprune.errors import ArgumentError, CalibrationError, FastpruneWarning
 
 CHECKPOINT = Path(__file__).parents[2] / "fastprune" / "organism" / "checkpoints" / "aligned"
@@ -341,7 +342,7 @@ def test_of_several_templates_the_default_is_used():
 
 
 def test_a_tokenizer_is_needed():
-    with pytest.raises(ArgumentError, match="tokenizer must be a Hugging Face tokenizer, got str"):
+    with pytest.raises(ArgumentError, match="tokenizer: expected a Hugging Face tokenizer, got str"):
         ChatTemplate("smollm2")
 
 
