@@ -109,8 +109,8 @@ def unread_keys(
             )
         elif name == "shift_labels":
             raise CalibrationError(
-                f"{where}: shift_labels: expected labels alone, each at the position of its own token; drop the key, the "
-                "labels are shifted here"
+                f"{where}: shift_labels: expected labels alone, each at the position of its own token; drop the key, "
+                "the labels are shifted here"
             )
         elif name in _LOSS_MASKS:
             raise CalibrationError(

@@ -29,6 +29,7 @@ from fastprune.calibration.tokens import decode, encode
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 
 
+@dataclass(frozen=True)
 class Attack(ABC):
     """Base of all attacks; one that leaves the weights alone defines ``rows`` only. Its fields are its settings.
 

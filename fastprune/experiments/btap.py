@@ -132,7 +132,8 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
     layers = sorted(set(block_of.values()))
     kind_of = _kinds(mask, block_of)
     kinds = list(dict.fromkeys(kind_of.values()))
-    counts, sizes = Counter(), Counter()
+    counts: Counter[tuple[int, str]] = Counter()
+    sizes: Counter[tuple[int, str]] = Counter()
     for key, count in mask.counts.items():
         counts[block_of[key], kind_of[key]] += count
         sizes[block_of[key], kind_of[key]] += torch.Size(mask.shapes[key]).numel()
@@ -200,12 +201,13 @@ def transfer(
         )
     names = list(harm_by_category)
     masks = [
-        score(model, examples, benign, q_max=q, p_max=p, progress=False).select(p, q)
+        score(model, examples.loader(), benign.loader(), q_max=q, p_max=p, progress=False).select(p, q)
         for examples in harm_by_category.values()
     ]
 
-    def by_category(harm: Measurement) -> list[float | None]:
-        return [harm.by_category[name].rate if name in harm.by_category else None for name in names]
+    def by_category(harm: Measurement | None) -> list[float | None]:
+        rates = harm.by_category if harm is not None else {}
+        return [rates[name].rate if name in rates else None for name in names]
 
     return {
         "categories": names,

@@ -83,8 +83,8 @@ class DemoSettings:
                 )
         if not 0 <= self.seed < 2**32:
             raise ArgumentError(f"seed: expected an integer from 0 to 2**32 - 1, got {self.seed!r}")
-        for stage in STAGES if self.checkpoints is not None else ():
-            if not (self.checkpoints / stage / "config.json").is_file():
+        for stage in STAGES:
+            if self.checkpoints is not None and not (self.checkpoints / stage / "config.json").is_file():
                 raise NotFoundError(
                     f"checkpoints: expected a checkpoint folder at {self.checkpoints / stage}, found none"
                 )
@@ -238,7 +238,7 @@ def build_suite(tokenizer: Any, files: Mapping[str, Path]) -> EvaluationSuite:
 
 
 def _by_category(harm: CalibrationSet) -> dict[str, CalibrationSet]:
-    names = sorted({example.category for example in harm.examples})
+    names = sorted({example.category for example in harm.examples if example.category is not None})
     return {name: harm.subset(category=name) for name in names}
 
 
@@ -246,7 +246,7 @@ def _recognition_mask(it: _Scored, settings: DemoSettings) -> PruneMask:
     """The other half of a double dissociation: what recognises harm; without it, harm is still produced."""
     rows = Language().rows("judge", N_RECOGNITION, seed=settings.seed)
     examples = load_calibration(rows, it.tokenizer, format="chat", finish="stop")
-    scores = score(it.model, examples, it.benign, q_max=settings.q, p_max=settings.p, progress=False)
+    scores = score(it.model, examples.loader(), it.benign.loader(), q_max=settings.q, p_max=settings.p, progress=False)
     return scores.select(settings.p, settings.q)
 
 

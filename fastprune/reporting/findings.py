@@ -38,7 +38,6 @@ class Comparison:
     ``after`` are all masks of the method, none of them preferred; where there is none, all that are no controls.
     """
 
-    model: str
     after: list[Mapping[str, Any]]
     before: Mapping[str, Any] | None
     random: Mapping[str, Any] | None
@@ -63,7 +62,7 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
     if not (methods or others) and len(pruned) != 1:  # nothing, or controls alone
         return None
     random = next((row for row in pruned if row not in after and is_random(record, row["mask"])), None)
-    return Comparison(model, after, find(rows, model, "none"), random)
+    return Comparison(after, find(rows, model, "none"), random)
 
 
 def headline(record: Mapping[str, Any]) -> str:

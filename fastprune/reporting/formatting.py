@@ -197,7 +197,7 @@ def bound(text: str | None) -> str:
     return clean(text or DASH).replace(">=", "≥").replace("<=", "≤")
 
 
-def find(rows: Sequence[Mapping[str, Any]] | None, model: str, mask: str) -> Mapping[str, Any] | None:
+def find(rows: Sequence[Mapping[str, Any]] | None, model: str | None, mask: str) -> Mapping[str, Any] | None:
     """The first row of that model and mask."""
     return next((row for row in rows or () if row["model"] == model and row["mask"] == mask), None)
 

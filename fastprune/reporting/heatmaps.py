@@ -183,7 +183,7 @@ def _labels(axes: Axes, rows: Sequence[str], columns: Sequence[str], gap_after: 
     places = [place + (GAP if gap_after is not None and place >= gap_after else 0) for place in at]
     axes.set_yticks(places, [rows[place] for place in at])
     crowded = max(map(len, columns)) > 9
-    turn = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if crowded else {}
+    turn: dict[str, Any] = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(len(columns)), columns, **turn)
     axes.xaxis.set_ticks_position("top")
     axes.xaxis.set_label_position("top")

@@ -102,15 +102,16 @@ def _tiles(record: Mapping[str, Any]) -> str:
     tiles = []
     found = comparison(record)
     total = (record.get("model") or {}).get("parameters")
-    for row in [] if found is None else found.after:
-        of = f"{mask_label(record, row['mask'])}: " if len(found.after) > 1 else ""
+    chosen = found.after if found is not None else []
+    unpruned = (found.before if found is not None else None) or {}
+    for row in chosen:
+        of = f"{mask_label(record, row['mask'])}: " if len(chosen) > 1 else ""
         n = row.get("pruned")
         if not missing(n):
             part = "" if missing(total) or not total else f", {share(n, total)} of the model"
             tiles.append(("", count(n), "", f"{of}weights removed{part}"))
         for metric, kind, words in (("harm", "harm", "should fall"), ("utility", "kept", "should stay")):
-            after = row.get(metric)
-            before = None if found.before is None else found.before.get(metric)
+            before, after = unpruned.get(metric), row.get(metric)
             if not missing(after):
                 old, new = ("", percent(after)) if missing(before) else percents(before, after)
                 was = f"{old} → " if old not in ("", new) else ""

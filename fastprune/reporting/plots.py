@@ -185,9 +185,10 @@ def controls_plot(record: Mapping[str, Any]) -> Plot | None:
     """All measured rates for each way of choosing weights, on one model."""
     model = subject(record)
     rows = [row for row in result_rows(record) if row["model"] == model]
-    rows = [find(rows, model, mask) for mask in ordered((row["mask"] for row in rows), MASKS)]
+    first = (find(rows, model, mask) for mask in ordered((row["mask"] for row in rows), MASKS))
+    rows = [row for row in first if row is not None]
     metrics = measured(rows)
-    if len(rows) < 2 or not metrics:
+    if model is None or len(rows) < 2 or not metrics:
         return None
     reference = find(rows, model, "none") or {}
     found = comparison(record)
