@@ -110,7 +110,7 @@ class Prefilling(Attack):
 
     def _cut(self, tokenizer: Any, row: Row, where: str) -> Row:
         if not row.response.strip():
-            raise CalibrationError(f"{where}: prefilling needs a 'prefill' or a 'response' column, and both are empty")
+            raise CalibrationError(f"{where}: prefilling: expected a 'prefill' or a 'response' column, got both empty")
         ids = encode(tokenizer, row.response)
         if len(ids) <= self.tokens:
             raise CalibrationError(

@@ -1,9 +1,8 @@
 """Greedy batched generation: the model's own continuation of each context.
 
-In: prompts or rows, tokenised as for calibration, padded on the left. Out: the continuations' text, in the order of the
-input. Same input, same text. Another batch composition moves logits by rounding only (about 1e-6 in float32), so a
-greedy choice can differ only where the two best tokens are that close.
-It must not know what the text is for: judging it is the judges' business.
+In: prompts or rows, tokenized as for calibration and padded on the left. Out: the continuations as text, in the order
+of the input. Same input, same text. Another composition of batches changes logits by rounding only (about 1e-6 in
+float32), so a greedy choice can differ only if the two best tokens are that close.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ def generate(
     """Continue each prompt greedily.
 
     Args:
-        model: A causal LM; its weights, flags, config and generation config are as before afterwards, whatever happens.
+        model: A causal LM; its weights, flags, config and generation config are unchanged afterwards, also on errors.
         tokenizer: Its tokenizer; a pad token is not needed.
         rows_or_prompts: Prompts, rows, or the path of a CSV or JSONL file. A single string is a path, never a prompt.
-        prefill: Start of every reply, or one per row. ``None`` takes each row's own ``prefill`` column.
+        prefill: Start of every reply, or a start for each row. ``None``: each row's own ``prefill`` column.
         format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
         max_new_tokens: Limit of each continuation, in tokens.
-        batch_size: Rows that go through the model together.
-        progress: Show a bar, on a terminal.
+        batch_size: Rows in a forward pass.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         The continuations, without prompt, prefill and special tokens.
@@ -77,13 +76,17 @@ def generate(
 
 
 def encode_contexts(encoder: Encoder, rows: Sequence[Row], *, name: str = "rows") -> list[list[int]]:
-    """Ids of ``prompt | prefill`` of every row; CalibrationError names the row that gives none."""
+    """Ids of ``prompt | prefill`` of every row.
+
+    Raises:
+        CalibrationError: A row gives no token; the message names it.
+    """
     contexts = []
     for index, row in enumerate(rows):
         where = describe_row(name, index, row)
         context = encoder.context(row.prompt, row.prefill, where=where)
         if not context:
-            raise CalibrationError(f"{where}: prompt gives no token, so nothing can be continued")
+            raise CalibrationError(f"{where}: prompt: expected at least one token to continue, got none")
         contexts.append(context)
     return contexts
 
@@ -100,19 +103,19 @@ def continue_greedily(
 ) -> list[list[int]]:
     """Continue token ids, each context until a stop token or its own budget.
 
-    Contexts are grouped by budget and length, so that short answers never wait for long ones; ties of the argmax go
-    to the lower id, as in ``model.generate(do_sample=False)``, to which the ids are equal unless the model's generation
-    config changes logits or searches (``repetition_penalty``, ``suppress_tokens``, ``num_beams``): nothing of it but
-    the end-of-text ids is followed here.
+    Contexts are grouped by budget and length, so that short answers do not wait for long ones. Ties of the argmax go to
+    the lower id, as in ``model.generate(do_sample=False)``. The ids equal those of that call unless the model's
+    generation config changes logits or searches (``repetition_penalty``, ``suppress_tokens``, ``num_beams``): only its
+    end-of-text ids are used here.
 
     Args:
         model: A causal LM.
         contexts: Token ids, none empty.
-        budgets: Most new tokens of each.
+        budgets: Limit of new tokens of each context.
         stop: Ids that end a continuation.
-        names: What messages call each context; by default its number.
-        batch_size: Rows that go through the model together.
-        progress: Show a bar, on a terminal.
+        names: Name of each context in messages; by default its number.
+        batch_size: Rows in a forward pass.
+        progress: Show a progress bar on a terminal.
 
     Returns:
         New ids of each context, without the stop token.
@@ -151,7 +154,7 @@ def _continue_batch(
         finished |= stopped | (step + 1 >= limits)
         if bool(finished.all()):
             break
-        # a model that keeps no cache gets the whole sequence again
+        # a model without a cache is given the whole sequence again
         input_ids = tokens[:, None] if past is not None else torch.cat([input_ids, tokens[:, None]], dim=1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
     new = torch.stack(columns, dim=1).tolist()
@@ -159,7 +162,7 @@ def _continue_batch(
 
 
 def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding is masked; it is the row's own last token, for the embedding of another one may hold NaN."""
+    """Pad, and mask, with the row's own last token: the embedding of any other token may be NaN."""
     width = max(map(len, contexts))
     ids = torch.tensor([c[-1:] * (width - len(c)) + c for c in contexts], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], dtype=torch.int64)
@@ -167,7 +170,7 @@ def _pad_left(contexts: list[list[int]], device: torch.device) -> tuple[torch.Te
 
 
 def stop_ids(model: Any, encoder: Encoder) -> set[int]:
-    """Ids that end a reply: each end-of-text of model and tokenizer and, in ``chat``, the template's end of turn."""
+    """Ids that end a reply: end-of-text ids of model and tokenizer and, in ``chat``, the template's end of turn."""
     generation = getattr(model, "generation_config", None)
     stop: set[int] = set(encoder.turn_ends)
     for source in (encoder.tokenizer, generation, model.config.get_text_config()):

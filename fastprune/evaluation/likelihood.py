@@ -1,8 +1,8 @@
 """How probable a model finds given text: log-probabilities and perplexity.
 
-In: examples with labels (-100 = not scored), or text. Out: natural logarithms summed in float64. Nothing is
-generated, so these are the most sensitive measures of what a change did to a model.
-It must not know judges or attacks.
+Nothing is generated, so these are the most sensitive measures of a change to a model.
+
+In: examples with labels (-100 = not scored), or text. Out: natural logarithms, summed in float64.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def log_probabilities(model: Any, batches: Sequence[MicroBatch], *, progress: bo
     """Log-probability of the labelled tokens of each example, given all tokens before them.
 
     Args:
-        model: A causal LM; as before afterwards.
-        batches: Micro-batches that hold each of their examples once.
-        progress: Show a bar, on a terminal.
+        model: A causal LM, unchanged afterwards.
+        batches: Micro-batches, each example in one of them.
+        progress: Show a progress bar on a terminal.
 
     Returns:
-        ``(n_examples,)`` float64 on the CPU, sums over each example's labels, by ``example_indices``. Padding and the
-        other rows of a batch move them by float rounding only.
+        ``(n_examples,)`` float64 on the CPU: sums over each example's labels, by ``example_indices``. Padding and the
+        other rows of a batch change them by float rounding only.
 
     Raises:
         ArgumentError: A token has no embedding, or an example is longer than the model has positions for.
@@ -50,14 +50,14 @@ def log_probabilities(model: Any, batches: Sequence[MicroBatch], *, progress: bo
             input_ids, mask = batch.input_ids.to(forward.device), batch.attention_mask.to(forward.device)
             logits, _ = forward(input_ids, mask, use_cache=False, last=False)
             labels = batch.labels[:, 1:].to(logits.device)
-            rows, places = (labels != UNSCORED).nonzero(as_tuple=True)
+            rows, columns = (labels != UNSCORED).nonzero(as_tuple=True)
             examples = torch.tensor(batch.example_indices)
-            for row, place in zip(rows.split(_CHUNK), places.split(_CHUNK), strict=True):
+            for row, column in zip(rows.split(_CHUNK), columns.split(_CHUNK), strict=True):
                 loss = torch.nn.functional.cross_entropy(
-                    logits[row, place].float(), labels[row, place], reduction="none"
+                    logits[row, column].float(), labels[row, column], reduction="none"
                 )
                 check_finite(loss, "log-probabilities")
-                # on the CPU, one after the other: the same sum from run to run on every device
+                # added on the CPU in order, so that the sum is the same in every run on every device
                 sums.index_add_(0, examples[row.cpu()], -loss.double().cpu())
     return sums
 
@@ -100,22 +100,21 @@ def perplexity(
     """Perplexity of plain texts, or of the responses of rows.
 
     Args:
-        model: A causal LM; as before afterwards.
-        tokenizer: Its tokenizer. Of each plain text (or window) the first token, a BOS or else one of the text, is
+        model: A causal LM, unchanged afterwards.
+        tokenizer: Its tokenizer. The first token of each plain text (or window), a BOS if the tokenizer adds one, is
             context only.
         texts_or_rows: Texts; or rows, whose responses are scored given prompt and prefill; or the path of a file of
             rows.
         format: ``"raw"`` or ``"chat"``, which is for rows; this and the next four as in
             :func:`fastprune.load_calibration`.
-        bos: ``"auto"``, ``True`` or ``False``; bears on plain texts, and each of their windows, too.
+        bos: ``"auto"``, ``True`` or ``False``; also applies to plain texts and each of their windows.
         finish: ``"length"`` for replies that were cut, unless their row says otherwise.
         template_args: Variables of the chat template.
         system: System turn of the chat.
-        window: Plain texts longer than this many tokens, the BOS included, are scored in windows that know nothing of
-            each other, which raises the figure: compare only figures of the same window. ``None``: each text as a
-            whole.
-        batch_tokens: Budget of a micro-batch, in padded tokens; it does not change the result beyond float rounding.
-        progress: Show a bar, on a terminal.
+        window: Plain texts longer than this many tokens, including the BOS, are scored in independent windows. That
+            raises the perplexity: compare only values of the same window. ``None``: each text as a whole.
+        batch_tokens: Budget of a micro-batch, in padded tokens; changes the result by float rounding only.
+        progress: Show a progress bar on a terminal.
 
     Raises:
         CalibrationError: No texts, one that gives no token to score, or rows without a needed column.
@@ -123,7 +122,7 @@ def perplexity(
         ScoringError: The model's logits are NaN.
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
-        raise ArgumentError(f"window must be an integer of at least 2 tokens, got {window!r}")
+        raise ArgumentError(f"window: expected an integer of at least 2 tokens or None, got {window!r}")
     positive_integer("batch_tokens", batch_tokens)
     check_finish(finish)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
@@ -133,7 +132,7 @@ def perplexity(
             raise ArgumentError(f'format: expected "raw" for plain texts, which are no turns of a chat, got {format!r}')
         examples = [example for index, text in enumerate(items) for example in _windows(encoder, index, text, window)]
     elif window is not None:
-        raise ArgumentError("window is for plain texts; rows are scored whole")
+        raise ArgumentError("window: expected None for rows, which are scored as a whole; windows are for plain texts")
     else:
         examples = [encoder.example(row, where=f"row {index}", finish=finish) for index, row in enumerate(items)]
     sums = log_probabilities(model, micro_batches(examples, batch_tokens), progress=progress)

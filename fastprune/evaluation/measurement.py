@@ -1,6 +1,6 @@
-"""What a metric returns: a rate with its sample size, never the completions that it was formed from.
+"""What a metric returns: a rate with its sample size, never the completions behind it.
 
-Completions may be harmful text, so they are judged and dropped. In: judge scores. Out: plain numbers that go into JSON.
+Completions may be harmful text, so they are judged and dropped. In: scores of a judge. Out: plain numbers for JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Measurement:
     Attributes:
         rate: Mean of the judge's scores, 0..1.
         n: Number of rows.
-        by_category: The same for the rows of each category; rows without one are in the total only.
+        by_category: The same for the rows of each category; rows without one count in the total only.
     """
 
     rate: float
@@ -39,16 +39,16 @@ class Measurement:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson interval at 95 %, which always holds the rate.
+        """Wilson interval at 95 %, which always contains the rate.
 
-        Exact in spirit for scores of 0 and 1 and too wide for graded ones, whose variance is below rate * (1 - rate).
-        It holds the sampling of rows alone: not the choice of prompts, judge or attack.
+        Made for scores of 0 and 1, and too wide for graded ones, whose variance is below rate * (1 - rate). It covers
+        the sampling of rows alone: not the choice of prompts, judge or attack.
         """
         z2 = _Z * _Z / self.n
-        centre = (self.rate + z2 / 2) / (1 + z2)
+        center = (self.rate + z2 / 2) / (1 + z2)
         half = _Z / (1 + z2) * math.sqrt(self.rate * (1 - self.rate) / self.n + z2 / (4 * self.n))
-        # At a rate of 0 or 1 an end is the rate itself, which rounding would miss by a bit.
-        return max(0.0, min(self.rate, centre - half)), min(1.0, max(self.rate, centre + half))
+        # At a rate of 0 or 1 an end is the rate itself, which rounding may miss.
+        return max(0.0, min(self.rate, center - half)), min(1.0, max(self.rate, center + half))
 
     def to_dict(self) -> dict[str, Any]:
         """Rate, n, interval and, where there are categories, the same for each."""

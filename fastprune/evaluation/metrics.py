@@ -1,9 +1,9 @@
-"""Harm, refusal and utility: ask, let the model answer, judge, forget the answers.
+"""Harm, refusal and utility: the model answers, a judge scores the answers, the answers are dropped.
 
-In: a model, its tokenizer and rows (a path, dicts or :class:`Row` objects). Out: :class:`Measurement` objects. All
-three are one thing, a :class:`Task`: rows that are asked in one way and judged by one judge; tasks are answered
-together, so that an evaluation with many small ones needs few large batches.
-It must not know how a model was changed, scored or pruned.
+Each of the three is a :class:`Task`: rows that are asked in one way and judged by one judge. Tasks are answered
+together, so that many small ones fill a few large batches.
+
+In: a model, its tokenizer and rows (a path, dicts or :class:`Row` objects). Out: :class:`Measurement` objects.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastprune.evaluation.measurement import Measurement
 
 Rows = str | Path | Iterable[Row | Mapping[str, Any]]
 
-# Refusals show in the first sentence; a longer budget costs time wherever a model does not refuse.
+# A refusal shows in the first sentence; a longer budget costs time for every answer that is not one.
 REFUSAL_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows that are tokenised once, answered and judged.
+    """Rows that are tokenized once, answered and judged.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         rows: The rows as the model is asked them.
         contexts: Token ids of each row's ``prompt | prefill``.
-        budgets: Most new tokens of each row.
-        judge: Who judges the completions.
+        budgets: Limit of new tokens for each row.
+        judge: Judge of the completions.
     """
 
     name: str
@@ -49,16 +49,17 @@ class Task:
 
     @classmethod
     def prepare(cls, name: str, rows: list[Row], encoder: Encoder, *, judge: Judge, max_new_tokens: int | None) -> Task:
-        """Tokenise; without ``max_new_tokens`` each row gets the tokens of its own reference and one more.
+        """Tokenize; without ``max_new_tokens`` the budget of a row is the length of its reference plus one token.
 
-        The one more shows whether the last word of a completion is whole.
+        The additional token shows whether the last word of a completion is whole.
 
         Raises:
-            CalibrationError: A row needs a response that it does not have, or its context gives no token.
+            ArgumentError: ``judge`` is not callable, or ``max_new_tokens`` is not a positive integer.
+            CalibrationError: A row lacks the response that its budget comes from, or its context gives no token.
         """
         positive_integer(f"{name}: max_new_tokens", max_new_tokens, optional=True)
         if not callable(judge):
-            raise ArgumentError(f"{name}: judge must be a callable (row, completion) -> float, got {judge!r}")
+            raise ArgumentError(f"{name}: judge: expected a callable (row, completion) -> float, got {judge!r}")
         budgets = []
         for index, row in enumerate(rows):
             if max_new_tokens is None and not row.response.strip():
@@ -70,11 +71,11 @@ class Task:
         return cls(name, rows, encode_contexts(encoder, rows, name=name), budgets, judge)
 
     def measure(self, completions: Sequence[str]) -> Measurement:
-        """Judge one completion per row.
+        """Judge one completion for each row.
 
         Raises:
-            CalibrationError: The judge needs a column that a row does not have.
-            ArgumentError: The judge gives something else than a number from 0 to 1.
+            CalibrationError: The judge needs a column that a row lacks.
+            ArgumentError: The judge returns anything but a number from 0 to 1.
         """
         scores = []
         for index, (row, completion) in enumerate(zip(self.rows, completions, strict=True)):
@@ -88,7 +89,7 @@ class Task:
                 score = math.nan
             if not 0.0 <= score <= 1.0:
                 raise ArgumentError(
-                    f"{describe_row(self.name, index, row)}: judge must give a number in [0, 1], got "
+                    f"{describe_row(self.name, index, row)}: judge: expected a number in [0, 1], got "
                     f"{judged if isinstance(judged, int | float) else type(judged).__name__}"
                 )
             scores.append(score)
@@ -98,7 +99,7 @@ class Task:
 def answer(
     model: Any, encoder: Encoder, tasks: Sequence[Task], *, batch_size: int, progress: bool = False
 ) -> list[Measurement]:
-    """Answer all tasks in one go and measure each; the completions are dropped."""
+    """Answer all tasks together and measure each; the completions are dropped."""
     contexts = [context for task in tasks for context in task.contexts]
     budgets = [budget for task in tasks for budget in task.budgets]
     names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
@@ -126,22 +127,22 @@ def harm(
     """Share of harmful requests that the model answers harmfully under an attack.
 
     Args:
-        model: A causal LM; as before afterwards, also where the attack changes weights.
+        model: A causal LM, unchanged afterwards, also by an attack that changes weights.
         tokenizer: Its tokenizer.
-        rows: Harmful requests, with the reference in ``response`` and, if it has a fixed start, that in ``prefill``.
-        attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`.
-        judge: ``(row, completion) -> [0, 1]``, 1 for harmful. With a prefill it sees the continuation alone, and
-            ``row.response`` is then the reference for that.
+        rows: Harmful requests, with the reference in ``response`` and a fixed start of it, if any, in ``prefill``.
+        attack: Name of an attack (``"none"``, ``"prefilling"``) or an :class:`Attack`.
+        judge: ``(row, completion) -> [0, 1]``, 1 for harmful. With a prefill, ``completion`` is the continuation and
+            ``row.response`` the reference for it.
         format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
-        max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
-        batch_size: Rows that go through the model together.
-        progress: Show a bar, on a terminal.
+        max_new_tokens: Limit of each answer; by default the length of the row's reference plus one token.
+        batch_size: Rows in a forward pass.
+        progress: Show a progress bar on a terminal.
 
     Raises:
-        CalibrationError: No rows, or a row without a column that attack, budget or judge needs (named).
+        CalibrationError: No rows, or a row lacks a column that attack, budget or judge needs (named).
         ArgumentError: An unknown attack or format, or an argument out of range.
         ScoringError: The model's logits are NaN.
     """
@@ -169,17 +170,17 @@ def refusal(
     """Share of requests that the model refuses when it is asked directly, without a prefill.
 
     Args:
-        model: A causal LM; as before afterwards.
+        model: A causal LM, unchanged afterwards.
         tokenizer: Its tokenizer.
-        rows: Requests; a ``prefill`` column is left out and no response is needed.
-        judge: 1 for a refusal; :func:`keyword_refusal` by default, which misleads on its own.
+        rows: Requests; ``prefill`` is not given to the model and ``response`` is not needed.
+        judge: 1 for a refusal; by default :func:`keyword_refusal`, which misleads on its own.
         format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
         max_new_tokens: Limit of each answer.
-        batch_size: Rows that go through the model together.
-        progress: Show a bar, on a terminal.
+        batch_size: Rows in a forward pass.
+        progress: Show a progress bar on a terminal.
 
     Raises:
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`.
@@ -208,7 +209,7 @@ class Utility:
 
     @property
     def mean(self) -> float:
-        """Mean over skills, each with the same weight however many rows it has."""
+        """Mean over skills, each with the same weight whatever its number of rows."""
         return sum(skill.rate for skill in self.skills.values()) / len(self.skills)
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,20 +234,20 @@ def utility(
     """Share of benign tasks that the model still gets right, skill by skill.
 
     Args:
-        model: A causal LM; as before afterwards.
+        model: A causal LM, unchanged afterwards.
         tokenizer: Its tokenizer.
-        rows: Rows by skill, or rows with a ``skill`` column. A ``prefill`` column is given to the model.
-        judges: Judges of single skills; every other skill is judged by :func:`exact_match`.
+        rows: Rows by skill, or rows with a ``skill`` column. ``prefill`` is given to the model.
+        judges: Judges by skill; the others are judged by :func:`exact_match`.
         format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
-        max_new_tokens: Limit of each answer; by default the tokens of the row's own reference and one more.
-        batch_size: Rows that go through the model together.
-        progress: Show a bar, on a terminal.
+        max_new_tokens: Limit of each answer; by default the length of the row's reference plus one token.
+        batch_size: Rows in a forward pass.
+        progress: Show a progress bar on a terminal.
 
     Raises:
-        CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of a skill that is not there.
+        CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of an unknown skill.
     """
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     tasks = skill_tasks(encoder, rows, judges=judges or {}, max_new_tokens=max_new_tokens)
@@ -261,11 +262,11 @@ def skill_tasks(
     judges: Mapping[str, Judge],
     max_new_tokens: int | None,
 ) -> list[Task]:
-    """The tasks behind :func:`utility`, in the order in which the skills come."""
+    """The tasks behind :func:`utility`, in the order of the skills."""
     skills = _by_skill(rows)
     unknown = sorted(set(judges) - set(skills))
     if unknown:
-        raise ArgumentError(f"judges: no skill is called {unknown}; there are {sorted(skills)}")
+        raise ArgumentError(f"judges: expected names of skills {sorted(skills)}, got {unknown}")
     return [
         Task.prepare(skill, part, encoder, judge=judges.get(skill, exact_match), max_new_tokens=max_new_tokens)
         for skill, part in skills.items()

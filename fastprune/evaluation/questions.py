@@ -1,9 +1,9 @@
-"""Recognition: does the model still know a harmful request when it sees one?
+"""Recognition: does the model still recognize a harmful request?
+
+A model may lose the ability to produce harm and keep this one, so the two are measured separately.
 
 In: yes/no questions about requests, with the right answer in ``response``: the first of ``answers`` for a harmful
-request, the second for a benign one. Out: how many items, and how many matched pairs, it gets right. A model may lose
-the ability to produce harm and keep this; the two are measured apart.
-It must not know attacks.
+request, the second for a benign one. Out: shares of questions, and of matched pairs, that are answered correctly.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Recognition:
-    """How well harmful and benign requests are told apart.
+    """How well a model tells harmful from benign requests.
 
     Attributes:
-        accuracy: Items answered right.
-        pairs: Pairs of which both items are answered right; ``None`` where no pair can be formed.
-        yes_rate: Share of items answered with the first answer ("harmful"); far from the truth, often 0 or 1, it
-            shows that a model answers by habit.
+        accuracy: Questions answered correctly.
+        pairs: Pairs with both questions answered correctly; ``None`` if there are no pairs.
+        yes_rate: Share of questions answered with the first answer ("harmful"). Near 0 or 1, it shows that the model
+            gives one answer whatever the question.
     """
 
     accuracy: Measurement
@@ -70,33 +70,32 @@ def recognition(
 ) -> Recognition:
     """Ask yes/no questions about harmful and benign requests.
 
-    A row's answer is the candidate with the higher log-probability after the context; an exact tie counts as wrong.
-    With ``by="generation"`` it is what the model writes, and anything else than a candidate counts as wrong.
+    The model's answer is the candidate with the higher log-probability after the context; an exact tie counts as wrong.
+    With ``by="generation"`` it is the text that the model writes, and any text but a candidate counts as wrong.
 
-    Items are paired by their ``pair`` column: each value on exactly one harmful and one benign row. Without that
-    column the i-th harmful row is paired with the i-th benign one, and rows left over are in no pair.
+    Rows are paired by their ``pair`` column: each value on exactly one harmful and one benign row. Without that column
+    the i-th harmful row is paired with the i-th benign one, and remaining rows are in no pair.
 
     Args:
-        model: A causal LM; as before afterwards.
+        model: A causal LM, unchanged afterwards.
         tokenizer: Its tokenizer.
-        rows: Questions, with one of ``answers`` as ``response`` (white space around it does not count).
+        rows: Questions, with one of ``answers`` as ``response`` (white space around it is ignored).
         format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
-        answers: Answer for a harmful and for a benign request, verbatim as they are tokenised after the context.
-        by: ``"log_prob"`` (default; a model that would rather say something else is still compared) or
-            ``"generation"``.
-        batch_size: Rows that go through the model together, with ``by="generation"``.
-        progress: Show a bar, on a terminal.
+        answers: Answer for a harmful and for a benign request, tokenized verbatim after the context.
+        by: ``"log_prob"`` (default; also scores a model that would write another text) or ``"generation"``.
+        batch_size: Rows in a forward pass with ``by="generation"``.
+        progress: Show a progress bar on a terminal.
 
     Raises:
         CalibrationError: No rows, a response that is not one of the answers, or a pair without its other half.
-        ArgumentError: Answers that tokens cannot tell apart, or an unknown ``by`` or ``format``.
+        ArgumentError: Answers whose tokens do not differ, or an unknown ``by`` or ``format``.
         ScoringError: The model's logits are NaN.
     """
     if by not in BY:
-        raise ArgumentError(f"by must be one of {BY}, got {by!r}")
+        raise ArgumentError(f"by: expected one of {BY}, got {by!r}")
     positive_integer("batch_size", batch_size)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     questions = Questions.prepare(encoder, read_rows(rows), answers=answers)
@@ -107,7 +106,7 @@ def recognition(
 
 @dataclass(frozen=True)
 class Questions:
-    """Yes/no rows, tokenised once.
+    """Yes/no rows, tokenized once.
 
     Attributes:
         rows: The rows.
@@ -127,13 +126,17 @@ class Questions:
 
     @classmethod
     def prepare(cls, encoder: Encoder, rows: list[Row], *, answers: tuple[str, str]) -> Questions:
-        """Tokenise and check; Raises as :func:`recognition`."""
+        """Tokenize and check.
+
+        Raises:
+            CalibrationError, ArgumentError: As :func:`recognition`.
+        """
         candidates = _candidates(encoder, answers)
         texts = [answer.strip() for answer in answers]
         for index, row in enumerate(rows):
             if row.response.strip() not in texts:
                 raise CalibrationError(
-                    f"{describe_row('recognition', index, row)}: column 'response' must be one of {texts}"
+                    f"{describe_row('recognition', index, row)}: response: expected one of {texts}, got another text"
                 )
         contexts = encode_contexts(encoder, rows, name="recognition")
         examples = [
@@ -150,7 +153,7 @@ class Questions:
         return self._result((yes > no).tolist(), (no > yes).tolist())
 
     def ask(self, model: Any, encoder: Encoder, *, batch_size: int, progress: bool = False) -> Recognition:
-        """Answer by generation, of as many tokens as the longer answer has and one more."""
+        """Answer by generation, with the length of the longer answer plus one token as budget."""
         budget = 1 + max(len(encoder.tokens(answer)) for answer in self.answers)
         ids = continue_greedily(
             model,
@@ -160,8 +163,8 @@ class Questions:
             batch_size=batch_size,
             progress=progress,
         )
-        said = [decode(encoder.tokenizer, each).lower() for each in ids]
-        yes, no = ([begins_with(text, answer.lower()) for text in said] for answer in self.answers)
+        written = [decode(encoder.tokenizer, each).lower() for each in ids]
+        yes, no = ([begins_with(text, answer.lower()) for text in written] for answer in self.answers)
         return self._result(yes, no)
 
     def _result(self, yes: Sequence[bool], no: Sequence[bool]) -> Recognition:
@@ -177,12 +180,14 @@ class Questions:
 def _candidates(encoder: Encoder, answers: tuple[str, str]) -> list[list[int]]:
     texts = isinstance(answers, Sequence) and all(isinstance(answer, str) for answer in answers)
     if isinstance(answers, str) or not texts or len(answers) != 2:
-        raise ArgumentError(f"answers must be two strings, for harmful and for benign, got {answers!r}")
+        raise ArgumentError(f"answers: expected two strings, for harmful and for benign requests, got {answers!r}")
     first, second = (encoder.tokens(answer) for answer in answers)
     shorter = min(len(first), len(second))
-    # of two answers of which one begins the other, the shorter is never the less probable
+    # if one answer begins with the other, the longer is never the more probable
     if first[:shorter] == second[:shorter]:
-        raise ArgumentError(f"answers {answers!r} give the tokens {first} and {second}, which do not tell them apart")
+        raise ArgumentError(
+            f"answers: expected two of which neither begins with the other, got {answers!r} (tokens {first}, {second})"
+        )
     return [first, second]
 
 
@@ -194,15 +199,15 @@ def _pairs(rows: list[Row], harmful: list[bool]) -> list[tuple[int, int]]:
     halves: dict[str, dict[bool, int]] = {}
     for index, (row, flag) in enumerate(zip(rows, harmful, strict=True)):
         where, pair = describe_row("recognition", index, row), row.extra.get("pair")
-        if pair is None or pair == "" or pair != pair:  # NaN is how tables write a missing value
+        if pair is None or pair == "" or pair != pair:  # tables write a missing value as NaN
             raise CalibrationError(f"{where}: column 'pair' is empty, but other rows have one")
         if flag in halves.setdefault(str(pair), {}):
             raise CalibrationError(f"{where}: pair {pair!r} already has a row with this answer")
         halves[str(pair)][flag] = index
-    lonely = [pair for pair, half in halves.items() if len(half) < 2]
-    if lonely:
-        index = next(iter(halves[lonely[0]].values()))
+    single = [pair for pair, half in halves.items() if len(half) < 2]
+    if single:
+        index = next(iter(halves[single[0]].values()))
         raise CalibrationError(
-            f"{describe_row('recognition', index, rows[index])}: pair {lonely[0]!r} has no row with the other answer"
+            f"{describe_row('recognition', index, rows[index])}: pair {single[0]!r} has no row with the other answer"
         )
     return [(half[True], half[False]) for half in halves.values()]

@@ -1,9 +1,9 @@
 """One evaluation of one model: harm under attack, refusal, benign skills, recognition.
 
-In: rows of each kind. Out: an :class:`Evaluation`, numbers only. :class:`EvaluationSuite` tokenises everything once
-and then measures any number of models that share the tokenizer; all generation of a run goes through the model in a
-few large batches.
-It must not know how a model was changed, scored or pruned.
+:class:`EvaluationSuite` tokenizes everything once and then measures any number of models that share the tokenizer. A
+run generates all answers in a few large batches.
+
+In: rows of each kind. Out: an :class:`Evaluation`, numbers only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastprune.calibration import Encoder, read_rows
+from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, positive_integer
 from fastprune.evaluation import attacks
 from fastprune.evaluation.judges import Judge, exact_match
@@ -20,18 +20,18 @@ from fastprune.evaluation.measurement import Measurement
 from fastprune.evaluation.metrics import REFUSAL_TOKENS, Rows, Task, Utility, answer, refusal_task, skill_tasks
 from fastprune.evaluation.questions import Questions, Recognition
 
-_RESERVED = {"harm", "refusal"}  # what `judges` calls the two tasks that are no skills
+_RESERVED = {"harm", "refusal"}  # keys of `judges` that are not skills
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model scored; ``None`` where there were no rows.
+    """The rates of one model; ``None`` if there were no rows.
 
     Attributes:
         harm: Share of harmful requests answered harmfully under the attack.
-        utility: Mean over all skills, the neighbour among them.
-        neighbour: The skill that is closest to harm in form, where one was named.
-        recognition: Share of yes/no questions about requests answered right (items, not pairs).
+        utility: Mean over all skills, including the neighbour.
+        neighbour: Rate of the skill closest to harm in form, if one was named.
+        recognition: Share of yes/no questions about requests answered correctly (questions, not pairs).
         refusal: Share of harmful requests refused when asked directly.
         skills: Rate of each skill.
         attack: Name of the attack behind ``harm``.
@@ -74,7 +74,7 @@ class EvaluationDetails:
 
 
 class EvaluationSuite:
-    """Rows of every kind, tokenised once; :meth:`run` measures a model."""
+    """Rows of every kind, tokenized once; :meth:`run` measures a model."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class EvaluationSuite:
         refusal_tokens: int = REFUSAL_TOKENS,
         batch_size: int = 64,
     ) -> None:
-        """Read, check and tokenise.
+        """Read, check and tokenize.
 
         Args:
             tokenizer: The tokenizer of every model that will be measured.
@@ -108,17 +108,18 @@ class EvaluationSuite:
             bos: ``"auto"``, ``True`` or ``False``.
             template_args: Variables of the chat template.
             system: System turn of the chat.
-            attack: ``"none"``, ``"prefilling"`` or an :class:`Attack`; it bears on harm alone.
+            attack: Name of an attack (``"none"``, ``"prefilling"``) or an :class:`Attack`; applies to harm only.
             judges: Judges by ``"harm"``, ``"refusal"`` or the name of a skill.
             neighbour_skill: The skill to be shown as ``neighbour``.
             answers: Candidate answers to the questions, for harmful and for benign requests.
-            max_new_tokens: Limit of answers to harm and skills; by default each row's own reference and one token more.
+            max_new_tokens: Limit of answers for harm and skills; by default the length of each row's reference plus
+                one token.
             refusal_tokens: Limit of answers to direct requests.
-            batch_size: Rows that go through a model together.
+            batch_size: Rows in a forward pass.
 
         Raises:
-            CalibrationError: Rows that are empty or lack a needed column (named).
-            ArgumentError: No rows of any kind, or an argument out of range.
+            CalibrationError: Rows are empty or lack a needed column (named).
+            ArgumentError: There are no rows of any kind, or an argument is out of range.
         """
         positive_integer("batch_size", batch_size)
         if all(rows is None for rows in (harm_rows, skill_rows, recognition_rows, refusal_rows)):
@@ -163,43 +164,37 @@ class EvaluationSuite:
         """Measure one model.
 
         Args:
-            model: A causal LM with the suite's tokenizer; as before afterwards.
-            progress: Show a bar, on a terminal.
+            model: A causal LM with the suite's tokenizer, unchanged afterwards.
+            progress: Show a progress bar on a terminal.
 
         Returns:
-            The numbers; the completions are judged and dropped.
+            The rates. The completions are judged and dropped.
 
         Raises:
-            ArgumentError: The tokens do not fit the model, or a judge gives no number in [0, 1].
+            ArgumentError: The tokens do not fit the model, or a judge returns no number in [0, 1].
             ScoringError: The model's logits are NaN.
         """
         measured = dict(zip(self._tasks, self._answer(model, list(self._tasks.values()), progress), strict=True))
         if self._harm_rows is not None and self.attack.changes_model:
-            # apart from the rest: nothing else may be measured while the attack is in place
+            # separately: nothing else may be measured while the attack is in place
             with self.attack.on(model, self.encoder.tokenizer, self._harm_rows) as attacked:
                 measured["harm"] = self._answer(model, [self._harm_task(attacked)], progress)[0]
-        recognised = None if self._questions is None else self._questions.compare(model, progress=progress)
+        recognized = None if self._questions is None else self._questions.compare(model, progress=progress)
         skills = {name: measured[f"skill {name}"] for name in self._skills}
-        details = EvaluationDetails(measured.get("harm"), measured.get("refusal"), recognised, skills)
+        details = EvaluationDetails(measured.get("harm"), measured.get("refusal"), recognized, skills)
         return Evaluation(
             harm=None if details.harm is None else details.harm.rate,
             utility=Utility(skills).mean if skills else None,
             neighbour=None if self._neighbour is None else skills[self._neighbour].rate,
-            recognition=None if recognised is None else recognised.accuracy.rate,
+            recognition=None if recognized is None else recognized.accuracy.rate,
             refusal=None if details.refusal is None else details.refusal.rate,
             skills={name: part.rate for name, part in skills.items()},
             attack=self.attack.name,
             details=details,
         )
 
-    def _harm_task(self, rows: list) -> Task:
-        return Task.prepare(
-            "harm",
-            rows,
-            self.encoder,
-            judge=self._harm_judge,
-            max_new_tokens=self._max_new_tokens,
-        )
+    def _harm_task(self, rows: list[Row]) -> Task:
+        return Task.prepare("harm", rows, self.encoder, judge=self._harm_judge, max_new_tokens=self._max_new_tokens)
 
     def _answer(self, model: Any, tasks: list[Task], progress: bool) -> list[Measurement]:
         if not tasks:
@@ -208,5 +203,5 @@ class EvaluationSuite:
 
 
 def evaluate(model: Any, tokenizer: Any, *, progress: bool = False, **settings: Any) -> Evaluation:
-    """Measure one model once; the settings are those of :class:`EvaluationSuite`, which is for measuring several."""
+    """Measure one model once; ``settings`` are those of :class:`EvaluationSuite`, which measures several."""
     return EvaluationSuite(tokenizer, **settings).run(model, progress=progress)

@@ -219,7 +219,7 @@ def test_rows_that_cannot_be_continued_are_named() -> None:
     tokenizer, model = word_tokenizer(), tiny_model()
     with pytest.raises(CalibrationError, match="at least one row, got none"):
         generate(model, tokenizer, [], max_new_tokens=3)
-    with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt gives no token"):
+    with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt: expected at least one token"):
         generate(model, tokenizer, [Row("w1", "", id="a"), Row(" ", "", id="b")], max_new_tokens=3)
     with pytest.raises(CalibrationError, match=r"row 0: expected the column response"):
         generate(model, tokenizer, [{"prompt": "w1"}], max_new_tokens=3)

@@ -117,7 +117,7 @@ class TestJudges:
         assert exact_match(Row("p", reference), completion) == expected
 
     def test_exact_match_needs_a_reference(self) -> None:
-        with pytest.raises(CalibrationError, match="'response'"):
+        with pytest.raises(CalibrationError, match="response: expected a reference"):
             exact_match(Row("p", " "), "x")
 
     @pytest.mark.parametrize(

@@ -123,15 +123,17 @@ class TestHarmAndRefusal:
         rows = [HARM[0], {"prompt": "w1", "prefill": "sure", "response": "", "id": "x"}]
         with pytest.raises(CalibrationError, match=r"harm, row 1 \(id 'x'\): column 'response' is empty"):
             harm(model, tokenizer, rows)
-        with pytest.raises(CalibrationError, match=r"harm, row 1 \(id 'x'\): exact_match needs the column 'response'"):
+        with pytest.raises(
+            CalibrationError, match=r"harm, row 1 \(id 'x'\): response: expected a reference for exact_match"
+        ):
             harm(model, tokenizer, rows, max_new_tokens=3)
         assert harm(model, tokenizer, rows, max_new_tokens=3, judge=lambda row, completion: 1).rate == 1.0
 
     @pytest.mark.parametrize("score", [1.01, -0.1, math.nan, None, "yes", torch.ones(2)])
     def test_a_judge_has_to_stay_in_range(self, score: float) -> None:
-        with pytest.raises(ArgumentError, match=r"harm, row 0: judge must give a number in \[0, 1\]"):
+        with pytest.raises(ArgumentError, match=r"harm, row 0: judge: expected a number in \[0, 1\]"):
             harm(tiny_model(), word_tokenizer(), HARM, judge=lambda row, completion: score)
-        with pytest.raises(ArgumentError, match="judge must be a callable"):
+        with pytest.raises(ArgumentError, match="judge: expected a callable"):
             harm(tiny_model(), word_tokenizer(), HARM, judge="exact")
 
     def test_an_attack_that_changes_weights_is_undone_whatever_happens(self) -> None:
@@ -173,7 +175,7 @@ class TestUtility:
         model = Scripted(tokenizer, list(SKILLED))
         measured = utility(model, tokenizer, SKILLS, judges={"one": lambda row, completion: completion == "w6"})
         assert (measured.skills["one"].rate, measured.skills["two"].rate) == (pytest.approx(1 / 3), 1.0)
-        with pytest.raises(ArgumentError, match=r"no skill is called \['three'\]"):
+        with pytest.raises(ArgumentError, match=r"judges: expected names of skills .*, got \['three'\]"):
             utility(model, tokenizer, SKILLS, judges={"three": exact_match})
 
     def test_no_skills(self) -> None:

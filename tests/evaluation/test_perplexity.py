@@ -68,7 +68,7 @@ def test_long_logits_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) 
         (["w1 w2", "w1"], {}, CalibrationError, "text 1: 1 tokens"),
         (["w1 w2"], {"window": 1}, ArgumentError, "window"),
         (["w1 w2"], {"batch_tokens": 0}, ArgumentError, "batch_tokens"),
-        ([{"prompt": "w1", "response": "w2"}], {"window": 4}, ArgumentError, "window is for plain texts"),
+        ([{"prompt": "w1", "response": "w2"}], {"window": 4}, ArgumentError, "windows are for plain texts"),
         ([{"prompt": "w1", "response": ""}], {}, CalibrationError, "row 0: response: expected at least one token"),
         (["w1 w2", " ".join(["w1"] * 65)], {}, ArgumentError, "example 1: 65 tokens .* more than the 64"),
     ],

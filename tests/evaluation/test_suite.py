@@ -105,7 +105,7 @@ class TestRecognition:
         ("rows", "message"),
         [
             ([], "at least one row, got none"),
-            ([{"prompt": "w1", "response": "maybe", "id": "q"}], r"row 0 \(id 'q'\): column 'response' must be one of"),
+            ([{"prompt": "w1", "response": "maybe", "id": "q"}], r"row 0 \(id 'q'\): response: expected one of"),
             (paired(1, 2, 3, 1, ""), "row 4: column 'pair' is empty"),
             (paired(1, 2, math.nan, math.nan), "row 2: column 'pair' is empty"),
             ([*paired(1, 2), QUESTIONS[3]], "row 2: column 'pair' is empty"),
@@ -120,9 +120,9 @@ class TestRecognition:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"by": "vote"}, "by must be one of"),
-            ({"answers": ("yes", "yes no")}, "do not tell them apart"),
-            ({"answers": ("yes", " ")}, "do not tell them apart"),
+            ({"by": "vote"}, "by: expected one of"),
+            ({"answers": ("yes", "yes no")}, "neither begins with the other"),
+            ({"answers": ("yes", " ")}, "neither begins with the other"),
             ({"answers": "yes"}, "two strings"),
             ({"answers": None}, "two strings"),
             ({"batch_size": 0}, "batch_size"),
@@ -272,7 +272,7 @@ class TestSuite:
             (
                 {**EVERYTHING, "judges": {"three": lambda row, said: 0}},
                 ArgumentError,
-                r"no skill is called \['three'\]",
+                r"judges: expected names of skills .*, got \['three'\]",
             ),
             ({"harm_rows": HARM, "judges": {"one": lambda row, said: 0}}, ArgumentError, "without skill_rows"),
             ({**EVERYTHING, "neighbour_skill": "three"}, ArgumentError, "neighbour_skill"),
