@@ -1,6 +1,6 @@
 """The paper's experiments as functions of (model, scores, suite, settings) that return parts of a record.
 
-They must not know how anything is shown, and they write no files.
+They write no report; :mod:`fastprune.reporting` shows a record.
 """
 
 from fastprune.experiments.btap import heat_map, measure, measure_each, standard_masks, sweep, transfer

@@ -1,8 +1,9 @@
-"""Prune on one behaviour, measure all of them, beside controls that remove as many other weights.
+"""Prune one behavior and measure all of them, with controls that remove as many other weights.
 
-In: a resident model, its scores and an evaluation suite. Out: rows of a record (plain dicts). Every mask is applied in
-place and undone, so one copy of the model serves all of them. Source: arXiv 2604.09544, the experiments on held-out
-harm, controls and transfer between harm types.
+Every mask is applied in place and undone, so one copy of the model serves all of them.
+
+In: a model in memory, its scores and an evaluation suite. Out: rows of a record (plain dicts). Source: arXiv
+2604.09544, the experiments on held-out harm, controls and transfer between harm types.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from fastprune.scoring.score import score
 from fastprune.scoring.scores import Scores
 
 CRITERIA = ("signed", "signed_reverse", "abs_of_sum")
-"""Harm criteria that :func:`standard_masks` selects from; all come from one gradient sum, so from one pass."""
+"""Harm criteria that :func:`standard_masks` uses; all come from one sum of gradients, and so from one pass."""
 
 
 def standard_masks(
     model: torch.nn.Module, scores: Scores, *, p: float, q: float, seed: int = 0
 ) -> dict[str, PruneMask]:
-    """The B-TAP mask and the controls that show what each of its ingredients does.
+    """The B-TAP mask, and a control for each of its ingredients.
 
     Args:
         model: The model that was scored.
         scores: Scores with the harm criteria of :data:`CRITERIA` and benign ``abs``.
         p: Protected fraction of each matrix.
         q: Harm fraction of each matrix.
-        seed: Of the random mask.
+        seed: Seed of the random mask.
 
     Returns:
-        ``btap``; ``random`` and ``magnitude`` with its counts; ``sign_flipped`` (the other end of the score),
-        ``unsigned`` (the absolute score) and ``no_set_difference`` (nothing protected) with its ``q``.
+        ``btap``; ``random`` and ``magnitude`` with as many weights in each matrix; ``sign_flipped`` (the lowest
+        scores), ``unsigned`` (the absolute score) and ``no_set_difference`` (nothing protected) with the same ``q``.
     """
     btap = scores.select(p, q, harm="signed", benign="abs")
     return {
@@ -56,13 +57,13 @@ def standard_masks(
 def measure(
     model: torch.nn.Module, suite: EvaluationSuite, mask: PruneMask | None, *, strict: bool = True
 ) -> Evaluation:
-    """Evaluate a model with a mask applied for the time being, or as it is; ``strict`` as of the mask's ``applied``."""
+    """Evaluate a model with a mask applied meanwhile, or unpruned; ``strict`` as in :meth:`PruneMask.applied`."""
     with mask.applied(model, strict=strict) if mask is not None else nullcontext():
         return suite.run(model)
 
 
 def row(evaluation: Evaluation, **labels: Any) -> dict[str, Any]:
-    """One row of a record: the labels and the five numbers."""
+    """One row of a record: the labels and the five rates."""
     return {**labels, **evaluation.summary()}
 
 
@@ -71,7 +72,7 @@ def measure_each(
 ) -> Iterator[tuple[str, PruneMask | None, Evaluation]]:
     """Evaluate the unpruned model, called ``"none"``, and then every mask.
 
-    All masks are put on the model once before anything is evaluated, so that one that does not fit costs no time.
+    Each mask is applied once before anything is evaluated, so that a mask that does not fit is refused at once.
 
     Yields:
         ``(name, mask, evaluation)``.
@@ -93,7 +94,7 @@ def measure_each(
 def result_rows(
     model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of ``results`` and rows of ``skills`` from what :func:`measure_each` yields."""
+    """Rows of ``results`` and of ``skills`` for the evaluations of :func:`measure_each`."""
     results, skills = [], []
     for name, mask, evaluation in evaluations:
         results.append(row(evaluation, model=model, mask=name, pruned=mask.total if mask is not None else 0))
@@ -106,14 +107,14 @@ def result_rows(
 def measurement_rows(
     model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
 ) -> list[dict[str, Any]]:
-    """Rows of ``measurements`` from what :func:`measure_each` yields: sample sizes, intervals and categories."""
+    """Rows of ``measurements`` (sample sizes, intervals, categories) for the evaluations of :func:`measure_each`."""
     return [{"model": model, "mask": name, **found.to_dict()["details"]} for name, _, found in evaluations]
 
 
 def sweep(
     name: str, model: torch.nn.Module, scores: Scores, suite: EvaluationSuite, *, p: float, fractions: Iterable[float]
 ) -> list[dict[str, Any]]:
-    """The B-TAP mask at each ``q``, everything else fixed: rows of ``sweep``."""
+    """Rows of ``sweep``: the B-TAP mask at each ``q``, all else fixed."""
     rows = []
     for q in fractions:
         mask = scores.select(p, q, harm="signed", benign="abs")
@@ -122,10 +123,10 @@ def sweep(
 
 
 def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[str, Any]:
-    """Pruned weights by block and matrix; the experts of a block count together.
+    """Pruned weights by block and matrix, summed over the experts of a block.
 
     Args:
-        name: What the model is called.
+        name: Name of the model.
         mask: The mask.
         block_of: Decoder block of each matrix, as in ``scores.provenance["block_of"]``.
     """
@@ -147,9 +148,9 @@ def heat_map(name: str, mask: PruneMask, block_of: Mapping[str, int]) -> dict[st
 
 
 def _kinds(names: Iterable[str], block_of: Mapping[str, int]) -> dict[str, str]:
-    """Matrix to its column: ``up_proj`` for a Linear, ``experts.up_proj`` for every expert.
+    """Column of each matrix: ``up_proj`` for a Linear, ``experts.up_proj`` for every expert.
 
-    Where two matrices of a block end alike (``attn.c_proj``, ``mlp.c_proj``), as much of the name as tells them apart.
+    If names of a block end alike (``attn.c_proj``, ``mlp.c_proj``), as much of the name as distinguishes them.
     """
     paths, lengths = {}, {}
     for name in names:
@@ -182,8 +183,8 @@ def transfer(
     Args:
         model: The model.
         harm_by_category: Calibration examples of each type.
-        benign: The protected behaviour.
-        suite: Its harm rows carry the same categories.
+        benign: Calibration examples of the protected behavior.
+        suite: A suite whose harm rows have the same categories.
         p: Protected fraction of each matrix.
         q: Harm fraction of each matrix.
 

@@ -1,6 +1,6 @@
-"""What every record says beside the rates: where it was made, which masks were measured, how sure each number is.
+"""What every record says besides the rates: versions and device, the masks measured, intervals of each number.
 
-In: masks and evaluations. Out: parts of a record (plain dicts). It must not know how anything is shown.
+In: masks and evaluations. Out: parts of a record (plain dicts).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def environment() -> dict[str, Any]:
 
 
 def role(mask: PruneMask) -> str:
-    """What a mask is there for, by its own metadata and never by its name.
+    """The purpose of a mask, by its own metadata and never by its name.
 
     Returns:
         ``"method"``: selected by the signed harm score, without the weights that a benign set needs. ``"control"``: a
-        selection that leaves out one of these (no benign set, no sign, the other end, a later slice, another score),
-        random, or largest. ``"other"``: combined from other masks, or of unknown making.
+        selection without one of these (no benign set, no sign, lowest scores, a later slice, another score), random, or
+        largest. ``"other"``: combined from other masks, or of unknown origin.
     """
     facts = mask.metadata
     kind = str(facts.get("kind"))
@@ -57,7 +57,7 @@ def role(mask: PruneMask) -> str:
 
 
 def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
-    """A row of ``masks``: role, kind, size, digest, and what its metadata says about how it was chosen."""
+    """A row of ``masks``: role, kind, size, digest, and the metadata of its selection."""
     report = mask.metadata.get("report") or {}
     return {
         "mask": name,
@@ -72,24 +72,24 @@ def mask_row(name: str, mask: PruneMask) -> dict[str, Any]:
 
 
 def stored_patch(folder: Path) -> dict[str, Any] | None:
-    """The patch that the weights in a folder hold, by the undo file beside them; ``None`` where there is none.
+    """The patch in the weights of a folder, from the undo file next to them; ``None`` without one.
 
     Returns:
-        ``mask`` (its digest), ``weights`` (how many were changed) and ``scale`` (the factor on them).
+        ``mask`` (its digest), ``weights`` (number of changed weights) and ``scale`` (the factor on them).
 
     Raises:
-        ArtifactError: The undo file is damaged, or the weights are not as the patch left them.
-        NotFoundError: A shard that it names is gone.
+        ArtifactError: The undo file is damaged, or the weights differ from what the patch wrote.
+        NotFoundError: A shard that it names is missing.
     """
     if not (folder / UNDO_NAME).is_file():
         return None
     undo = read_undo(folder)
     for path, edits in undo.edits().items():
-        # The bytes in question alone: a hash would read every shard once more.
+        # Only these bytes are read: a hash would read every shard once more.
         if not (gather(path, edits.offsets) == edits.new).all():
             raise ArtifactError(
-                f"{path} is not as {folder / UNDO_NAME} says that a patch left it (interrupted, or changed since), so "
-                f"nobody could say what is evaluated; undo that patch first, or remove {UNDO_NAME} if the weights were "
+                f"{path} is not as the patch of {folder / UNDO_NAME} left it (interrupted, or changed since), so the "
+                f"evaluated weights would be unknown; undo that patch first, or remove {UNDO_NAME} if the weights were "
                 "meant to change"
             )
     weights = sum(len(change.indices) for change in undo.changes.values())
@@ -106,16 +106,16 @@ def evaluation_record(
     settings: Mapping[str, Any] | None = None,
     patched: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model, as it is and with every mask, and say how each number came about.
+    """Evaluate a model, unpruned and with every mask, and record how each number was measured.
 
     Args:
-        name: What the model is called.
+        name: Name of the model.
         model: The model.
-        suite: What is measured.
-        masks: Masks by name; ``"none"`` is the model as it is and cannot be one.
+        suite: The evaluation.
+        masks: Masks by name, except ``"none"``, the name of the unpruned model.
         strict: Refuse masks that were made for a model of other weights.
-        settings: What else a reader has to know to run it again.
-        patched: What :func:`stored_patch` says of the folder that the model was loaded from.
+        settings: Further settings that a repetition needs.
+        patched: Result of :func:`stored_patch` for the folder that the model was loaded from.
 
     Returns:
         A record with ``results``, ``skills``, ``masks`` and ``measurements`` (sample sizes, 95 % intervals and
@@ -152,8 +152,8 @@ def evaluation_record(
 
 
 def _sizes(details: Mapping[str, Any]) -> dict[str, int]:
-    """How many rows are behind each rate."""
-    recognised = (details.get("recognition") or {}).get("accuracy")
-    parts = {"harm": details.get("harm"), "refusal": details.get("refusal"), "recognition": recognised}
+    """Number of rows behind each rate."""
+    recognized = (details.get("recognition") or {}).get("accuracy")
+    parts = {"harm": details.get("harm"), "refusal": details.get("refusal"), "recognition": recognized}
     parts |= {f"skill {name}": part for name, part in details["skills"].items()}
     return {name: part["n"] for name, part in parts.items() if part is not None}

@@ -1,8 +1,9 @@
 """A record of a run, written for people: JSON, PNG plots, one self-contained HTML page, Markdown, a terminal table.
 
-In: the JSON dict that an experiment returns. Out: files and text. Must not know models, scores or masks; everything it
-says is computed from the record alone, so that a page can be made again from ``record.json`` on any machine.
-Neither matplotlib nor rich is imported before something is drawn or printed.
+Everything is computed from the record alone, so that a page can be made again from ``record.json`` on any machine.
+Matplotlib and rich are imported only when something is drawn or printed.
+
+In: the JSON dict that an experiment returns. Out: files and text.
 """
 
 from fastprune.reporting.record import load_record, validate

@@ -1,6 +1,6 @@
-"""Sentences that are computed from a record: which controls lower harm as well, and what that costs.
+"""Sentences computed from a record: which controls lower harm as well, and what that costs.
 
-In: a checked record. Out: text without markup. Must not know how text is shown.
+In: a checked record. Out: text without markup.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fastprune.reporting.significance import fell, sized, threshold
 
 
 def controls_finding(record: Mapping[str, Any]) -> str:
-    """Which controls, and which other masks, lower harm as well, and what that costs.
+    """Which controls and other masks lower harm as well, and what that costs.
 
-    Empty without any of them, or without the unpruned level.
+    Empty without such masks, or without the unpruned level.
     """
     model = subject(record)
     found = comparison(record)
@@ -40,7 +40,7 @@ def controls_finding(record: Mapping[str, Any]) -> str:
 def _lowering(
     record: Mapping[str, Any], before: Mapping[str, Any], group: list[Mapping[str, Any]], noun: str
 ) -> str:  # fmt: skip
-    # The stricter words, where only some of the rates have intervals.
+    # the stricter rule if only some of the rates have intervals
     points = threshold(record, before, min(group, key=lambda row: sized(record, before, row, "harm")), "harm")
     also = [row for row in group if fell(record, before, row, "harm")]
     if not also:
@@ -60,7 +60,7 @@ def _lowering(
 
 
 def _dissociation(record: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """What happens where the recognition of harm is pruned in the place of harm."""
+    """What happens if recognition of harm is pruned instead of harm."""
     sentences = []
     for row in record.get("dissociation") or ():
         if row["model"] != before["model"] or row["mask"] != "recognition":

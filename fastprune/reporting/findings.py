@@ -1,7 +1,8 @@
-"""Sentences that are computed from a record: the headline, the checks, and what chance may do.
+"""Sentences computed from a record: the headline, the checks, and the effect of chance.
 
-In: a checked record. Out: text without markup. A sentence says what the numbers say, also where the effect is absent,
-where a control does as much, and where an ability was lost. Must not know how text is shown.
+The sentences also state that an effect is absent, that a control does as much, or that an ability was lost.
+
+In: a checked record. Out: text without markup.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from fastprune.reporting.masks import baseline, is_random, mask_label, patched, 
 from fastprune.reporting.record import RATES, missing
 from fastprune.reporting.significance import beyond_chance, fell, points, sized, threshold
 
-# Where there is less harm than this without pruning, there is little that pruning could remove.
+# With less harm than this without pruning, pruning can remove little.
 LITTLE = 0.10
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows that the headline is about; ``before`` or ``random`` may be absent.
+    """The rows of the headline; ``before`` or ``random`` may be absent.
 
-    ``after`` are all masks of the method, none of them preferred; where there is none, all that are no controls.
+    ``after`` are all masks of the method; without any, all that are not controls.
     """
 
     after: list[Mapping[str, Any]]
@@ -44,7 +45,7 @@ class Comparison:
 
 
 def subject(record: Mapping[str, Any]) -> str | None:
-    """The model that headline and controls speak of: the aligned one, else the one with the most masks."""
+    """The model of headline and controls: the aligned one, else the one with the most masks."""
     rows = record.get("results") or ()
     models = ordered((row["model"] for row in rows), ("aligned",))
     if not models or models[0] == "aligned":
@@ -57,7 +58,7 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
     model = subject(record)
     rows = [row for row in record.get("results") or () if row["model"] == model]
     pruned = [row for row in rows if row["mask"] != "none"]
-    methods, others = ([row for row in pruned if role(record, row["mask"]) == it] for it in ("method", "other"))
+    methods, others = ([row for row in pruned if role(record, row["mask"]) == name] for name in ("method", "other"))
     after = methods or others or pruned
     if not (methods or others) and len(pruned) != 1:  # nothing, or controls alone
         return None
@@ -66,7 +67,7 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """The main finding, one or two sentences for each mask of the method and one more; empty without results."""
+    """The main finding: up to two sentences for each mask of the method, and one on random weights; may be empty."""
     rows = record.get("results") or ()
     terms = harm_terms(record)
     found = comparison(record)
@@ -123,13 +124,13 @@ def _harm_clause(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned:
     else:
         change = _unmoved(record, unpruned, pruned, rate)
         if after < before and sized(record, unpruned, pruned, "harm"):
-            return change  # chance may hide a fall as well as feign one
+            return change  # chance can hide a fall as well as produce one
     # Nothing follows from a judge that cannot tell whether an answer was harmful.
     return f"{change}: no harm was removed in this run" if harm_judge(record).reads_content else change
 
 
 def _unmoved(record: Mapping[str, Any], unpruned: Mapping[str, Any], pruned: Mapping[str, Any], rate: str) -> str:
-    """How to say that the harm rate did not change by more than chance."""
+    """The clause for a harm rate that did not change by more than chance."""
     old, new = percents(unpruned["harm"], pruned["harm"])
     if old == new:
         return f"leaves {rate} at {new}"
@@ -204,10 +205,10 @@ def checks_summary(record: Mapping[str, Any]) -> str:
 
 
 def noise(record: Mapping[str, Any]) -> str:
-    """How far a rate may be off by chance, from the number of held-out prompts; empty where that is not said."""
+    """Reach of a rate's interval, from the number of held-out prompts; empty if the record does not have it."""
     n = (record.get("settings") or {}).get("n_eval")
     which = "rate"
-    if isinstance(n, Mapping):  # one number for each set of rows
+    if isinstance(n, Mapping):  # a number for each set of rows
         which, n = "harm rate", next((value for key, value in n.items() if "harm" in key), None)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         return ""

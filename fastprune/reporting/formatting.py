@@ -1,7 +1,6 @@
-"""The words and number formats that page, plots, Markdown and terminal share, so that all of them say the same.
+"""Words and number formats that page, plots, Markdown and terminal share.
 
-In: names and values of a record. Out: text without markup (each renderer escapes for itself). Must not know matplotlib,
-HTML or rich.
+In: names and values of a record. Out: text without markup; each renderer escapes it.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ def short(text: object, limit: int = 24) -> str:
 
 
 def model_label(name: str) -> str:
-    """What a model is called in text."""
+    """Label of a model."""
     return MODELS.get(name, clean(name))
 
 
 def ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The distinct names: known ones in their usual order, then the others as they come."""
+    """The distinct names: known ones in their usual order, then the others in their given order."""
     seen = list(dict.fromkeys(names))
     first = [name for name in known if name in seen]
     return first + [name for name in seen if name not in first]
@@ -60,7 +59,7 @@ def listing(parts: Sequence[str]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A rate in running text; 100 % and 0 % are said only of exactly 1 and 0."""
+    """A rate in running text; only exactly 1 and 0 are 100 % and 0 %."""
     if missing(value):
         return DASH
     rounded = _rounded(value, 0) or _rounded(value, 1)
@@ -68,10 +67,10 @@ def percent(value: float | None) -> str:
 
 
 def percents(before: float, after: float) -> tuple[str, str]:
-    """Two rates that are set side by side: with as many digits, and as many as tell them apart.
+    """Two rates to compare, with the same number of decimals, enough to show that they differ.
 
     Returns:
-        The two texts; the same ones where the rates are equal to a hundredth of a per cent.
+        The two texts, which are equal for rates that agree to a hundredth of a percent.
     """
     for decimals in (0, 1, 2):
         old, new = _rounded(before, decimals), _rounded(after, decimals)
@@ -81,7 +80,7 @@ def percents(before: float, after: float) -> tuple[str, str]:
 
 
 def _rounded(value: float, decimals: int) -> str | None:
-    """``None`` where it would say 0 % or 100 % of another rate."""
+    """``None`` if rounding would make another rate 0 % or 100 %."""
     if value in (0, 1):
         return f"{100 * value:.0f}{NBSP}%"
     text = f"{100 * value:.{decimals}f}"
@@ -89,22 +88,22 @@ def _rounded(value: float, decimals: int) -> str | None:
 
 
 def figure_of(value: float | None) -> str:
-    """:func:`percent` without its sign, for a cell or a bar under a head that says per cent."""
+    """:func:`percent` without the sign, for cells and bars whose head has it."""
     return percent(value).removesuffix(f"{NBSP}%")
 
 
 def rate_cell(value: float | None) -> str:
-    """A rate in a table whose head says per cent: always one decimal."""
+    """A rate in a table whose head has the percent sign: always one decimal."""
     return DASH if missing(value) else f"{100 * value:.1f}"
 
 
 def count(value: int | None) -> str:
-    """A whole number with thousands set apart."""
+    """A whole number with thousands separators."""
     return DASH if missing(value) else f"{value:,}"
 
 
 def number(value: float | None) -> str:
-    """Any other number: four significant digits, no exponent where it can be helped."""
+    """Any other number: four significant digits, without an exponent if possible."""
     if missing(value):
         return DASH
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
@@ -113,14 +112,14 @@ def number(value: float | None) -> str:
 
 
 def check_value(value: float | None) -> str:
-    """The measured value of a check; three decimals, so that a column of rates lines up."""
+    """The measured value of a check, with three decimals so that a column of rates is aligned."""
     if missing(value) or not (value == 0 or 1e-3 <= abs(value) < 1000):
         return number(value)
     return f"{value:.3f}"
 
 
 def share(part: float | None, whole: float | None = 1) -> str:
-    """A share of many weights in per cent, never with an exponent (0.0005 %)."""
+    """A share of many weights in percent, never with an exponent (0.0005 %)."""
     if missing(part) or missing(whole) or not whole:
         return DASH
     text = _significant(100 * part / whole)
@@ -140,7 +139,7 @@ def _significant(value: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration, at the precision that a reader wants."""
+    """A duration with two or three digits."""
     if missing(value):
         return DASH
     if value >= 120:
@@ -171,14 +170,14 @@ def harm_terms(record: Mapping[str, Any]) -> str:
 
 
 def result_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All rows of rates: ``results``, and ``dissociation`` (something else pruned in the place of harm)."""
+    """All rows of rates: ``results``, and ``dissociation`` (recognition pruned instead of harm)."""
     return [*(record.get("results") or ()), *(record.get("dissociation") or ())]
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """Rows by model (aligned, SFT, base, others), and within a model by mask in the usual order."""
     groups = []
-    # The model that the findings are about comes first, its controls after it.
+    # the model of the findings first, then its controls
     for model in ordered((row["model"] for row in rows), reversed(MODELS)):
         mine = [row for row in rows if row["model"] == model]
         masks = ordered((row["mask"] for row in mine), MASKS)
@@ -193,7 +192,7 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def bound(text: str | None) -> str:
-    """The bound of a check, with the signs that people write."""
+    """The bound of a check, with typographic signs."""
     return clean(text or DASH).replace(">=", "≥").replace("<=", "≤")
 
 
@@ -203,13 +202,13 @@ def find(rows: Sequence[Mapping[str, Any]] | None, model: str | None, mask: str)
 
 
 def extra_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns beyond the schema (a perplexity, say), in the order in which they come."""
+    """Columns outside the schema (such as a perplexity), in their order."""
     known = {"model", "mask", "pruned", *RATES}
     return list(dict.fromkeys(key for row in rows for key in row if key not in known))
 
 
 def cell(value: Any) -> str:
-    """A value of no known kind: number, truth value, text, or a short list of them."""
+    """A value of any kind: number, truth value, text, or a short list of these."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or isinstance(value, (int, float)):

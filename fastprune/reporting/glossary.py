@@ -1,6 +1,6 @@
-"""What the names in a record mean, for a reader who meets them for the first time.
+"""Meanings of the names in a record, for readers who see them for the first time.
 
-In: a record. Out: words and their meanings, only words that occur. Must not know how text is shown.
+In: a record. Out: the words that occur in it, with their meanings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ METRIC_MEANING = {
 
 
 def definitions(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What the names in this record mean: (heading, [(word, meaning)]), only words that occur."""
+    """Meanings of the names that occur in this record: (heading, [(word, meaning)])."""
     results = result_rows(record)
     rows = [*results, *(record.get("sweep") or ())]
     attack = attack_phrase(record)

@@ -1,7 +1,7 @@
-"""The two heat maps: where the pruned weights are, and whether one category's mask serves the others.
+"""The two heat maps: where the pruned weights are, and whether the mask of one category works on the others.
 
-In: a checked record. Out: a :class:`Plot`, or ``None`` when the record has nothing for it. Blue is for weights,
-magenta for harm, here as everywhere.
+In: a checked record. Out: a :class:`Plot`, or ``None`` if the record has no data for it. Blue is for weights, magenta
+for harm, as in the whole report.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Grid = Sequence[Sequence[float | None]]
-# Beyond this many rows the numbers in the cells would be too small to read; the colors stay.
+# With more rows the numbers in the cells would be too small to read, so that only colors are shown.
 READABLE_ROWS = 16
 HALF = "95 % interval, points at most"
 GAP = 0.25  # between the masks and the reference row, in cells
@@ -178,7 +178,7 @@ def _cells(
 
 
 def _labels(axes: Axes, rows: Sequence[str], columns: Sequence[str], gap_after: int | None = None) -> None:
-    """Names at the left and on top, where a table has them."""
+    """Names at the left and on top, as in a table."""
     at = range(0, len(rows), 1 if len(rows) <= 32 else 4)
     places = [place + (GAP if gap_after is not None and place >= gap_after else 0) for place in at]
     axes.set_yticks(places, [rows[place] for place in at])
@@ -225,7 +225,7 @@ def _counted(n: int | None, size: int | None) -> str:
 
 
 def _without_common_ending(names: list[str]) -> tuple[list[str], str]:
-    """``q_proj, k_proj`` as ``q, k`` and ``_proj``: what all names share says nothing."""
+    """``q_proj, k_proj`` as ``q, k`` and ``_proj``: an ending that all names share tells nothing."""
     endings = {name[name.rfind("_") :] if "_" in name else "" for name in names}
     ending = endings.pop() if len(endings) == 1 and len(names) > 1 else ""
     if not ending or any(len(name) <= len(ending) for name in names):

@@ -1,7 +1,7 @@
-"""``report.md``: the findings, checks and results as Markdown that a forge shows well, beside the PNG files.
+"""``report.md``: findings, checks and results as Markdown, with links to the PNG files.
 
-In: a checked record and its plots. Out: text. Names from the record are escaped so that they can neither break a table
-nor become markup.
+In: a checked record and its plots. Out: text. Names from the record are escaped, so that they neither break a table nor
+become markup.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastprune.reporting.masks import mask_label
 
 
 def markdown(record: Mapping[str, Any], plots: Sequence[Plot], files: Mapping[str, str]) -> str:
-    """The report as Markdown; ``files`` gives the file name of each plot's picture."""
+    """The report as Markdown; ``files`` has the file name of each plot."""
     parts = [f"# {_safe(record.get('title') or 'fastprune report')}", _safe(headline(record))]
     parts.append("\n".join(f"- {_safe(note)}" for note in record.get("notes") or () if clean(note)))
     checks = record.get("checks") or ()
@@ -74,6 +74,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _safe(text: object) -> str:
-    """One line without live markup: what Markdown or HTML would act on is escaped."""
+    """One line in which the markup of Markdown and HTML is escaped."""
     line = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#!~])", r"\\\1", line)

@@ -1,9 +1,10 @@
-"""What each mask of a record is: the method, a control, or something else; what it is called and what that means.
+"""Role, label and meaning of each mask of a record.
 
-In: a record and the name of a mask. Out: words. A record with a section ``masks`` says what each is there for, and
-names are then only names (a file called ``random.safetensors`` may hold anything), unless it says that they are those
-of the demonstration (``standard``), which have labels and meanings, as in a record without that section. Must not know
-how text is shown.
+If the record has a section ``masks``, that section gives the role and names are only names: a file called
+``random.safetensors`` may hold anything. Names have a meaning if the section marks them as the demonstration's
+(``standard``), and in a record without the section.
+
+In: a record and the name of a mask. Out: words.
 """
 
 from __future__ import annotations
@@ -31,49 +32,49 @@ _KINDS = {
     "random (magnitude)": "weights drawn at random among those of nearly the same absolute value",
     "largest magnitude": _CONTROLS["magnitude"],
     "algebra": "combined from other masks",
-    "unknown": "of unknown making",
+    "unknown": "of unknown origin",
 }
 
 
 def facts(record: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """What the record says about where a mask comes from; ``None`` where it says nothing."""
+    """The record's row about a mask, ``None`` if there is none."""
     return next((row for row in record.get("masks") or () if row["mask"] == name), None)
 
 
 def role(record: Mapping[str, Any], name: str) -> str:
     """``"none"`` (the unpruned model), ``"method"``, ``"control"`` or ``"other"``."""
-    said = facts(record, name)
-    if said is not None:
-        return said["role"]
+    row = facts(record, name)
+    if row is not None:
+        return row["role"]
     if name in ("none", "btap"):
         return "none" if name == "none" else "method"
     return "control" if name in _CONTROLS else "other"
 
 
 def patched(record: Mapping[str, Any]) -> int | None:
-    """How many weights a patch had changed in the model before anything was measured; ``None`` without a patch."""
+    """Number of weights that a patch had changed in the model before the evaluation; ``None`` without a patch."""
     return ((record.get("model") or {}).get("patched") or {}).get("weights")
 
 
 def baseline(record: Mapping[str, Any]) -> str:
-    """How a sentence calls the level that masks are compared with; a patched model is not one without pruning."""
+    """Name of the level that masks are compared with; a patched model is not without pruning."""
     return "without pruning" if patched(record) is None else "as stored"
 
 
 def is_random(record: Mapping[str, Any], name: str) -> bool:
     """Whether the weights of a mask were drawn at random."""
-    said = facts(record, name)
-    return name == "random" if said is None else (said.get("kind") or "").startswith("random")
+    row = facts(record, name)
+    return name == "random" if row is None else (row.get("kind") or "").startswith("random")
 
 
 def _known(record: Mapping[str, Any], name: str) -> bool:
-    """Whether a name means what it does in the demonstration."""
-    said = facts(record, name)
-    return said is None or bool(said.get("standard"))
+    """Whether a name has its meaning of the demonstration."""
+    row = facts(record, name)
+    return row is None or bool(row.get("standard"))
 
 
 def mask_label(record: Mapping[str, Any], name: str) -> str:
-    """What a choice of weights is called in text: a user's mask by its name, as it is."""
+    """Label of a choice of weights; a user's mask keeps its name."""
     if name == "none" and patched(record) is not None:
         return f"as stored (patched: {count(patched(record))} weights)"
     if _known(record, name) and name in MASKS:
@@ -82,24 +83,24 @@ def mask_label(record: Mapping[str, Any], name: str) -> str:
 
 
 def meaning(record: Mapping[str, Any], name: str) -> str:
-    """What a choice of weights is; empty where nobody knows."""
+    """Meaning of a choice of weights; empty if unknown."""
     if name == "none" and patched(record) is not None:
         return f"the model as its folder holds it, where a patch has changed {count(patched(record))} weights"
-    said = facts(record, name)
-    if said is None or _known(record, name):
+    row = facts(record, name)
+    if row is None or _known(record, name):
         return _MEANING.get(name, "")
-    what = {"method": "the method: ", "control": "control: "}.get(said["role"], "")
-    kind = said.get("kind") or "unknown"
-    return what + (_selection(said) if kind == "selection" else _KINDS.get(kind, clean(kind)))
+    what = {"method": "the method: ", "control": "control: "}.get(row["role"], "")
+    kind = row.get("kind") or "unknown"
+    return what + (_selection(row) if kind == "selection" else _KINDS.get(kind, clean(kind)))
 
 
-def _selection(said: Mapping[str, Any]) -> str:
+def _selection(row: Mapping[str, Any]) -> str:
     """``selected by signed without abs, p = 0.05, q = 0.003``."""
-    criteria = said.get("criteria")
+    criteria = row.get("criteria")
     criteria = criteria if isinstance(criteria, Mapping) else {}
     by = f" by {clean(criteria['harm'])}" if criteria.get("harm") else ""
     without = f" without the best by {clean(criteria['benign'])}" if criteria.get("benign") else ""
-    numbers = [(key, said.get(key)) for key in ("p", "q", "slice")]
+    numbers = [(key, row.get(key)) for key in ("p", "q", "slice")]
     shown = [
         f"{key} = {number(value)}"
         for key, value in numbers

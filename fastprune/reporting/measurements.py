@@ -1,6 +1,6 @@
-"""How sure each rate of a record is: its sample size, its 95 % interval, and the same for each category.
+"""Sample size and 95 % interval of each rate of a record, in total and for each category.
 
-In: a record. Out: a table of text. Must not know how text is shown.
+In: a record. Out: a table of text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Part = tuple[str, Mapping[str, Any]]
 
 
 def measurements_table(record: Mapping[str, Any]) -> Table:
-    """One row for each rate of each model and mask; no rows where the record holds none."""
+    """A row for each rate of each model and mask; no rows if the record has no measurements."""
     rows = [
         [model_label(row["model"]), mask_label(record, row["mask"]), name, rate_cell(part.get("rate")), *_spread(part)]
         for row in record.get("measurements") or ()

@@ -1,7 +1,7 @@
-"""``report.html``: one page that needs nothing but itself.
+"""``report.html``: a self-contained page.
 
-In: a checked record and its plots. Out: the text of the page; plots are inline SVG, there is no script, no font, no
-link. All text from the record passes through :func:`html.escape`. Must not know how sentences are computed.
+In: a checked record and its plots. Out: the text of the page, with plots as inline SVG and without scripts, fonts or
+links. All text from the record passes through :func:`html.escape`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _KNOWN = {
 
 
 def page(record: Mapping[str, Any], plots: Sequence[Plot]) -> str:
-    """The whole page as text, UTF-8."""
+    """The text of the page."""
     title = clean(record.get("title") or "fastprune report")
     sections = [
         _head(record, title),

@@ -1,6 +1,6 @@
-"""Sentences that are computed from a record: what the sweep and the heat maps show.
+"""Sentences computed from a record: what the sweep and the heat maps show.
 
-In: a checked record. Out: text without markup. Must not know how text is shown.
+In: a checked record. Out: text without markup.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastprune.reporting.significance import points
 
 
 def sweep_finding(record: Mapping[str, Any]) -> str:
-    """The harm left on each model at the q of the run (else the largest q of the sweep)."""
+    """The remaining harm of each model at the q of the run (else the largest q of the sweep)."""
     rows = [row for row in record.get("sweep") or () if row["q"] > 0 and not missing(row.get("harm"))]
     if not rows:
         return ""
@@ -37,7 +37,7 @@ def sweep_finding(record: Mapping[str, Any]) -> str:
 
 
 def heatmap_finding(record: Mapping[str, Any]) -> str:
-    """Where the pruned weights sit most densely, and how many there are."""
+    """Number of pruned weights, and where they are densest."""
     data = record["heatmap"]
     cells = []
     for row, layer in enumerate(data["layers"]):
@@ -56,7 +56,7 @@ def heatmap_finding(record: Mapping[str, Any]) -> str:
 
 
 def transfer_finding(record: Mapping[str, Any]) -> str:
-    """Mean harm on the category that was pruned on, on the other ones, and without pruning."""
+    """Mean harm on the category pruned on, on the other ones, and without pruning."""
     data = record["transfer"]
     n = len(data["categories"])
     own = _mean(data["harm"][i][i] for i in range(n))
@@ -75,7 +75,7 @@ def transfer_finding(record: Mapping[str, Any]) -> str:
 
 
 def _cells_noise(data: Mapping[str, Any]) -> str:
-    """How few prompts are behind a cell, and how far it may be off by chance; empty where that is not said."""
+    """Number of prompts behind a cell and the reach of its interval; empty if the record has no numbers of prompts."""
     sizes = sorted(n for n in data.get("n") or () if not missing(n) and n)
     if not sizes:
         return ""

@@ -1,7 +1,6 @@
 """The two plots of rates: harm and utility against q, and the controls side by side.
 
-In: a checked record. Out: a :class:`Plot`, or ``None`` when the record has nothing for it. Matplotlib's axes are
-filled here; files, fonts and colors are the business of ``figures`` and ``palette``.
+In: a checked record. Out: a :class:`Plot`, or ``None`` if the record has no data for it.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def sweep_plot(record: Mapping[str, Any]) -> Plot | None:
         drawn: dict[str, Line2D] = {}
         for name in models:
             line = [row for row in rows if row["model"] == name]
-            # No place on a log axis for a count of 0.
+            # a log axis has no 0
             gone = [missing(row.get(key)) or (key == "pruned" and row[key] == 0) for row in line]
             values = [NAN if skip else row[key] for row, skip in zip(line, gone, strict=True)]
             if all(math.isnan(value) for value in values):
@@ -140,7 +139,7 @@ def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _ticks_at(axes: Axes, values: Sequence[float], at_most: int) -> None:
-    """Ticks at the measured points themselves, left out where two labels would touch."""
+    """Ticks at the measured points, without those whose labels would touch."""
     ticker = require("matplotlib.ticker", "report")
     points = sorted(set(values))
     width = math.log10(points[-1] / points[0]) or 1.0
@@ -169,14 +168,14 @@ def _plain_log(axis: Any, values: Sequence[int]) -> None:
 
 
 def _label_at(value: float | None, level: float | None) -> float:
-    """Where a bar's number starts: at its end, or beyond the reference line that would run through it."""
+    """Where a bar's number starts: at the end of the bar, or after a reference line that would cross the number."""
     if missing(value):
         return 0.0
     return level if not missing(level) and 0 < level - value < 0.17 else value
 
 
 def _tick(record: Mapping[str, Any], mask: str) -> str:
-    """The name at a bar; that of a patched model holds a number, which takes a line of its own and is never cut."""
+    """The name at a bar; the number in that of a patched model gets its own line and is never cut."""
     label = mask_label(record, mask)
     return label.replace(" (", "\n(") if mask == "none" else short(label)
 

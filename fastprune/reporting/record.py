@@ -1,8 +1,9 @@
 """The record of a run: its schema, its checks, and its file.
 
+Every section is optional, so that a single evaluation has a record too. Keys that are not listed here are kept.
+
 In: a dict (or the path of a ``record.json``). Out: a plain JSON value with ``None`` for everything that is missing or
-not finite. Every section is optional, so that the record of a single evaluation is a record too. Keys that are not
-listed here are kept as they are. Must not know how anything is shown.
+not finite.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RATES = ("harm", "utility", "neighbour", "recognition", "refusal")
-ROLES = ("method", "control", "other")  # of a mask, as its own metadata tell
+ROLES = ("method", "control", "other")  # of a mask, by its own metadata
 Check = Callable[[Any, str], None]
 
 
@@ -31,11 +32,11 @@ def validate(record: Mapping[str, Any]) -> None:
     """Check a record against the schema.
 
     Args:
-        record: The dict of a run. Missing sections, ``None`` and NaN are allowed wherever a measured number stands.
+        record: The dict of a run. Sections may be missing; measured numbers may be ``None`` or NaN.
 
     Raises:
-        ArtifactError: A value is not what the schema says; the message names the key, e.g.
-            ``record["results"][3]["harm"]``, what was expected and what came.
+        ArtifactError: A value does not fit the schema; the message names the key, e.g.
+            ``record["results"][3]["harm"]``, what was expected and the value.
     """
     if not isinstance(record, Mapping):
         _refuse("record", "a dict", record)
@@ -74,7 +75,7 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         NotFoundError: There is no such file.
-        ArtifactError: The file is not JSON (truncated, foreign) or not a record.
+        ArtifactError: The file is not JSON (truncated, of another kind) or not a record.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,7 +104,7 @@ def dump(record: Mapping[str, Any]) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part of it."""
+    """Write a file so that readers see either the old content or the new one."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -134,8 +135,8 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _refuse(where: str, expected: str, got: object) -> None:
-    came = repr(got)
-    raise ArtifactError(f"{where}: expected {expected}, got {came if len(came) <= 80 else came[:77] + '...'}")
+    value = repr(got)
+    raise ArtifactError(f"{where}: expected {expected}, got {value if len(value) <= 80 else value[:77] + '...'}")
 
 
 def _optional(value: Any, where: str, check: Check) -> Any:
@@ -180,7 +181,7 @@ def _count(value: Any, where: str) -> None:
 
 
 def _rate(value: Any, where: str) -> None:
-    # A percentage in the place of a fraction is the mistake that this range is there to catch.
+    # the range catches percentages given as fractions
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or not (math.isnan(value) or 0 <= value <= 1):
         _refuse(where, "a fraction from 0 to 1, or null", value)
@@ -260,7 +261,7 @@ def _role(value: Any, where: str) -> None:
 
 
 def _patched(value: Any, where: str) -> None:
-    """What a patch left in the weights before anything was measured."""
+    """A patch that was in the weights before the evaluation."""
     _needs(value, where, ("weights",))
     _count(value["weights"], f'{where}["weights"]')
 

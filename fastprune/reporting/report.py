@@ -1,8 +1,9 @@
 """From a record to a folder of files.
 
-In: a record and a folder. Out: ``record.json``, one PNG per plot, ``report.html``, ``report.md``. The record is written
-first, because it is what cannot be made again; everything else is made in memory before the first of it is written,
-so that a folder never holds half a report.
+The record is written first, because it cannot be made again. The other files are made in memory before the first of
+them is written, so that a folder never contains half a report.
+
+In: a record and a folder. Out: ``record.json``, one PNG per plot, ``report.html``, ``report.md``.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ _PLOTS = {"sweep": sweep_plot, "controls": controls_plot, "heatmap": heatmap_plo
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse a folder where the files of a report would replace, or remove, what no report has left there.
+    """Refuse a folder in which a report would replace or remove files that are not from a report.
 
     Raises:
-        ArgumentError: There are such files, and no record of a report beside them; names the first.
+        ArgumentError: There are such files without the record of a report; the message names the first.
     """
-    there = [name for name in (*_FILES, *(f"{plot}.png" for plot in _PLOTS)) if (folder / name).exists()]
-    if there and not _holds_report(folder):
+    existing = [name for name in (*_FILES, *(f"{plot}.png" for plot in _PLOTS)) if (folder / name).exists()]
+    if existing and not _holds_report(folder):
         raise ArgumentError(
-            f"out_dir: expected a folder without {there[0]}, or one of an earlier report, got {folder}, whose "
-            f"{there[0]} would be lost; name another folder"
+            f"out_dir: expected a folder without {existing[0]}, or one of an earlier report, got {folder}, whose "
+            f"{existing[0]} would be lost; name another folder"
         )
 
 
@@ -43,8 +44,8 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
 
     Args:
         record: The dict of a run; every section is optional. ``None`` and NaN are shown as "–".
-        out_dir: The folder, made if need be. Files of the same names are replaced, each in one step; pictures of an
-            earlier report that this one does not have are removed.
+        out_dir: The folder, made if needed. Files of the same names are replaced atomically; plots of an earlier report
+            that this one lacks are removed.
 
     Returns:
         The path of each file: ``record``, ``html``, ``markdown``, and for each plot that the record has data for
@@ -52,8 +53,8 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
 
     Raises:
         ArtifactError: The record is not valid; the message names the key. Nothing is written.
-        ArgumentError: ``out_dir`` is a file, or holds files of these names that are of no report.
-        MissingExtra: matplotlib is not installed (``record.json`` is written all the same).
+        ArgumentError: ``out_dir`` is a file, or contains files of these names that are not from a report.
+        MissingExtra: matplotlib is not installed (``record.json`` is written anyway).
     """
     record = checked(record)
     folder = Path(out_dir)
@@ -80,7 +81,7 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
 
 
 def _holds_report(folder: Path) -> bool:
-    """Whether the record there, of whatever version, is one of this package."""
+    """Whether the folder contains a record of this package, of whatever version."""
     try:
         record = json.loads((folder / "record.json").read_bytes())
     except (OSError, ValueError):

@@ -1,7 +1,8 @@
-"""Whether two rates of a record differ by more than chance: one rule for every sentence that says so.
+"""Whether two rates of a record differ by more than chance: one rule for all sentences.
 
-In: a record and two rows of its results. Out: yes or no. Where the record holds intervals (``measurements``), they
-decide; where it holds none, a fixed number of points does. Must not know what is said about it.
+Intervals decide if the record has them (``measurements``), else a fixed number of points.
+
+In: a record and two rows of its results. Out: yes or no.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from fastprune.reporting.formatting import find
 from fastprune.reporting.record import missing
 
-# Without sample sizes, two rates no farther apart than this are called the same: with 64 prompts one answer is 0.016
+# Without sample sizes, two rates that differ by no more than this count as equal: with 64 prompts one answer is 0.016,
 # and the 95 % interval of a rate of 0.98 is about 0.05 wide.
 SAME = 0.05
 _ROUNDING = 1e-9  # 0.90 - 0.85 is more than 0.05 in binary
@@ -25,8 +26,8 @@ def beyond_chance(record: Mapping[str, Any], before: Row, after: Row, metric: st
     """Whether a rate differs between two rows by more than chance does; False where either is missing.
 
     With intervals: zero lies outside the 95 % interval of the difference, formed from the Wilson intervals of the two
-    rates (Newcombe 1998, method 10), as if they were of different prompts. They are of the same, and rates of the same
-    prompts differ less by chance, so the rule errs to the side of saying nothing.
+    rates (Newcombe 1998, method 10) as if they were of different prompts. They are of the same prompts, whose rates
+    differ less by chance, so the rule is conservative.
     """
     if missing(before.get(metric)) or missing(after.get(metric)):
         return False
@@ -49,7 +50,7 @@ def sized(record: Mapping[str, Any], before: Row, after: Row, metric: str) -> bo
 
 
 def threshold(record: Mapping[str, Any], before: Row, after: Row, metric: str) -> str:
-    """What the rule asks of these two rates: ``beyond chance`` or ``by more than 5 points``."""
+    """The rule for these two rates in words: ``beyond chance`` or ``by more than 5 points``."""
     return "beyond chance" if sized(record, before, after, metric) else f"by more than {100 * SAME:.0f} points"
 
 
@@ -59,7 +60,7 @@ def points(n: int) -> int:
 
 
 def _parts(record: Mapping[str, Any], row: Row, metric: str) -> list[Mapping[str, Any]]:
-    """The measurements whose mean a rate is; none where one of them lacks its interval."""
+    """The measurements whose mean is the rate; none if one of them lacks its interval."""
     found = find(record.get("measurements"), row["model"], row["mask"]) or {}
     skills = found.get("skills") or {}
     match metric:

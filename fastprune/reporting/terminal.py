@@ -1,7 +1,7 @@
-"""The report in a terminal: results, verdict of the checks, and where the files are.
+"""The report in a terminal: results, verdict of the checks, and paths of the files.
 
 In: a record, and the paths that ``write_report`` returned. Out: text on a rich console. Names from the record are
-never read as rich markup.
+never interpreted as rich markup.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def print_results(
     Args:
         record: The dict of a run.
         console: A rich console; default: one on standard output.
-        files: What :func:`write_report` returned, if it was called.
+        files: Result of :func:`write_report`, if it was called.
 
     Raises:
         ArtifactError: The record is not valid; the message names the key.
@@ -52,7 +52,7 @@ def print_results(
     console = console or require("rich.console", "cli").Console()
     found = headline(record)
     if found:
-        # rich breaks lines at a hard space too, and a terminal without Unicode has none
+        # rich breaks lines at no-break spaces too, and a terminal without Unicode cannot show them
         console.print(_text(f"\n{found}\n".replace(NBSP, " ")))
     if result_rows(record):
         console.print(_results(record, console.width), crop=False)
@@ -72,20 +72,20 @@ def print_files(files: Mapping[str, Path], console: Console | None = None) -> No
     """Print names and paths, one a line; arguments are those of :func:`print_results`."""
     console = console or require("rich.console", "cli").Console()
     for name, path in files.items():
-        # Not wrapped, so that a path can be copied whole.
+        # Not wrapped, so that a path can be copied.
         console.print(_text(f"{name:>10}  {path}"), soft_wrap=True)
 
 
 def _text(content: object, **style: Any) -> Any:
-    """Text that rich neither reads as markup nor lets move the cursor."""
+    """Text without rich markup and control characters."""
     return require("rich.text", "cli").Text(printable(content), **style)
 
 
 def _results(record: Mapping[str, Any], width: int) -> Any:
-    """The table: models are headings, not a column, so that it fits 80 columns.
+    """The table of results: models are headings, not a column, so that it fits 80 columns.
 
-    Where ``width`` is too small, names give way and then the table is wider than asked: a number is never cut, nor that
-    in the name of a patched model, which takes two lines.
+    If ``width`` is too small, names are cut first, and then the table is wider than ``width``: numbers are never cut,
+    nor is the number in the name of a patched model, which takes two lines.
     """
     rows = result_rows(record)
     rates, extras = measured(rows), extra_columns(rows)
