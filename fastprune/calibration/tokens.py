@@ -7,7 +7,7 @@ from typing import Any
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a piece of text, tokenised alone and without special tokens."""
+    """Ids of a piece of text, tokenized alone and without special tokens."""
     # verbose=False: max_length limits the length of a row, so the tokenizer need not warn about it.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer for the synthetic language: one token a word, and a chat template.
+"""A Hugging Face tokenizer for the synthetic language: a token for each word, and a chat template.
 
 In: a :class:`~fastprune.organism.language.Language`. Out: a fast tokenizer that can be saved, loaded by
 ``AutoTokenizer`` and used like that of any chat model. Ids are the language's vocabulary ids; ``<unk>`` follows them.
@@ -32,9 +32,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer(language: Language) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over ``language.words`` plus ``<unk>``.
 
-    Plain tokenisation adds no special token. Special words in the text are recognised, so the text that the chat
-    template gives can be tokenised as it is. Decoding joins words by single spaces. Padding goes to the left, as
-    generation needs it.
+    Tokenizing adds no special token. Special words in a text become their tokens, so that the output of the chat
+    template can be tokenized. Decoding joins words by single spaces. Padding is on the left, for generation.
     """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel

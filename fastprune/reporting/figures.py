@@ -27,7 +27,7 @@ _STYLE = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same widths on every machine
     "font.size": TEXT,
     "text.color": LIGHT["ink"],
-    "text.parse_math": False,  # a "$" in somebody's category name is a dollar sign
+    "text.parse_math": False,  # a "$" in a category name is a dollar sign
     "axes.edgecolor": LIGHT["axis"],
     "axes.labelcolor": LIGHT["muted"],
     "axes.labelsize": TEXT,

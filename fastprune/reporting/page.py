@@ -105,11 +105,11 @@ def _tiles(record: Mapping[str, Any]) -> str:
     chosen = found.after if found is not None else []
     unpruned = (found.before if found is not None else None) or {}
     for row in chosen:
-        of = f"{mask_label(record, row['mask'])}: " if len(chosen) > 1 else ""
+        prefix = f"{mask_label(record, row['mask'])}: " if len(chosen) > 1 else ""
         n = row.get("pruned")
         if not missing(n):
             part = "" if missing(total) or not total else f", {share(n, total)} of the model"
-            tiles.append(("", count(n), "", f"{of}weights removed{part}"))
+            tiles.append(("", count(n), "", f"{prefix}weights removed{part}"))
         for metric, kind, words in (("harm", "harm", "should fall"), ("utility", "kept", "should stay")):
             before, after = unpruned.get(metric), row.get(metric)
             if not missing(after):
@@ -117,7 +117,7 @@ def _tiles(record: Mapping[str, Any]) -> str:
                 was = f"{old} → " if old not in ("", new) else ""
                 stays = ", does not change" if old == new else ""
                 name = f"{METRICS[metric]} rate{harm_terms(record)}" if metric == "harm" else METRICS[metric]
-                tiles.append((kind, new, was, f"{of}{name}; {words}{stays}"))
+                tiles.append((kind, new, was, f"{prefix}{name}; {words}{stays}"))
     checks = record.get("checks") or ()
     if checks:
         held = sum(check["holds"] for check in checks)
