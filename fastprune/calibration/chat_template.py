@@ -25,7 +25,7 @@ from fastprune.calibration.template_turns import (
     find_user_header,
     quoted,
 )
-from fastprune.calibration.tokens import encode, special_ids
+from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
 from fastprune.errors import ArgumentError, CalibrationError
 
 
@@ -62,8 +62,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, *, system: str | None = None, template_args: Mapping[str, Any] | None = None
     ) -> None:
-        if not callable(tokenizer):
-            raise ArgumentError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+        check_tokenizer(tokenizer)
         if system is not None and not isinstance(system, str):
             raise ArgumentError(f"system: expected text or None, got {type(system).__name__}")
         source = TemplateSource(template_text(tokenizer))

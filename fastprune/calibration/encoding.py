@@ -16,7 +16,7 @@ from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
-from fastprune.calibration.tokens import encode, special_ids
+from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
 from fastprune.errors import ArgumentError, CalibrationError
 
 FORMATS = ("raw", "chat")
@@ -62,8 +62,7 @@ class Encoder:
     ) -> None:
         if format not in FORMATS:
             raise ArgumentError(f"format: expected one of {FORMATS}, got {format!r}")
-        if not callable(tokenizer):
-            raise ArgumentError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+        check_tokenizer(tokenizer)
         if not (isinstance(bos, bool) or bos == "auto"):
             raise ArgumentError(f'bos: expected "auto", True or False, got {bos!r}')
         self.tokenizer, self.format = tokenizer, format

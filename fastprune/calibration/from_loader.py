@@ -23,7 +23,7 @@ _ENOUGH = 3  # so many labels that are all the next token's are no coincidence
 
 
 def collect(
-    loader: CalibrationSet | Iterable[Mapping[str, Any]],
+    loader: Iterable[Mapping[str, Any]] | CalibrationSet,
     name: str,
     vocab_size: int | None = None,
     n_labels: int | None = None,

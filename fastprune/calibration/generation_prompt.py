@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastprune.calibration.template_render import Renderer
 from fastprune.calibration.template_source import TemplateSource
 from fastprune.calibration.template_turns import Difference, Turns, compare, completions, quoted, quoted_after_prompt
 from fastprune.calibration.tokens import encode
-from fastprune.errors import CalibrationError, FastpruneWarning
+from fastprune.errors import CalibrationError, warn
 
 # Variables by which a template may be told not to think, and the values that tell it so.
 _SWITCH = re.compile("think|reason", re.IGNORECASE)
@@ -56,7 +55,7 @@ def check_generation_prompt(turns: Turns, render: Renderer, source: TemplateSour
         )
     elif difference.white_space:
         message += "; a response has to begin with white space where its first token has it"
-    warnings.warn(message, FastpruneWarning, stacklevel=3)
+    warn(message)
 
 
 def _thinks_by_default(turns: Turns, render: Renderer, switches: list[str]) -> Difference | None:

@@ -10,14 +10,13 @@ import csv
 import difflib
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
-from fastprune.errors import CalibrationError, FastpruneWarning, NotFoundError
+from fastprune.errors import CalibrationError, NotFoundError, warn
 
 REQUIRED = ("prompt", "response")
 OPTIONAL = ("prefill", "category", "id", "finish")
@@ -88,8 +87,7 @@ def read_rows(path_or_rows: Rows) -> list[Row]:
     if not rows:
         raise CalibrationError(f"{describe(path_or_rows)}: expected at least one row, got none")
     for column, meant in misspelt.items():
-        message = f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?"
-        warnings.warn(message, FastpruneWarning, stacklevel=2)
+        warn(f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?")
     return rows
 
 

@@ -6,7 +6,6 @@ never truncated.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ import torch
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, count_holding
 from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
 from fastprune.calibration.rows import FINISHES, Row, Rows, describe, read_rows
-from fastprune.errors import CalibrationError, FastpruneWarning, positive_integer
+from fastprune.errors import CalibrationError, positive_integer, warn
 
 # Shorter replies often have one length by nature: a word, a number, a line of a table.
 _SHORT = 8
@@ -202,12 +201,10 @@ def load_calibration(
         raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
     if too_long:
         limit = f"longer than max_length={max_length} tokens"
-        warnings.warn(
-            f"{source}: left out {too_long} of {len(kept) + too_long} rows, {limit}", FastpruneWarning, stacklevel=2
-        )
+        warn(f"{source}: left out {too_long} of {len(kept) + too_long} rows, {limit}")
     for message in (_one_length(kept), _control_tokens(encoder, rows)):
         if message is not None:
-            warnings.warn(f"{source}: {message}", FastpruneWarning, stacklevel=2)
+            warn(f"{source}: {message}")
     return CalibrationSet(
         kept,
         {"kept": len(kept), "too_long": too_long},

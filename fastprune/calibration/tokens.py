@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastprune.errors import ArgumentError
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise ArgumentError unless ``tokenizer`` can be one of Hugging Face's."""
+    if not callable(tokenizer):
+        raise ArgumentError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a piece of text, tokenized alone and without special tokens."""
