@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from fastprune.errors import ArgumentError, FastpruneError
 from fastprune.ops import memory
 from fastprune.ops.criteria import CRITERIA, GRADIENT_SUMS
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the weights that can be scored and pruned."""
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
     """A tensor of 16, 32 or 64 bit floats on the device of another, of which the memory holds what it says."""
     memory.check_held(name, tensor)
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ArgumentError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
@@ -128,12 +131,7 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_float("weight", weight, like=weight)
-    try:
-        k = operator.index(None if isinstance(k, bool) else k)
-    except (TypeError, ValueError, RuntimeError):  # what torch's and NumPy's arrays raise
-        raise ArgumentError(f"k: expected an integer, got {k!r}") from None
-    if k < 0:
-        raise ArgumentError(f"k: expected 0 or more, got {k}")
+    k = _count("k", k)
     row = CRITERIA[criterion]
     if row.statistic is None:
         if statistic is not None:
@@ -154,6 +152,19 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     if not fits:
         raise ArgumentError(f"statistic: {tuple(statistic.shape)} does not fit the weight {tuple(weight.shape)}")
     return k
+
+
+def _count(argument: str, value: object) -> int:
+    """An integer of 0 or more, NumPy's and torch's too, as an int."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError
+        count = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # arrays of torch and NumPy, of several elements or of fractions
+        raise ArgumentError(f"{argument}: expected an integer, got {value!r}") from None
+    if count < 0:
+        raise ArgumentError(f"{argument}: expected 0 or more, got {count}")
+    return count
 
 
 def checked_scale(scale: float) -> float:
@@ -208,8 +219,10 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
                 got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
                 raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
             group = groups.setdefault(weight.device, Elements([], [], []))
-            for members, member in zip(group, (name, *_located(weight.detach(), listed)), strict=True):
-                members.append(member)
+            elements, offsets = _located(weight.detach(), listed)
+            group.names.append(name)
+            group.elements.append(elements)
+            group.offsets.append(offsets)
     for group in groups.values():
         _check_ranges({name: (weights[name], indices[name]) for name in group.names if len(indices[name])})
         memory.check_lists_apart(group.names, group.elements, group.offsets)
