@@ -7,15 +7,21 @@ values (fake, meta, freed), others than they show (a lazy negation), or have sev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastprune.errors import ArgumentError
 
-# Those of a plain tensor and of a parameter; another one may return what it likes.
-_PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+def _without_class(method: Callable) -> object:
+    """What a class method calls, the same for every class that inherits it."""
+    return getattr(method, "__func__", method)
+
+
+# Those of a plain tensor and of a parameter; a subclass with one of its own may return anything.
+_PLAIN_FUNCTIONS = (_without_class(Tensor.__torch_function__), torch._C._disabled_torch_function_impl)
 
 
 def check_held(name: str, tensor: Tensor) -> None:
@@ -97,10 +103,9 @@ def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets:
 def _other_kind(tensor: Tensor) -> str | None:
     """What a tensor is, if its values are not those in its storage."""
     kind = type(tensor)
-    function = kind.__torch_function__
     if (
         kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or getattr(function, "__func__", function) not in _PLAIN_FUNCTIONS
+        or _without_class(kind.__torch_function__) not in _PLAIN_FUNCTIONS
     ):
         return f"{kind.__name__}, a subclass with operations of its own"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
