@@ -8,6 +8,7 @@ a count; sparse writes do not. This module knows no model and no file.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastprune.errors import ArgumentError, BackendError
 from fastprune.ops import memory, reference
-from fastprune.ops.score_source import Source, dtype_name
+from fastprune.ops.score_source import Source, dtype_name, missing_formula
 
 # Bytes of one launch's workspace, by which there is enough work in it.
 _WORKSPACE = 160 << 20
@@ -143,14 +144,16 @@ def _select(
     some = read[0].weight
     values = some.new_empty(sum(ks), dtype=torch.float32)
     indices = some.new_empty(sum(ks), dtype=torch.int64)
-    places = torch.empty_like(indices) if with_sources else None
+    places = torch.empty_like(indices) if with_sources else indices[:0]
     tensors = [tensor for source in read for tensor in (source.weight, source.statistic)]
     with _device_of(tensors) as (extension, device, stream):
+        if read[0].formula not in extension.formulas:
+            raise missing_formula("cuda", read[0].formula)
         sizes = [source.weight.numel() for source in read]
         workspace = _bytes(extension.top_scores_workspace(sizes, group_sizes, ks, device), some)
         nan = extension.top_scores(
             *(sources, group_sizes, ks, workspace.data_ptr(), workspace.numel()),
-            *(0 if places is None else places.data_ptr(), indices.data_ptr(), values.data_ptr(), device, stream),
+            *(places.data_ptr() if with_sources else 0, indices.data_ptr(), values.data_ptr(), device, stream),
         )
     if nan is not None:
         place, index = nan
@@ -180,13 +183,12 @@ def _write(elements: Sequence[Tensor], offsets: list[Tensor], old: list[Tensor],
 @contextmanager
 def _device_of(tensors: Sequence[Tensor]) -> Iterator[tuple[ModuleType, int, int]]:
     """The extension, the device's number and the address of its current stream, with that device as the current one."""
-    from fastprune import _cuda
-
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or tensors[0].device.type != "cuda":
         raise ArgumentError(f"expected tensors on one CUDA device, got {', '.join(sorted(map(str, devices)))}")
+    extension = importlib.import_module("fastprune._cuda")
     with torch.cuda.device(tensors[0].device):
-        yield _cuda, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        yield extension, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
 
 
 def _bytes(count: int, like: Tensor) -> Tensor:

@@ -72,11 +72,9 @@ def form_scores(weight: Tensor, statistic: Tensor | None, criterion: str) -> Ten
     """
     wide = torch.float64 if torch.float64 in (weight.dtype, getattr(statistic, "dtype", None)) else torch.float32
     w = weight.to(wide)
-    s = None if statistic is None else statistic.to(wide)
+    s = w.new_ones(()) if statistic is None else statistic.to(wide)  # not read by the formula of such a criterion
     row = CRITERIA[criterion]
-    if s is not None and row.root:
-        s = root(s)
-    scores = FORMULAS[row.formula](w, s)
+    scores = FORMULAS[row.formula](w, root(s) if row.root else s)
     return scores.to(torch.float32) + 0.0
 
 

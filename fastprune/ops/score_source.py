@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprune.errors import BackendError
 from fastprune.ops.criteria import CRITERIA
 from fastprune.ops.reference import root
 
@@ -47,8 +48,16 @@ class Source:
             statistic = root(statistic.to(torch.promote_types(weight.dtype, statistic.dtype)))
         statistic = statistic.expand(weight.shape)
         if weight.dim() == 2:
-            return cls(weight, statistic, statistic.stride(), row.formula)
+            return cls(weight, statistic, (statistic.stride(0), statistic.stride(1)), row.formula)
         return cls(weight, statistic.contiguous(), (weight.shape[-1] if weight.dim() else 1, 1), row.formula)
+
+
+def missing_formula(backend: str, formula: str) -> BackendError:
+    """The error for a product that an extension was built without."""
+    return BackendError(
+        f"backend {backend!r}: expected an extension built with the formula {formula!r}, got one without it; add it to "
+        "csrc/scores.h and build again (pip install -e .), or pass backend='torch'"
+    )
 
 
 def dtype_name(tensor: Tensor) -> str:
