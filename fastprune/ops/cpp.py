@@ -1,4 +1,4 @@
-"""Launchers of the CPU operations: from validated tensors to the addresses that the extension takes.
+"""The ``cpp`` backend: passes the addresses of validated CPU tensors to the compiled extension.
 
 ``fastprune.ops`` is the only caller.
 """
@@ -55,7 +55,7 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, to the same bits."""
+    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, bit-identical."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if wide.stride(1) != 1:
         wide = wide.contiguous()
@@ -78,7 +78,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, without forming all scores in memory."""
+    """:func:`fastprune.ops.reference.top_scores_of_each`, bit-identical, without storing all scores."""
     sources = {name: Source.of(*pair, criterion) for name, pair in matrices.items()}
     found = {}
     for name, source in sources.items():
@@ -101,7 +101,7 @@ def top_scores_of_each(
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.ops.reference.apply_sparse_each_`, to the same bits."""
+    """:func:`fastprune.ops.reference.apply_sparse_each_`, bit-identical."""
     extension, every_old = _extension(), []
     for weight, where in zip(elements, offsets, strict=True):
         old, where = torch.empty(where.shape, dtype=weight.dtype), where.contiguous()
@@ -112,7 +112,7 @@ def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], sc
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.ops.reference.restore_sparse_each_`, to the same bits."""
+    """:func:`fastprune.ops.reference.restore_sparse_each_`, bit-identical."""
     extension = _extension()
     for weight, where, values in zip(elements, offsets, old, strict=True):
         where, values = where.contiguous(), values.contiguous()

@@ -1,9 +1,9 @@
-"""Launchers of the CUDA operations: from validated tensors to the addresses and the stream that the extension takes.
+"""The ``cuda`` backend: passes the addresses of validated tensors and a stream to the compiled extension.
 
-``fastprune.ops`` is the only caller. In: tensors on one CUDA device, any float dtype. Out: what the same function of
-:mod:`fastprune.ops.reference` returns, to the same bits. Work is queued on the current stream of the tensors'
-device, and all memory comes from torch. Selection and set difference wait for the device, because they report or return
-a count; sparse writes do not. This module knows no model and no file.
+``fastprune.ops`` is the only caller. In: tensors on one CUDA device, any float dtype. Out: results bit-identical to
+those of the same function of :mod:`fastprune.ops.reference`. Work is queued on the current stream of the tensors'
+device, and torch allocates all memory. Selection and set difference synchronize, because they return a count or report
+an error; sparse writes do not.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastprune.errors import ArgumentError, BackendError
 from fastprune.ops import memory, reference
 from fastprune.ops.score_source import Source, dtype_name, missing_formula
 
-# Bytes of one launch's workspace, by which there is enough work in it.
+# Bytes of workspace from which on one launch has enough work.
 _WORKSPACE = 160 << 20
 
 
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, of as many as fit in one launch.
+    """:func:`fastprune.ops.reference.top_scores_of_each`, bit-identical, of as many matrices a launch as fit.
 
     Args:
         matrices: On one device; dtypes may differ.
@@ -69,15 +69,15 @@ def _launches(matrices: Mapping[str, tuple[Tensor, Tensor | None]], ks: Mapping[
     shapes = {name: (weight.numel(), ks[name]) for name, (weight, _) in matrices.items()}
     # Experts are thousands of one shape: each shape is asked about once.
     with _device_of([weight for weight, _ in matrices.values()]) as (extension, device, _):
-        needs = {of: extension.top_scores_workspace([of[0]], [1], [of[1]], device) for of in {*shapes.values()}}
+        needs = {(n, k): extension.top_scores_workspace([n], [1], [k], device) for n, k in {*shapes.values()}}
     names: list[str] = []
     used = 0
-    for name, of in shapes.items():
-        if names and used + needs[of] > _WORKSPACE:
+    for name, shape in shapes.items():
+        if names and used + needs[shape] > _WORKSPACE:
             yield names
             names, used = [], 0
         names.append(name)
-        used += needs[of]
+        used += needs[shape]
     if names:
         yield names
 
@@ -101,7 +101,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.ops.reference.apply_sparse_each_` in one launch, to the same bits; a NaN keeps its payload.
+    """:func:`fastprune.ops.reference.apply_sparse_each_` in one launch, bit-identical; a NaN keeps its payload.
 
     Args:
         elements: One-dimensional, on one device; dtypes may differ.
@@ -115,7 +115,7 @@ def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], sc
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.ops.reference.restore_sparse_each_` in one launch, to the same bits."""
+    """:func:`fastprune.ops.reference.restore_sparse_each_` in one launch, bit-identical."""
     _write(elements, [each.contiguous() for each in offsets], [each.contiguous() for each in old], None)
 
 

@@ -1,7 +1,7 @@
 """The running statistics of one calibration set over the matrices of one segment.
 
-In: inputs and output gradients of each matrix, micro-batch by micro-batch (it is a sink of :class:`Capture`). Out: one
-tensor for each matrix and statistic. Gradients arrive already weighted, each example by 1 / its scored tokens.
+In: inputs and output gradients of each matrix, micro-batch by micro-batch, from :class:`Capture`. Out: one tensor for
+each matrix and statistic. Gradients are already weighted, each example by 1 / its scored tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SegmentStatistics:
 
     Args:
         matrices: Matrices of the segment.
-        statistics: Names out of method's table: ``grad_sum``, ``grad_abs_sum``, ``grad_sq_sum``, ``act_sq_sum``.
+        statistics: Some of :data:`fastprune.ops.criteria.STATISTICS`.
         dtype: ``torch.float32`` or ``torch.float64``.
         backend: Backend of the ops, ``None`` for the best available.
     """
@@ -58,7 +58,7 @@ class SegmentStatistics:
         """Start a micro-batch; ``example_names`` are used in error messages, one a row."""
         rows, tokens = batch.attention_mask.shape
         self._names = example_names
-        # On the CPU: the ops look at them for every matrix, and would wait for a device each time.
+        # Kept on the CPU: the ops read them for every matrix, and reading from a device synchronizes.
         self._lengths = batch.lengths
         self._starts = torch.arange(rows) * tokens
         # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so it may stay
@@ -78,14 +78,14 @@ class SegmentStatistics:
             real = x
         elif tokens is None:
             real = x.index_select(0, self._padding.attended.to(x.device))
-        else:  # zeros add nothing, and leaving rows out would wait for the device once an expert
+        else:  # zeros add nothing; selecting rows would synchronize once per expert
             real = x.masked_fill(self._padding.mask.to(x.device)[tokens.indices].unsqueeze(1), 0.0)
         ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], real, backend=self._backend)
 
     def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
-        # Whatever is not finite inside a block is so in the gradient that leaves it downwards, so one matrix a block is
-        # looked at, the first on the way back that sees every token.
+        # A value that is not finite inside a block reaches the gradient that leaves it downwards, so one matrix a block
+        # is checked: the first of the backward pass that sees every token.
         if tokens is None and matrix.block not in self._checks:
             self._checks[matrix.block] = f"block {matrix.block} ({matrix.name})", self._sums(dy)
         starts, lengths = (self._starts, self._lengths) if tokens is None else (tokens.starts, tokens.lengths)
@@ -101,7 +101,7 @@ class SegmentStatistics:
         ops.accumulate_gradients(sums, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
-        """One number an example, finite only if every element is; enough to name a culprit later."""
+        """One number an example, finite only if every element is; enough to name the example later."""
         return gradient.reshape(len(self._names), -1).sum(1, dtype=torch.float32)
 
     def losses(self, losses: torch.Tensor) -> None:
@@ -119,7 +119,7 @@ class SegmentStatistics:
             self._outputs = block, self._sums(masked)
 
     def end(self, leaving: torch.Tensor | None) -> None:
-        """Check the micro-batch that is over; all at once, since each look waits for the device.
+        """Check the finished micro-batch, all at once, since every read synchronizes.
 
         Args:
             leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary; ``None`` without
@@ -130,7 +130,7 @@ class SegmentStatistics:
                 block.
         """
         if self.wants_gradients and not self._checks:
-            return  # no matrix was used, which the capture refuses by name
+            return  # no matrix was used; the capture raises an error that names it
         checks: list[tuple[str, str, torch.Tensor]] = []  # kind, where, one number an example
         if self._losses is not None:
             checks.append(("loss", "", self._losses))

@@ -126,7 +126,7 @@ def test_the_first_of_several_matrices_with_a_nan_is_named(backend: str) -> None
 
 def test_a_matrix_that_does_not_fit_is_named() -> None:
     matrices = {"good": (torch.randn(3, 4), torch.randn(3, 4)), "bad": (torch.randn(3, 4), torch.randn(4, 3))}
-    with pytest.raises(ArgumentError, match=r"^bad: statistic: \(4, 3\) does not fit"):
+    with pytest.raises(ArgumentError, match=r"^bad: statistic: expected the weight's shape \(3, 4\), got \(4, 3\)"):
         ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1})
     with pytest.raises(BackendError, match=r"^good: backend 'triton' has no top_scores"):
         ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1}, backend="triton")
