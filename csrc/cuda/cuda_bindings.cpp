@@ -1,4 +1,4 @@
-// The boundary to Python: addresses, sizes, strides and a stream come in as integers, checked by fastprune/ops.py. No
+// The boundary to Python: addresses, sizes, strides and a stream come in as integers, checked by fastprune/ops. No
 // header of torch or CUDA is included, and importing the module calls neither, so it can be imported without a driver.
 // The interpreter lock is released while the host waits for the device.
 #include <pybind11/pybind11.h>
