@@ -39,8 +39,8 @@ def test_the_extension_has_every_formula() -> None:
 @pytest.fixture
 def trial(monkeypatch: pytest.MonkeyPatch) -> str:
     """A criterion with a product that no extension was built with."""
-    monkeypatch.setitem(FORMULAS, "square_of_product", lambda w, s: (w * s) * (w * s))
-    monkeypatch.setitem(CRITERIA, "trial", criteria.Criterion("trial", "grad_sum", "square_of_product"))
+    monkeypatch.setitem(FORMULAS, "unbuilt_product", lambda w, s: (w * s) * (w * s))
+    monkeypatch.setitem(CRITERIA, "trial", criteria.Criterion("trial", "grad_sum", "unbuilt_product"))
     return "trial"
 
 
@@ -48,7 +48,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_an_extension_without_the_formula_says_so(trial: str, backend: str | None) -> None:
     """This was a bare KeyError."""
     weight = torch.randn(3, 5)
-    with pytest.raises(BackendError, match=r"^backend 'cpp': .* 'square_of_product', got one without it"):
+    with pytest.raises(BackendError, match=r"^backend 'cpp': .* 'unbuilt_product', got one without it"):
         ops.top_scores(weight, weight, trial, 4, backend=backend)
     best = (weight * weight).square().max()
     assert ops.top_scores(weight, weight, trial, 4, backend="torch")[1][0] == best

@@ -48,8 +48,8 @@ def test_top_scores(name: str) -> None:
 
 
 def test_an_extension_without_the_formula_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CRITERIA, "trial", Criterion("trial", "grad_sum", "square_of_product"))
-    with pytest.raises(BackendError, match=r"^backend 'cuda': .* 'square_of_product', got one without it"):
+    monkeypatch.setitem(CRITERIA, "trial", Criterion("trial", "grad_sum", "unbuilt_product"))
+    with pytest.raises(BackendError, match=r"^backend 'cuda': .* 'unbuilt_product', got one without it"):
         cuda_cases.best_of(torch.ones(3, 5), torch.ones(3, 5), "trial", 1)
 
 
