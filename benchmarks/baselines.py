@@ -71,7 +71,7 @@ def _both_sets(
     benign: list[Example],
     per_example: AbstractContextManager,
 ) -> list[TopScores]:
-    """One set after the other: float32 sums of a whole large model fit on a GPU beside it once, not twice."""
+    """One set after the other: next to a large model, a GPU has memory for one set of float32 sums, not for two."""
     sets = (
         (harm, lambda total, gradient: total.add_(gradient), lambda w, g: -w * g),
         (benign, lambda total, gradient: total.add_(gradient.abs_()), lambda w, g: w.abs() * g),

@@ -1,4 +1,4 @@
-// The boundary to Python: addresses, sizes and strides come in as integers, checked by fastprune/ops.py. No header of
+// The boundary to Python: addresses, sizes and strides come in as integers, checked by fastprune/ops. No header of
 // torch is included, so the same build serves every torch; the interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

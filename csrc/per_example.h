@@ -1,4 +1,5 @@
-// Sums over examples of weight gradients, absolute and squared ones, no gradient of an example ever being in memory.
+// Sums over examples of weight gradients, of their absolute values and of their squares. No example's gradient is ever
+// written to memory.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +39,8 @@ struct Sums {
 
 // sum[o, i] += sum over spans of f(sum over their tokens t of dy[t, o] * x[t, i]), f the identity, the absolute value or
 // the square; each product is formed once for all of them. Sums run over tokens and then over spans in their order, by
-// fused multiply-adds in their type, so the bits depend neither on the threads, nor on the processor, nor on which other
-// sums are wanted.
+// fused multiply-adds in their type, so results are bit-identical for any number of threads, on any processor, and
+// whichever other sums are wanted.
 template <class Value>
 void add_gradients(const Sums<Value>& sums, const TokenMatrix& dy, const TokenMatrix& x, const Span* spans,
                    int64_t n_spans, int threads);

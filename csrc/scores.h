@@ -7,10 +7,10 @@
 
 namespace fastprune {
 
-// The products of a weight w and its statistic s that criteria are made of (fastprune/ops/criteria.py); a square root has
-// been taken by the caller. A new product is one line here: enum, switches and bindings expand this list, on the CPU and
-// in CUDA. `multiply` and `magnitude` are each side's own; only they may be used, so that no compiler contracts a product
-// with a sum, and every backend gives the bits that torch gives.
+// The products of a weight w and its statistic s that scores are formed by (fastprune/ops/criteria.py); the caller has
+// taken a square root. A new product is one line here and one in FORMULAS there: the enum, the switches and the bindings
+// of the CPU and of CUDA expand this list. Write it with `multiply` and `magnitude` (each side has its own) and unary
+// minus only: single correctly rounded operations, never contracted, are bit-identical to torch's.
 #define FASTPRUNE_FORMULAS(X)                    \
   X(product, multiply(w, s))                     \
   X(negated_product, -multiply(w, s))            \

@@ -1,6 +1,6 @@
-// One pass over the matrix is enough for most selections: a sample of the scores gives a threshold that a few more than
-// k of them should reach, one pass collects those, and the exact cut is made among them. Where the sample misleads (too
-// few reach it, or far too many), three histogram passes over the whole matrix find the k-th score itself.
+// Most selections take one pass over the matrix: a sample of the scores gives a threshold that slightly more than k of
+// them should reach, the pass collects those, and the exact cut is made among them. If the sample is misleading (too few
+// scores reach the threshold, or far too many), three histogram passes over the whole matrix find the k-th score itself.
 #include "top_scores.h"
 
 #include <algorithm>
@@ -31,7 +31,7 @@ float value_of(uint32_t key) {
   return value;
 }
 
-// Entries are moved more often than anything else, so matrices of fewer than 2^32 weights have 8 bytes for one, not 16.
+// Moving entries is the most frequent operation, so one takes 8 bytes in matrices of fewer than 2^32 weights, not 16.
 template <class Index>
 struct Entry {
   Index index;

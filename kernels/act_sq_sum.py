@@ -7,7 +7,7 @@ of x, once. Memory sets the time: 32 MB for 4096 tokens of 4096 features in bflo
 
 The order is part of the definition: tokens t, t + 128, t + 256, ... are added one after the other, and the 128 sums
 are folded in half until one is left. A program keeps those 128 sums for its columns in registers and reads x in blocks
-of 128 tokens, so it gives the bits of the reference on any device. Squares of 16- and 32-bit floats are exact in
+of 128 tokens, so it is bit-identical to the reference on any device. Squares of 16- and 32-bit floats are exact in
 float64: whether the compiler fuses product and addition makes no difference.
 """
 
@@ -56,7 +56,7 @@ def _act_sq_sum_kernel(
             x = x.to(tl.float32).to(tl.float64)
             sums += x * x
         x_ptrs += UNROLL * stride_block
-    # As (2, n / 2) lane i stands beside lane i + n / 2, and a sum of two knows one order only.
+    # Reshaped to (2, n / 2), lane i is paired with lane i + n / 2, and a sum of two has one order only.
     for halving in tl.static_range(LOG2_LANES):
         sums = tl.sum(tl.reshape(sums, (2, LANES >> (halving + 1), BLOCK_IN)), axis=0)
     acc_ptrs = acc_ptr + column * stride_acc
@@ -66,7 +66,7 @@ def _act_sq_sum_kernel(
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """``acc[j] += sum_t x[t, j]**2``, with the bits of the reference.
+    """``acc[j] += sum_t x[t, j]**2``, bit-identical to the reference.
 
     Args:
         acc: ``(in,)``, float32 or float64, added to in place; any stride.

@@ -37,27 +37,28 @@ def accumulate_grad_statistics(
         lengths: int64 ``(n_examples,)``, its number of rows, which may be 0. Rows of no example are never read.
         shape: Used instead of what :func:`~fastprune_kernels.tiling.block_shape` chooses.
 
-    Same input and block shape, same bits, however examples are split over launches and weights over groups.
+    For one input and block shape, results are bit-identical however examples are split over launches and weights over
+    groups.
 
     Raises:
         TypeError: A dtype that the kernel does not take.
         ValueError: Statistics or strides that the kernel does not take.
     """
     names = _names([accs for _, accs in matrices])
-    matrices = [(dy, [accs[name] for name in names]) for dy, accs in matrices if dy.shape[1] > 0]
-    for dy, accs in matrices:
+    listed = [(dy, [accs[name] for name in names]) for dy, accs in matrices if dy.shape[1] > 0]
+    for dy, accs in listed:
         launching.check_inputs(dy, x)
         launching.check_accumulators(*accs)
         if any(launching.strides(acc) != launching.strides(accs[0]) for acc in accs):
             raise ValueError(f"accumulators of one weight: expected equal strides, got {[a.stride() for a in accs]}")
-    if not matrices or x.shape[1] == 0 or len(starts) == 0:
+    if not listed or x.shape[1] == 0 or len(starts) == 0:
         return
     # The kernel selects pointers, sizes and row strides by matrix, but has one stride between columns. Selecting two
-    # accumulators beside three tiles in registers would spill.
-    uniform = len({(dy.stride(1), accs[0].stride(1)) for dy, accs in matrices}) == 1
+    # accumulators in addition to three tiles in registers would spill.
+    uniform = len({(dy.stride(1), accs[0].stride(1)) for dy, accs in listed}) == 1
     size = MAX_GROUP if uniform and len(names) == 1 else 1
-    for first in range(0, len(matrices), size):
-        _launch(matrices[first : first + size], names, x, starts, lengths, shape)
+    for first in range(0, len(listed), size):
+        _launch(listed[first : first + size], names, x, starts, lengths, shape)
 
 
 def _names(accumulators: list[Mapping[str, Tensor]]) -> list[str]:
@@ -71,7 +72,14 @@ def _names(accumulators: list[Mapping[str, Tensor]]) -> list[str]:
     return names
 
 
-def _launch(matrices, names, x, starts, lengths, shape) -> None:
+def _launch(
+    matrices: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    names: Sequence[str],
+    x: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    shape: BlockShape | None,
+) -> None:
     """One launch over the tiles of up to three weights."""
     dys, accs = [dy for dy, _ in matrices], [accs for _, accs in matrices]
     with launching.on_device_of(x):

@@ -103,7 +103,7 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, shape: BlockShape
         x: ``(n_tokens, in)``, of the dtype of ``dy``; any strides.
         shape: Used instead of what :func:`grad_sum_shape` chooses.
 
-    Same input and block shape, same bits.
+    For one input and block shape, results are bit-identical from run to run.
 
     Raises:
         TypeError: A dtype that the kernel does not take.

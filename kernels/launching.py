@@ -1,6 +1,6 @@
-"""What every launcher asks before it launches: where it runs, and whether the kernel can take what came.
+"""Checks that all launchers share: the device of a launch, and dtypes and strides that the kernels can take.
 
-``fastprune.ops`` has checked shapes and devices; here stands only what follows from how the kernels are written.
+``fastprune.ops`` has checked shapes and devices; the checks here follow from how the kernels are written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Triton decides this when a function is decorated, so it is asked of one, not of the environment.
+# Triton decides this when it decorates a function, so a decorated function is tested, not the environment.
 INTERPRETED = not isinstance(tile_position, triton.JITFunction)
 
 
@@ -44,7 +44,7 @@ def check_accumulators(*accumulators: Tensor, float64: bool = False) -> None:
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Strides of the dimensions in which there is a next element; what others say means nothing."""
+    """Strides of the dimensions of more than one element; the others have no meaning."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 

@@ -10,8 +10,8 @@ and x once for every band of tiles.
 One program owns a tile of acc and walks the tokens of all examples in one loop: a step is the next block of tokens of
 the current example, and where it was the last, f of the product tile is added to the sum tile. One loop, not one per
 example inside another, keeps the copies of the following steps going across the end of an example. The sum tile
-starts as acc, so splitting the examples over several launches gives the same bits, and no other program touches the
-tile: no atomics, no order left to chance.
+starts as acc, so results are bit-identical however the examples are split over launches, and no other program touches
+the tile: there are no atomics, and the order of additions is fixed.
 """
 
 from __future__ import annotations

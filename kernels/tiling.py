@@ -1,7 +1,7 @@
 """How the matrix kernels cut a weight into tiles and its tokens into steps.
 
 In: sizes, a dtype and a compute capability. Out: block shapes with the reason for each constant, and the device
-functions that the kernels share. Knows nothing of statistics. The compile-time facts quoted are README.md's table.
+functions that the kernels share. Compile-time figures are those of the tables in README.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def block_shape(
         dtype: Of the inputs.
         mean_length: Tokens an example; an estimate will do.
         capability: Compute capability of the device, e.g. ``(9, 0)``.
-        n_statistics: Sums kept in registers beside the product, 1 or 2.
+        n_statistics: Sums kept in registers in addition to the product, 1 or 2.
         vectorized: Whether rows start on 16 bytes, so that copies can go straight to shared memory.
     """
     hopper = (9, 0) <= capability < (12, 0)
@@ -60,7 +60,7 @@ def block_shape(
     while block_out * block_in > 64 * 64 and triton.cdiv(n_out, block_out) * triton.cdiv(n_in, block_in) < 108:
         block_out, block_in = (64, block_in) if block_out == 128 else (64, 64)
     num_warps = 4 if block_out * block_in == 64 * 64 else 8
-    # An example fills its last step by half on average, and each step costs some 40 clocks beside its products (8
+    # An example fills its last step by half on average, and each step costs some 40 clocks besides its products (8
     # clocks a token for 128 x 128): 32 tokens are better under about 130, 64 above. 16 would gain nothing: with 32,
     # the instructions of a step and of an example's sum already take as long as the products.
     block_tokens = 64 if mean_length >= 128 and hopper else 32

@@ -1,4 +1,4 @@
-// The boundary to Python: addresses, sizes, strides and a stream come in as integers, checked by fastprune/ops.py. No
+// The boundary to Python: addresses, sizes, strides and a stream come in as integers, checked by fastprune/ops. No
 // header of torch or CUDA is included, and importing the module calls neither, so it can be imported without a driver.
 // The interpreter lock is released while the host waits for the device.
 #include <pybind11/pybind11.h>
@@ -38,7 +38,7 @@ auto named(const Named& table, const char* what, const std::string& name) {
   for (const auto& [known, value] : table) {
     if (name == known) return value;
   }
-  throw std::invalid_argument(std::string(what) + ": expected one that the extension was built with, got '" + name + "'");
+  throw std::invalid_argument(std::string(what) + ": unknown name '" + name + "'");
 }
 
 // weight, its dtype, size, columns, statistic, its dtype, its row stride, its column stride, formula
@@ -99,6 +99,9 @@ void restore_sparse(const std::vector<SparseTuple>& weights, Address workspace, 
 
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of fastprune. fastprune/ops/cuda.py is the only caller; addresses are not checked here.";
+  py::list formulas;
+  for (const auto& formula : kFormulas) formulas.append(formula.first);
+  module.attr("formulas") = formulas;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   module.def("top_scores_workspace", &top_scores_workspace, unlocked);
   module.def("top_scores", &top_scores, unlocked);

@@ -22,11 +22,10 @@ from fastprune.model.adapters import check_unmerged, plain_name, unwrap
 from fastprune.model.fingerprint import Overlay, fingerprint
 from fastprune.model.frozen import uninterrupted
 from fastprune.model.supported import check_stored
-from fastprune.ops.validate import checked_scale
+from fastprune.ops.validate import FLOAT_DTYPES, checked_scale
 
 Indices = Mapping[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # model -> its live undo records, oldest first
 _live: weakref.WeakKeyDictionary[torch.nn.Module, list[Undo]] = weakref.WeakKeyDictionary()
@@ -193,7 +192,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
             raise MaskError(f"{name} has the shape {tuple(weight.shape)} in the model and {tuple(shape)} in the mask")
         if weight.is_meta:
             raise ModelError(f"{name} is on the meta device (not loaded, or offloaded); load the whole model first")
-        if type(weight) is not torch.Tensor or weight.dtype not in DTYPES:
+        if type(weight) is not torch.Tensor or weight.dtype not in FLOAT_DTYPES:
             raise ModelError(f"{name} must be a plain float tensor, got {type(weight).__name__} of {weight.dtype}")
         if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
             raise ModelError(f"{name} is an expanded tensor, several of its weights are one; call .contiguous() on it")

@@ -18,7 +18,8 @@ from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
 from fastprune.model.experts import follows_interface, fused_weights
 from fastprune.model.quirks import ALWAYS_ROUTERS, CHOOSER_CLASSES, EXPERT_COUNTS, ROUTERS, SHARED_EXPERT_GATES
-from fastprune.model.supported import FLOAT_DTYPES, check_causal, check_not_quantised, check_resident, check_stored
+from fastprune.model.supported import check_causal, check_not_quantised, check_resident, check_stored
+from fastprune.ops.validate import FLOAT_DTYPES
 
 
 @dataclass(frozen=True, eq=False)

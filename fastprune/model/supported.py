@@ -19,8 +19,7 @@ from torch.nn.utils import parametrize, prune
 
 from fastprune.errors import ModelError
 from fastprune.model.quirks import DEQUANTISING_CONFIGS, NORM_REMOVERS, PACKED_WEIGHTS
-
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastprune.ops.validate import FLOAT_DTYPES
 
 
 def check_config(config: Any, what: str) -> None:

@@ -1,16 +1,14 @@
-"""The narrow waist between fastprune and whatever does its arithmetic.
+"""The numerical operations: one function for each, served by one of several backends.
 
-Every function checks its arguments, then serves them from a backend: ``torch`` (any device), ``cpp`` (the compiled
-extension, CPU), ``triton`` (kernels for sums, GPU) and ``cuda`` (kernels for selection and sparse writes, GPU).
-``backend=None`` takes the best one that can serve; a backend that is named never falls back. The same input gives the
-same bits from run to run; selection and sparse writes give the same bits on every backend. Nothing here knows models,
-files or masks.
+Every function checks its arguments and calls a backend: ``torch`` (any device), ``cpp`` (the compiled extension, CPU),
+``triton`` (kernels for sums, GPU) or ``cuda`` (kernels for selection and sparse writes, GPU). ``backend=None`` selects
+the best backend that can serve the call; a named backend never falls back to another one. Results are bit-identical
+from run to run. Those of selection and sparse writes are also bit-identical across backends.
 
-Accumulators are float32 or float64 and are added to in place; products are formed in that dtype, or from 16-bit inputs
-as they are with sums of that dtype. ``triton`` forms products of float32 from three of TF32, which leave out 2^-21. A
-product that goes through BLAS (``accumulate_grad_sum``, and the others in plain torch, or where the processor has
-neither AVX2 nor AVX-512) may differ with the number of threads, and with where in memory the inputs begin, norm-wise by
-1e-6.
+Accumulators are float32 or float64 and are updated in place. Products are formed in that dtype; 16-bit inputs may be
+multiplied as they are and summed in it. ``triton`` forms a float32 product from three TF32 products, which leaves out
+2^-21 of it. Products that go through BLAS (``accumulate_grad_sum``, and the others in plain torch or on a processor
+without AVX2 and AVX-512) may depend on the number of threads and on the alignment of the inputs, norm-wise by 1e-6.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ BACKENDS = dispatch.BACKENDS
 
 
 def available_backends() -> dict[str, str]:
-    """What can serve the operations here: backend name -> ``"available"``, or the reason why not."""
+    """Backend name -> ``"available"``, or the reason why the backend cannot be used in this process."""
     return {name: dispatch.status(name) for name in BACKENDS}
 
 
@@ -50,9 +48,9 @@ def accumulate_grad_sum(acc: Tensor, dy: Tensor, x: Tensor, *, backend: str | No
     with torch.no_grad():
         acc, dy, x = validate.check_product(acc, dy, x)
         memory.check_apart({"": acc}, {"dy": dy, "x": x})
-        # A library's product where it takes the inputs as they are: with no examples to keep apart, a kernel of our
-        # own has nothing to save. Where torch would convert 16-bit inputs first (a fifteenth of the rate by an H100's
-        # data sheet), kernels/grad_sum.py serves. Torch uses TF32 only where the process has allowed it for the model.
+        # BLAS wherever it accepts the inputs as they are: without examples to keep apart, a kernel of our own saves
+        # nothing. Where torch would convert 16-bit inputs first (a fifteenth of the rate by an H100's data sheet),
+        # kernels/grad_sum.py serves. Torch uses TF32 only if the process has enabled it for the model.
         if backend is None and reference.takes_as_they_are(acc, dy):
             backend = "torch"
         match dispatch.choose(backend, "accumulate_grad_sum", acc, dy, x):
@@ -75,8 +73,8 @@ def accumulate_grad_abs_sum(
             loss is already in it.
         x: ``(n_tokens, in)`` inputs, of the dtype of ``dy``, may be strided.
         starts: int64 ``(n_examples,)``, first token of each example; an example of length 0 adds nothing. On the CPU,
-            or on any device at the cost of waiting for it.
-        lengths: int64 ``(n_examples,)``, tokens of each example; where ``starts`` may be.
+            or on any device at the cost of a synchronization.
+        lengths: int64 ``(n_examples,)``, tokens of each example; on the CPU or on a device, as ``starts``.
         backend: One of :data:`BACKENDS`, or ``None`` for the best available one.
 
     Raises:
@@ -102,13 +100,13 @@ def accumulate_gradients(
 ) -> None:
     """Add several statistics of the same gradients, forming each product once where the backend can.
 
-    ``cpp`` forms it once for all of them, ``triton`` once for any two; ``torch`` once for each. A ``grad_sum`` among
-    others is summed example by example, so its roundings are not those of one asked for alone, which BLAS forms.
+    ``cpp`` forms it once for all statistics, ``triton`` once for any two, ``torch`` once for each. A ``grad_sum`` among
+    others is summed example by example and rounds differently from a ``grad_sum`` alone, which BLAS forms.
 
     Args:
         accs: One to three of ``grad_sum``, ``grad_abs_sum`` and ``grad_sq_sum``, each with its accumulator as for the
             function of that name; of one dtype, device and layout.
-        dy: As for :func:`accumulate_grad_abs_sum`, and zero for tokens of no example, which may count in ``grad_sum``.
+        dy: As for :func:`accumulate_grad_abs_sum`. Zero for tokens of no example, since ``grad_sum`` may include them.
         x: As for :func:`accumulate_grad_abs_sum`.
         starts: As for :func:`accumulate_grad_abs_sum`; no token is in two examples.
         lengths: As for :func:`accumulate_grad_abs_sum`.
@@ -133,7 +131,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None)
     Args:
         acc: ``(in,)`` float32 or float64, changed in place.
         x: ``(n_tokens, in)`` inputs, any float dtype, may be strided.
-        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
+        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All are bit-identical.
 
     Raises:
         ArgumentError: Shapes, dtypes or devices do not fit.
@@ -168,7 +166,7 @@ def top_scores(
             Linear, ``(rows, 1)`` for a Conv1D); ``None`` for ``magnitude``.
         criterion: One of :data:`CRITERIA`; :mod:`fastprune.ops.criteria` has the formulas.
         k: How many; all of them if the weight has fewer.
-        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
+        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All are bit-identical.
 
     Returns:
         ``indices`` int64 ``(k,)``, flat in row-major order, and ``values`` float32 ``(k,)``, on the weight's device, by
@@ -192,8 +190,8 @@ def top_scores_of_each(
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Select the highest scores of each of several matrices.
 
-    What costs the same whatever a matrix's size is then paid once: ``cuda`` selects from all of them in one launch (up
-    to a million entries), ``cpp`` from small ones side by side.
+    Fixed costs are paid once: ``cuda`` selects from all matrices in one launch (up to a million entries), ``cpp``
+    selects from small matrices in parallel.
 
     Args:
         matrices: Name to weight and statistic, each as for :func:`top_scores`; dtypes and devices may differ. Messages
@@ -203,8 +201,8 @@ def top_scores_of_each(
         backend: As for :func:`top_scores`.
 
     Returns:
-        Pairs of a name and what :func:`top_scores` returns for it, to the same bits; as they become ready, so that one
-        who takes them off the device needs no room there for all.
+        Pairs of a name and what :func:`top_scores` returns for it, bit-identical. They are yielded as they become
+        ready: a caller that moves each off the device needs no memory there for all.
 
     Raises:
         ArgumentError, BackendError: As :func:`top_scores`, at once.
@@ -230,9 +228,9 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
     Args:
         weight: Any float dtype and shape, may be strided; a parameter that requires a gradient is allowed.
         indices: int64 ``(n,)``, flat in row-major order of the weight's shape, on its device, none twice.
-        scale: 0 writes +0 whatever stood there; else the product is formed in float32 (float64 for a float64 weight)
-            and rounded.
-        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
+        scale: 0 writes +0 regardless of the old value; otherwise the product is formed in float32 (float64 for a
+            float64 weight) and rounded.
+        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All are bit-identical.
 
     Returns:
         The old values ``(n,)`` in the weight's dtype, for :func:`restore_sparse_`.
@@ -247,10 +245,10 @@ def apply_sparse_(weight: Tensor, indices: Tensor, scale: float = 0.0, *, backen
 def apply_sparse_each_(
     weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], scale: float = 0.0, *, backend: str | None = None
 ) -> dict[str, Tensor]:
-    """:func:`apply_sparse_` of several matrices: one wait for each device and, with ``cuda``, one launch.
+    """:func:`apply_sparse_` of several matrices: one synchronization per device and, with ``cuda``, one launch.
 
-    Nothing is written before all arguments are checked. An interrupt may fall between two matrices, and what stood in
-    the first is then lost: who has to put it back reads it beforehand.
+    Nothing is written before all arguments are checked. An interrupt between two matrices loses the old values of the
+    first: a caller that must be able to restore them reads them beforehand.
 
     Args:
         weights: Name to weight; dtypes and devices may differ. Messages about a matrix begin with its name, unless that
@@ -278,13 +276,13 @@ def apply_sparse_each_(
 
 
 def restore_sparse_(weight: Tensor, indices: Tensor, old: Tensor, *, backend: str | None = None) -> None:
-    """Write back what :func:`apply_sparse_` returned, bit by bit.
+    """Write back what :func:`apply_sparse_` returned, bit-identical.
 
     Args:
         weight: As for :func:`apply_sparse_`.
         indices: As for :func:`apply_sparse_`.
         old: ``(n,)`` in the weight's dtype, on its device.
-        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All give the same bits.
+        backend: One of :data:`BACKENDS`, or ``None`` for the best available one. All are bit-identical.
 
     Raises:
         ArgumentError: Shapes, dtypes, devices or indices do not fit.
@@ -302,7 +300,7 @@ def restore_sparse_each_(
 ) -> None:
     """Write back what :func:`apply_sparse_each_` returned: :func:`restore_sparse_` of several matrices, checked first.
 
-    Args, waits and errors are those of :func:`apply_sparse_each_`; ``old`` has the same names.
+    Arguments, synchronizations and errors are those of :func:`apply_sparse_each_`; ``old`` has the same names.
     """
     validate.check_old(weights, indices, old)
     with torch.no_grad():

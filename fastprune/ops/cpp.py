@@ -1,4 +1,4 @@
-"""Launchers of the CPU operations: from validated tensors to the addresses that the extension takes.
+"""The ``cpp`` backend: passes the addresses of validated CPU tensors to the compiled extension.
 
 ``fastprune.ops`` is the only caller.
 """
@@ -6,23 +6,22 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastprune.errors import BackendError
 from fastprune.ops import memory, reference
 from fastprune.ops.criteria import GRADIENT_SUMS
-from fastprune.ops.score_source import Source, dtype_name
+from fastprune.ops.score_source import Source, dtype_name, missing_formula
 
 
 @functools.cache
 def has_gradient_kernel() -> bool:
     """Whether the processor (AVX2 or AVX-512) has a kernel for the gradients of examples."""
-    from fastprune import _cpp
-
-    return _cpp.has_gradient_kernel()
+    return _extension().has_gradient_kernel()
 
 
 def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, spans: list[tuple[int, int]]) -> None:
@@ -35,10 +34,8 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
         x: ``(n_tokens, in)``, of the dtype of ``dy``.
         spans: First and end token of each example, none empty.
     """
-    from fastprune import _cpp
-
     offsets, some = torch.tensor(spans, dtype=torch.int64), next(iter(accs.values()))
-    _cpp.add_gradients(
+    _extension().add_gradients(
         _cpp_dtype(some),
         *(accs[name].data_ptr() if name in accs else 0 for name in GRADIENT_SUMS),
         some.stride(0),
@@ -58,14 +55,12 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, to the same bits."""
-    from fastprune import _cpp
-
+    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, bit-identical."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if wide.stride(1) != 1:
         wide = wide.contiguous()
     sums = acc.contiguous()
-    _cpp.add_column_squares(
+    _extension().add_column_squares(
         _cpp_dtype(sums),
         sums.data_ptr(),
         _cpp_dtype(wide),
@@ -83,9 +78,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterable[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, without forming all scores in memory."""
-    from fastprune import _cpp
-
+    """:func:`fastprune.ops.reference.top_scores_of_each`, bit-identical, without storing all scores."""
     sources = {name: Source.of(*pair, criterion) for name, pair in matrices.items()}
     found = {}
     for name, source in sources.items():
@@ -100,7 +93,7 @@ def top_scores_of_each(
         )
         for name, source in sources.items()
     ]
-    first_nan = _cpp.top_scores(selections, torch.get_num_threads())
+    first_nan = _extension().top_scores(selections, torch.get_num_threads())
     for (name, (weight, _)), index in zip(matrices.items(), first_nan, strict=True):
         if index >= 0:
             raise reference.nan_score(index, weight, criterion, name)
@@ -108,46 +101,36 @@ def top_scores_of_each(
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.ops.reference.apply_sparse_each_`, to the same bits."""
-    from fastprune import _cpp
-
-    every_old = []
+    """:func:`fastprune.ops.reference.apply_sparse_each_`, bit-identical."""
+    extension, every_old = _extension(), []
     for weight, where in zip(elements, offsets, strict=True):
         old, where = torch.empty(where.shape, dtype=weight.dtype), where.contiguous()
-        _cpp.gather(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), old.data_ptr())
+        extension.gather(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), old.data_ptr())
         restore_sparse_each_([weight], [where], [reference.scaled(old, scale)])
         every_old.append(old)
     return every_old
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.ops.reference.restore_sparse_each_`, to the same bits."""
-    from fastprune import _cpp
-
+    """:func:`fastprune.ops.reference.restore_sparse_each_`, bit-identical."""
+    extension = _extension()
     for weight, where, values in zip(elements, offsets, old, strict=True):
         where, values = where.contiguous(), values.contiguous()
-        _cpp.scatter(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), values.data_ptr())
+        extension.scatter(weight.element_size(), weight.data_ptr(), where.data_ptr(), where.numel(), values.data_ptr())
         memory.note_write(weight)
 
 
+def _extension() -> ModuleType:
+    """The compiled module, imported on the first call: ``import fastprune`` needs no extension."""
+    return importlib.import_module("fastprune._cpp")
+
+
 def _formula(name: str) -> object:
-    """The extension's value of a product.
-
-    Raises:
-        BackendError: The extension was built from a list without it.
-    """
-    from fastprune import _cpp
-
-    try:
-        return _cpp.Formula.__members__[name]
-    except KeyError:
-        raise BackendError(
-            f"backend: expected an extension with the formula {name!r}, got one without it; add it to csrc/scores.h "
-            "and build again (pip install -e .)"
-        ) from None
+    formula = getattr(_extension().Formula, name, None)
+    if formula is None:
+        raise missing_formula("cpp", name)
+    return formula
 
 
 def _cpp_dtype(tensor: Tensor) -> object:
-    from fastprune import _cpp
-
-    return getattr(_cpp.Dtype, dtype_name(tensor))
+    return getattr(_extension().Dtype, dtype_name(tensor))

@@ -1,8 +1,9 @@
-"""The criteria: one row for each importance score, which every backend and the command line read.
+"""The table of criteria: one row for each importance score, read by every backend and by the command line.
 
-A new criterion is a row here and its own definition, independent of this one, in :mod:`fastprune.testing.oracle`; a
-new product also a line in :data:`FORMULAS` and one in ``csrc/scores.h``. Sources: arXiv 2604.09544 (signed, abs),
-2402.05162 (abs_of_sum, wanda).
+A new criterion is a row here and an independent definition in :mod:`fastprune.testing.oracle`. A new product is also a
+line in :data:`FORMULAS` and one in ``csrc/scores.h``.
+
+Sources: arXiv 2604.09544 (signed, abs), 2402.05162 (abs_of_sum, wanda, set difference).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Criterion:
     """One importance score.
 
     Attributes:
-        name: What a user calls it.
+        name: As users write it.
         statistic: One of :data:`STATISTICS`; ``None`` for a score that needs no data.
         formula: One of :data:`FORMULAS`.
         root: Whether the product takes the square root of the statistic.
@@ -45,7 +46,7 @@ class Criterion:
 
     @property
     def broadcasts(self) -> bool:
-        """Whether the statistic is one number for each input feature rather than one for each weight."""
+        """Whether the statistic has one number per input feature, not one per weight."""
         return self.statistic == "act_sq_sum"
 
 

@@ -1,13 +1,14 @@
-"""Launchers of the CUDA operations: from validated tensors to the addresses and the stream that the extension takes.
+"""The ``cuda`` backend: passes the addresses of validated tensors and a stream to the compiled extension.
 
-``fastprune.ops`` is the only caller. In: tensors on one CUDA device, any float dtype. Out: what the same function of
-:mod:`fastprune.ops.reference` returns, to the same bits. Work is queued on the current stream of the tensors'
-device, and all memory comes from torch. Selection and set difference wait for the device, because they report or return
-a count; sparse writes do not. This module knows no model and no file.
+``fastprune.ops`` is the only caller. In: tensors on one CUDA device, any float dtype. Out: results bit-identical to
+those of the same function of :mod:`fastprune.ops.reference`. Work is queued on the current stream of the tensors'
+device, and torch allocates all memory. Selection and set difference synchronize, because they return a count or report
+an error; sparse writes do not.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from fastprune.errors import ArgumentError, BackendError
 from fastprune.ops import memory, reference
-from fastprune.ops.score_source import Source, dtype_name
+from fastprune.ops.score_source import Source, dtype_name, missing_formula
 
-# Bytes of one launch's workspace, by which there is enough work in it.
+# Bytes of workspace from which on one launch has enough work.
 _WORKSPACE = 160 << 20
 
 
 def top_scores_of_each(
     matrices: Mapping[str, tuple[Tensor, Tensor | None]], criterion: str, ks: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """:func:`fastprune.ops.reference.top_scores_of_each`, to the same bits, of as many as fit in one launch.
+    """:func:`fastprune.ops.reference.top_scores_of_each`, bit-identical, of as many matrices a launch as fit.
 
     Args:
         matrices: On one device; dtypes may differ.
@@ -68,15 +69,15 @@ def _launches(matrices: Mapping[str, tuple[Tensor, Tensor | None]], ks: Mapping[
     shapes = {name: (weight.numel(), ks[name]) for name, (weight, _) in matrices.items()}
     # Experts are thousands of one shape: each shape is asked about once.
     with _device_of([weight for weight, _ in matrices.values()]) as (extension, device, _):
-        needs = {of: extension.top_scores_workspace([of[0]], [1], [of[1]], device) for of in {*shapes.values()}}
+        needs = {(n, k): extension.top_scores_workspace([n], [1], [k], device) for n, k in {*shapes.values()}}
     names: list[str] = []
     used = 0
-    for name, of in shapes.items():
-        if names and used + needs[of] > _WORKSPACE:
+    for name, shape in shapes.items():
+        if names and used + needs[shape] > _WORKSPACE:
             yield names
             names, used = [], 0
         names.append(name)
-        used += needs[of]
+        used += needs[shape]
     if names:
         yield names
 
@@ -100,7 +101,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`fastprune.ops.reference.apply_sparse_each_` in one launch, to the same bits; a NaN keeps its payload.
+    """:func:`fastprune.ops.reference.apply_sparse_each_` in one launch, bit-identical; a NaN keeps its payload.
 
     Args:
         elements: One-dimensional, on one device; dtypes may differ.
@@ -114,7 +115,7 @@ def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], sc
 
 
 def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], old: Sequence[Tensor]) -> None:
-    """:func:`fastprune.ops.reference.restore_sparse_each_` in one launch, to the same bits."""
+    """:func:`fastprune.ops.reference.restore_sparse_each_` in one launch, bit-identical."""
     _write(elements, [each.contiguous() for each in offsets], [each.contiguous() for each in old], None)
 
 
@@ -143,14 +144,16 @@ def _select(
     some = read[0].weight
     values = some.new_empty(sum(ks), dtype=torch.float32)
     indices = some.new_empty(sum(ks), dtype=torch.int64)
-    places = torch.empty_like(indices) if with_sources else None
+    places = torch.empty_like(indices) if with_sources else indices[:0]
     tensors = [tensor for source in read for tensor in (source.weight, source.statistic)]
     with _device_of(tensors) as (extension, device, stream):
+        if read[0].formula not in extension.formulas:
+            raise missing_formula("cuda", read[0].formula)
         sizes = [source.weight.numel() for source in read]
         workspace = _bytes(extension.top_scores_workspace(sizes, group_sizes, ks, device), some)
         nan = extension.top_scores(
             *(sources, group_sizes, ks, workspace.data_ptr(), workspace.numel()),
-            *(0 if places is None else places.data_ptr(), indices.data_ptr(), values.data_ptr(), device, stream),
+            *(places.data_ptr() if with_sources else 0, indices.data_ptr(), values.data_ptr(), device, stream),
         )
     if nan is not None:
         place, index = nan
@@ -180,13 +183,12 @@ def _write(elements: Sequence[Tensor], offsets: list[Tensor], old: list[Tensor],
 @contextmanager
 def _device_of(tensors: Sequence[Tensor]) -> Iterator[tuple[ModuleType, int, int]]:
     """The extension, the device's number and the address of its current stream, with that device as the current one."""
-    from fastprune import _cuda
-
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or tensors[0].device.type != "cuda":
         raise ArgumentError(f"expected tensors on one CUDA device, got {', '.join(sorted(map(str, devices)))}")
+    extension = importlib.import_module("fastprune._cuda")
     with torch.cuda.device(tensors[0].device):
-        yield _cuda, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+        yield extension, torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
 
 
 def _bytes(count: int, like: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""Which devices a model can run on.
-
-In: the name of a device. Out: the device, or an error that names it. It must not know models.
-"""
+"""Devices on which a model can run."""
 
 from __future__ import annotations
 
@@ -11,12 +8,12 @@ from fastprune.errors import ArgumentError
 
 
 def usable_device(device: str | torch.device, kinds: tuple[str, ...] = ("cpu", "cuda")) -> torch.device:
-    """The device of this name, if it is there and serves.
+    """The device of this name, if it is present and supported.
 
     By default CPU and CUDA only: scoring needs float64, which Apple's GPUs lack, and ``meta`` holds no values.
 
     Raises:
-        ArgumentError: It is none of these, or is not there.
+        ArgumentError: The device is of another kind, or is not present.
     """
     try:
         found = torch.device(device)

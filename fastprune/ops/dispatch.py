@@ -1,8 +1,8 @@
-"""Which backend serves an operation here, and why another one cannot.
+"""Selects the backend of a call, or gives the reason why a backend cannot serve it.
 
-In: the name of an operation, the backend that was asked for (or none), and the tensors. Out: a name of
-:data:`BACKENDS`, or an error that says why not. Whatever a backend needs is imported when it is first asked about:
-``import fastprune`` imports neither triton nor an extension.
+In: the name of an operation, the requested backend (or none), and the tensors. Out: a name of :data:`BACKENDS`, or an
+error with the reason. A backend's packages are imported on first use: ``import fastprune`` imports neither triton nor
+an extension.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUMS = {
 }
 _SELECTION = {"top_scores", "apply_sparse_", "restore_sparse_"}
 _OPERATIONS = {"torch": _SUMS | _SELECTION, "cpp": _SUMS | _SELECTION, "triton": _SUMS, "cuda": _SELECTION}
-_PREFERRED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # plain torch serves what none of these can
+_PREFERRED = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # else plain torch
 
 _ABSENT = "not built or cannot be loaded"
 _OLDEST = (8, 0)  # compute capability of an A100: bfloat16 in tensor cores, asynchronous copies
@@ -86,10 +86,10 @@ def refusal(backend: str, operation: str, tensors: Iterable[Tensor]) -> str | No
 
 
 def choose(backend: str | None, operation: str, *tensors: Tensor) -> str:
-    """The backend that serves a call: the one that was named, else the best one that can.
+    """The backend that serves a call: the requested one, else the best available.
 
     Raises:
-        ArgumentError: ``backend`` is not the name of one.
+        ArgumentError: ``backend`` is not one of :data:`BACKENDS`.
         BackendError: The named backend cannot serve; the message says why.
     """
     if backend is None:
@@ -102,7 +102,7 @@ def choose(backend: str | None, operation: str, *tensors: Tensor) -> str:
 
 
 def check_serves(backend: str | None, operations: Iterable[str]) -> None:
-    """Raise what a named backend would raise later, where it has not all of the operations or is not available."""
+    """Raise early what a call would raise: a named backend is not available, or lacks one of the operations."""
     if backend is None:
         return
     check_name(backend)
@@ -114,7 +114,7 @@ def check_serves(backend: str | None, operations: Iterable[str]) -> None:
 
 
 def check_name(backend: str) -> None:
-    """Raise ArgumentError unless it is the name of a backend."""
+    """Raise ArgumentError unless ``backend`` is one of :data:`BACKENDS`."""
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
 

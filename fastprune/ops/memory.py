@@ -1,28 +1,34 @@
-"""What a tensor's memory holds, and whether two tensors share it: asked before a raw address is taken.
+"""Checks of tensors' memory before a kernel is given raw addresses.
 
-In: tensors as a caller has them. Out: nothing, or an :class:`~fastprune.errors.ArgumentError`. Some tensors hold no
-values (fake, meta, freed), others than they show (a lazy negation), or have several where a kernel counts on one.
+In: tensors as a caller passed them. Out: nothing, or an :class:`~fastprune.errors.ArgumentError`. Some tensors hold no
+values (fake, meta, freed) or other values than they show (a lazy negation), and two may share memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastprune.errors import ArgumentError
 
-# Those of a plain tensor and of a parameter; another one may return what it likes.
-_PLAIN_FUNCTIONS = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+
+def _without_class(method: Callable) -> object:
+    """What a class method calls, the same for every class that inherits it."""
+    return getattr(method, "__func__", method)
+
+
+# Those of a plain tensor and of a parameter; a subclass with one of its own may return anything.
+_PLAIN_FUNCTIONS = (_without_class(Tensor.__torch_function__), torch._C._disabled_torch_function_impl)
 
 
 def check_held(name: str, tensor: Tensor) -> None:
-    """A tensor whose storage holds its values where its strides say.
+    """Require a tensor whose storage holds its values where its strides say.
 
     Raises:
-        ArgumentError: It is none; the message begins with ``name``.
+        ArgumentError: ``tensor`` is not one; the message begins with ``name``.
     """
     if not isinstance(tensor, Tensor):
         raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -31,7 +37,7 @@ def check_held(name: str, tensor: Tensor) -> None:
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
-    """A tensor that may be written: torch refuses one of inference mode outside of that mode."""
+    """Require a tensor that may be written: outside of inference mode, torch refuses one that was made inside."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ArgumentError(
             f"{name}: expected a tensor that may be written, got one made under torch.inference_mode; .clone() it "
@@ -40,13 +46,13 @@ def check_writable(name: str, tensor: Tensor) -> None:
 
 
 def note_write(tensor: Tensor) -> None:
-    """Tell autograd of a write through an address, which it does not see."""
-    if not tensor.is_inference():  # of these it keeps no versions
+    """Tell autograd of a write through an address, which autograd does not see."""
+    if not tensor.is_inference():  # inference tensors have no version
         torch.autograd.graph.increment_version(tensor)
 
 
 def check_apart(accs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """No element of an accumulator is one of another accumulator, nor lies among those of an input.
+    """Require that no two accumulators share an element, and that none overlaps an input.
 
     Args:
         accs: Of one shape and, along their columns, of unit stride; no two rows of one overlap.
@@ -56,18 +62,18 @@ def check_apart(accs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Non
         ArgumentError: Two share memory.
     """
     for (name, acc), (other_name, other) in itertools.combinations(accs.items(), 2):
-        if _meet(acc, other) and _share(acc, other):
+        if _overlap(acc, other) and _share(acc, other):
             raise ArgumentError(
                 f"accs: expected memory of its own for each, got one for {name!r} and {other_name!r}; what is added to "
                 "one would be added to the other"
             )
     for acc, (name, tensor) in itertools.product(accs.values(), inputs.items()):
-        if _meet(acc, tensor):
+        if _overlap(acc, tensor):
             raise ArgumentError(f"acc: expected memory of its own, got that of {name}; .clone() one of them")
 
 
 def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
-    """No element in memory is listed for two weights: the second write would keep the first one's value as the old one.
+    """Require that no element is listed for two weights: the second write would save the first one's as the old value.
 
     Args:
         names: Of the weights.
@@ -78,29 +84,28 @@ def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets:
         ArgumentError: An element is in the lists of two weights.
     """
     listed = sorted((*_ends(elements[i]), i) for i in range(len(names)) if len(offsets[i]))
-    meeting: set[int] = set()
+    overlapping: set[int] = set()
     furthest, owner = 0, 0
     for start, end, i in listed:
         if start < furthest:
-            meeting |= {owner, i}
+            overlapping |= {owner, i}
         if end > furthest:
             furthest, owner = end, i
-    if not meeting:
+    if not overlapping:
         return
-    addresses = torch.cat([_ends(elements[i])[0] + offsets[i] * elements[i].element_size() for i in meeting])
-    one_size = len({elements[i].element_size() for i in meeting}) == 1
+    addresses = torch.cat([_ends(elements[i])[0] + offsets[i] * elements[i].element_size() for i in overlapping])
+    one_size = len({elements[i].element_size() for i in overlapping}) == 1
     if not one_size or len(addresses.unique()) < len(addresses):
-        some = " and ".join(repr(names[i]) for i in sorted(meeting)[:2])
+        some = " and ".join(repr(names[i]) for i in sorted(overlapping)[:2])
         raise ArgumentError(f"weights: expected no element in two lists, got {some}, which share memory")
 
 
 def _other_kind(tensor: Tensor) -> str | None:
-    """What a tensor is, if its values are not those in its storage."""
+    """The kind of a tensor whose storage does not hold its values; ``None`` if it holds them."""
     kind = type(tensor)
-    function = kind.__torch_function__
     if (
         kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or getattr(function, "__func__", function) not in _PLAIN_FUNCTIONS
+        or _without_class(kind.__torch_function__) not in _PLAIN_FUNCTIONS
     ):
         return f"{kind.__name__}, a subclass with operations of its own"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
@@ -124,13 +129,13 @@ def _other_kind(tensor: Tensor) -> str | None:
 
 
 def _ends(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first element of a tensor that has any, and behind its last one."""
+    """Address of the first element and the address after the last one; the tensor is not empty."""
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
-def _meet(a: Tensor, b: Tensor) -> bool:
-    """Whether the stretches of memory in which two tensors lie overlap; their elements may be different ones."""
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges of two tensors overlap; their elements may still be different ones."""
     if not a.numel() or not b.numel() or a.device != b.device:
         return False
     (a_start, a_end), (b_start, b_end) = _ends(a), _ends(b)

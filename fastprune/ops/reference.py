@@ -1,8 +1,8 @@
 """The operations of :mod:`fastprune.ops` in plain torch, short enough to be checked by eye.
 
-Every other backend is tested against these. They take what ``ops`` has validated, run on any device, and work in the
-dtype of the accumulator (float32 or float64). Where ``ops`` has no faster backend for a device, selection, apply and
-``accumulate_act_sq_sum`` run from here. This module knows no backend, no model and no file.
+Every other backend is tested against these. They take arguments that ``ops`` has validated, run on any device, and
+compute in the dtype of the accumulator (float32 or float64). On devices without a faster backend, selection, apply and
+``accumulate_act_sq_sum`` run from here.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
     """``acc[j] += sum_t x[t, j]**2`` in float64, in an order that is part of the definition.
 
     Tokens t, t + 128, t + 256, ... are added one after the other; the 128 sums are then folded in half until one is
-    left. So every backend gives the same bits, and the error does not grow with the number of tokens.
+    left. So the result is bit-identical on every backend, and its error does not grow with the number of tokens.
     """
     lanes = torch.zeros(ACT_SQ_LANES, x.shape[1], dtype=torch.float64, device=x.device)
     for block in x.split(ACT_SQ_LANES):
@@ -72,20 +72,18 @@ def form_scores(weight: Tensor, statistic: Tensor | None, criterion: str) -> Ten
     """
     wide = torch.float64 if torch.float64 in (weight.dtype, getattr(statistic, "dtype", None)) else torch.float32
     w = weight.to(wide)
-    s = None if statistic is None else statistic.to(wide)
+    s = w.new_ones(()) if statistic is None else statistic.to(wide)  # not read by the formula of such a criterion
     row = CRITERIA[criterion]
-    if s is not None and row.root:
-        s = root(s)
-    scores = FORMULAS[row.formula](w, s)
+    scores = FORMULAS[row.formula](w, root(s) if row.root else s)
     return scores.to(torch.float32) + 0.0
 
 
 def root(values: Tensor) -> Tensor:
     """Square roots in the dtype of float32 or float64 values, each rounded once.
 
-    Torch's own on a CPU comes from MKL where memory has no gaps: 0.6 % of its roots are one unit in the last place off,
-    and with gaps they are others. NumPy takes the processor's instruction, which IEEE 754 defines to the bit, as torch
-    does on CUDA devices. Every backend has its roots from here.
+    On a CPU, torch takes the roots of contiguous values from MKL: 0.6 % of them are one unit in the last place off, and
+    those of strided values differ. NumPy uses the processor's instruction, which IEEE 754 defines exactly, as torch
+    does on CUDA devices. Every backend takes its roots from here.
     """
     if values.device.type != "cpu":
         return values.sqrt()
@@ -136,7 +134,7 @@ def nan_score(index: int, weight: Tensor, criterion: str, name: str = "") -> Sco
 
 @torch.no_grad()
 def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """``elements[offsets] *= scale`` (scale 0 writes +0); returns what stood there. ``elements`` is one-dimensional."""
+    """``elements[offsets] *= scale`` (scale 0 writes +0); returns the old values. ``elements`` is one-dimensional."""
     old = elements[offsets]
     elements[offsets] = scaled(old, scale)
     return old
@@ -144,12 +142,12 @@ def apply_sparse_(elements: Tensor, offsets: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def restore_sparse_(elements: Tensor, offsets: Tensor, old: Tensor) -> None:
-    """``elements[offsets] = old``, bit by bit."""
+    """``elements[offsets] = old``, bit-identical."""
     elements[offsets] = old
 
 
 def apply_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """:func:`apply_sparse_` of several matrices, one after the other; returns what stood in each."""
+    """:func:`apply_sparse_` of several matrices, one after the other; returns the old values of each."""
     return [apply_sparse_(*pair, scale) for pair in zip(elements, offsets, strict=True)]
 
 
@@ -168,7 +166,7 @@ def scaled(old: Tensor, scale: float) -> Tensor:
 
 
 def add_product_(acc: Tensor, dy: Tensor, x: Tensor) -> None:
-    """``acc += dy.T @ x``, the inputs converted to the dtype of ``acc`` unless the device forms wide sums of them."""
+    """``acc += dy.T @ x``; the inputs are converted to the dtype of ``acc`` unless the device can sum them in it."""
     if acc.dtype != dy.dtype and takes_as_they_are(acc, dy):
         torch.addmm(acc, dy.T, x, out_dtype=torch.float32, out=acc)
     else:

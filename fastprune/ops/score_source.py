@@ -1,7 +1,7 @@
-"""What a compiled selection reads the scores of a matrix from, on a CPU and on a GPU alike.
+"""The inputs of a compiled selection, on a CPU and on a GPU alike.
 
-In: a weight, its statistic and a criterion that :mod:`fastprune.ops.validate` has seen. Out: memory without gaps,
-strides and the name of a product; a square root, on whose last bit libraries do not agree, is that of the reference.
+In: a weight, its statistic and a criterion, validated. Out: a contiguous weight, the statistic with its strides and the
+name of a product. The square root is taken here by the reference's function, since libraries differ in its last bit.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastprune.errors import BackendError
 from fastprune.ops.criteria import CRITERIA
 from fastprune.ops.reference import root
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where scores are formed from.
+    """What the scores of a matrix are formed from.
 
     Attributes:
-        weight: Row-major and without gaps.
+        weight: Contiguous.
         statistic: float32 or float64 of the weight's shape; empty where none is read.
         strides: Of the statistic, in elements, from row to row and from column to column; 0 where it is broadcast.
         formula: Name of the product, as ``csrc/scores.h`` has it.
@@ -47,8 +48,16 @@ class Source:
             statistic = root(statistic.to(torch.promote_types(weight.dtype, statistic.dtype)))
         statistic = statistic.expand(weight.shape)
         if weight.dim() == 2:
-            return cls(weight, statistic, statistic.stride(), row.formula)
+            return cls(weight, statistic, (statistic.stride(0), statistic.stride(1)), row.formula)
         return cls(weight, statistic.contiguous(), (weight.shape[-1] if weight.dim() else 1, 1), row.formula)
+
+
+def missing_formula(backend: str, formula: str) -> BackendError:
+    """The error for a product that an extension was built without."""
+    return BackendError(
+        f"backend {backend!r}: expected an extension built with the formula {formula!r}, got one without it; add it to "
+        "csrc/scores.h and build again (pip install -e .), or pass backend='torch'"
+    )
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Launchers of the Triton operations: from validated tensors to those of ``fastprune_kernels``.
+"""The ``triton`` backend: passes validated tensors to the launchers of ``fastprune_kernels``.
 
 :mod:`fastprune.ops` and :mod:`fastprune.ops.dispatch` are the only callers, and import this module when they need it:
 it imports triton. Work is queued on the current stream of the tensors' device. Where ``TRITON_INTERPRET=1`` was set
@@ -19,7 +19,7 @@ _TILE = 256  # no kernel has a tile with a longer side
 
 
 def refusal(operation: str, acc: Tensor, *inputs: Tensor) -> str | None:
-    """What the kernels do not take of these tensors, ``None`` if they take them all."""
+    """Why the kernels cannot take these tensors; ``None`` if they can."""
     accumulators = (torch.float32, torch.float64) if operation == "accumulate_act_sq_sum" else (torch.float32,)
     if acc.dtype not in accumulators:
         return f"takes {_names(accumulators)} accumulators for {operation}, got {_names([acc.dtype])}"
@@ -50,14 +50,14 @@ def accumulate_per_example(accs: Mapping[str, Tensor], dy: Tensor, x: Tensor, sp
         x: ``(n_tokens, in)``, of the dtype of ``dy``.
         spans: First and end token of each example, none empty.
     """
-    # From the host, also where the caller's were on the device: their mean length chooses the tile, and the same
-    # examples have to give the same bits. Copies of some hundred bytes do not wait for the device.
+    # Made on the host even if the caller's tensors are on the device: the mean length selects the tile, and the same
+    # examples must give bit-identical sums. Copies of a few hundred bytes do not synchronize.
     starts, ends = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2).T.contiguous()
     grad_abs_sum.accumulate_grad_statistics([(dy, accs)], x, starts, ends - starts)
 
 
 def accumulate_act_sq_sum(acc: Tensor, x: Tensor) -> None:
-    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, to the same bits."""
+    """:func:`fastprune.ops.reference.accumulate_act_sq_sum`, bit-identical."""
     act_sq_sum.accumulate_act_sq_sum(acc, x)
 
 

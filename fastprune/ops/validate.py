@@ -1,8 +1,7 @@
-"""What the operations accept: shapes, dtypes, devices, token ranges and indices, checked before any backend is called.
+"""Checks of arguments before any backend is called: shapes, dtypes, devices, token ranges and indices.
 
-``fastprune.ops`` is the caller; masks check their scale here too. A check returns its arguments in the form that every
-backend expects, or raises an :class:`~fastprune.errors.ArgumentError` that names the argument, what was expected and
-what came.
+A check returns its arguments in the form that every backend expects, or raises an
+:class:`~fastprune.errors.ArgumentError`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -22,10 +21,13 @@ from fastprune.errors import ArgumentError, FastpruneError
 from fastprune.ops import memory
 from fastprune.ops.criteria import CRITERIA, GRADIENT_SUMS
 
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the weights that can be scored and pruned."""
+
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Errors within begin with the name of the matrix that they are about, unless it is empty."""
+    """Begin errors raised within by the name of the matrix, unless it is empty."""
     try:
         yield
     except FastpruneError as error:
@@ -59,13 +61,13 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
     if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
     if any(size > 1 and stride == 0 for size, stride in zip(acc.shape, acc.stride(), strict=True)):
-        raise ArgumentError(f"acc: elements share memory: {tuple(acc.shape)}, strides {acc.stride()}")
+        raise ArgumentError(f"acc: expected no elements that share memory, got {_layout(acc)}")
 
 
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
-    """A tensor of 16, 32 or 64 bit floats on the device of another, of which the memory holds what it says."""
+    """Require a tensor of :data:`FLOAT_DTYPES` on the device of ``like``, whose storage holds its values."""
     memory.check_held(name, tensor)
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+    if tensor.dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ArgumentError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
@@ -89,12 +91,12 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
             raise ArgumentError(f"acc: expected a unit stride in one dimension, got strides {acc.stride()}")
         acc, dy, x = acc.T, x, dy
     if len(acc) > 1 and acc.stride(0) < acc.shape[1]:
-        raise ArgumentError(f"acc: rows share memory: {tuple(acc.shape)}, strides {acc.stride()}")
+        raise ArgumentError(f"acc: expected no rows that share memory, got {_layout(acc)}")
     return acc.detach(), dy.detach(), x.detach()
 
 
 def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int, *, disjoint: bool = False) -> list[tuple[int, int]]:
-    """First and end token of each example that has tokens; waits for the device where the two are not on the CPU."""
+    """First and end token of each example that has tokens. Synchronizes if the two are not on the CPU."""
     for name, tensor in (("starts", starts), ("lengths", lengths)):
         memory.check_held(name, tensor)
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
@@ -105,7 +107,8 @@ def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int, *, disjoint: boo
     for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         if start < 0 or length < 0 or start + length > n_tokens:
             raise ArgumentError(
-                f"starts, lengths: example {i} has start {start} and length {length}, but there are {n_tokens} tokens"
+                f"starts, lengths: expected spans within {n_tokens} tokens, got start {start} and length {length} for "
+                f"example {i}"
             )
         if length:
             spans.append((start, start + length))
@@ -124,16 +127,11 @@ def checked_pair(pair: object) -> tuple[Tensor, Tensor | None]:
 
 
 def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> int:
-    """The number of scores to select, as a plain integer; weight and statistic fit the criterion."""
+    """Require weight and statistic to fit the criterion; returns the number of scores to select as an int."""
     if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
     check_float("weight", weight, like=weight)
-    try:
-        k = operator.index(None if isinstance(k, bool) else k)
-    except (TypeError, ValueError, RuntimeError):  # what torch's and NumPy's arrays raise
-        raise ArgumentError(f"k: expected an integer, got {k!r}") from None
-    if k < 0:
-        raise ArgumentError(f"k: expected 0 or more, got {k}")
+    k = _count("k", k)
     row = CRITERIA[criterion]
     if row.statistic is None:
         if statistic is not None:
@@ -152,12 +150,28 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     except RuntimeError:
         fits = False
     if not fits:
-        raise ArgumentError(f"statistic: {tuple(statistic.shape)} does not fit the weight {tuple(weight.shape)}")
+        broadcastable = " or a shape that broadcasts to it" if row.broadcasts else ""
+        raise ArgumentError(
+            f"statistic: expected the weight's shape {tuple(weight.shape)}{broadcastable}, got {tuple(statistic.shape)}"
+        )
     return k
 
 
+def _count(argument: str, value: object) -> int:
+    """An integer of 0 or more as an int; NumPy's and torch's are accepted."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            raise TypeError
+        count = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # arrays of torch and NumPy, of several elements or of fractions
+        raise ArgumentError(f"{argument}: expected an integer, got {value!r}") from None
+    if count < 0:
+        raise ArgumentError(f"{argument}: expected 0 or more, got {count}")
+    return count
+
+
 def checked_scale(scale: float) -> float:
-    """What weights are multiplied by, a finite number, NumPy's too, as a float."""
+    """The scale as a float; it has to be a finite number (NumPy's are accepted)."""
     try:
         value = math.nan if isinstance(scale, bool) or not isinstance(scale, Real) else float(scale)
     except OverflowError:  # an integer beyond every float
@@ -168,7 +182,7 @@ def checked_scale(scale: float) -> float:
 
 
 def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
-    """Old values have the form in which ``apply_sparse_`` returned them."""
+    """Require old values as ``apply_sparse_`` returned them."""
     check_names("indices", indices, weights)
     check_names("old", old, weights)
     for name, weight in weights.items():
@@ -187,7 +201,7 @@ def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old:
 
 
 class Elements(NamedTuple):
-    """Single elements of the matrices on one device: names, one-dimensional views of their memory, offsets in these."""
+    """Single elements of the matrices on one device: names, one-dimensional views of their memory, offsets there."""
 
     names: list[str]
     elements: list[Tensor]
@@ -195,7 +209,7 @@ class Elements(NamedTuple):
 
 
 def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> list[Elements]:
-    """What the indices of each weight name in memory, device by device; waits once for each."""
+    """The indexed elements of each weight in memory, device by device; synchronizes once for each."""
     check_names("indices", indices, weights)
     groups: dict[torch.device, Elements] = {}
     for name, weight in weights.items():
@@ -208,8 +222,10 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
                 got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
                 raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
             group = groups.setdefault(weight.device, Elements([], [], []))
-            for members, member in zip(group, (name, *_located(weight.detach(), listed)), strict=True):
-                members.append(member)
+            elements, offsets = _located(weight.detach(), listed)
+            group.names.append(name)
+            group.elements.append(elements)
+            group.offsets.append(offsets)
     for group in groups.values():
         _check_ranges({name: (weights[name], indices[name]) for name in group.names if len(indices[name])})
         memory.check_lists_apart(group.names, group.elements, group.offsets)
@@ -222,7 +238,7 @@ def _check_mapping(argument: str, given: object) -> None:
 
 
 def check_names(argument: str, given: Mapping[str, object], weights: Mapping[str, object], of: str = "weights") -> None:
-    """Two mappings have the same keys."""
+    """Require two mappings with the same keys."""
     _check_mapping(of, weights)
     _check_mapping(argument, given)
     if differing := given.keys() ^ weights.keys():
@@ -233,10 +249,10 @@ def check_names(argument: str, given: Mapping[str, object], weights: Mapping[str
 
 
 def _check_ranges(listed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Indices, some of each weight, lie within it, none twice: what a second write replaces is no old value."""
+    """Require indices within each weight, none twice: a second write would not replace the old value."""
     if not listed:
         return
-    # All facts of a device in one tensor: each read from it is a wait.
+    # All facts of a device in one tensor, since every read synchronizes.
     facts = [
         fact for _, indices in listed.values() for fact in (*indices.aminmax(), (indices[1:] > indices[:-1]).all())
     ]
@@ -252,6 +268,10 @@ def _check_ranges(listed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
                 raise ArgumentError("indices: expected each weight once, got one twice; .unique() leaves them out")
 
 
+def _layout(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+
+
 def _located(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The weight's memory in one dimension, and the offsets of the indexed elements in it."""
     if weight.is_contiguous():
@@ -260,7 +280,7 @@ def _located(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     reach = 0
     for stride, size in extents:
         if stride <= reach:
-            raise ArgumentError(f"weight: elements share memory: {tuple(weight.shape)}, strides {weight.stride()}")
+            raise ArgumentError(f"weight: expected no elements that share memory, got {_layout(weight)}")
         reach += stride * (size - 1)
     offsets = torch.zeros_like(indices)
     rest = indices

@@ -1,8 +1,6 @@
-"""Criteria: which statistic each importance score is formed from.
+"""Criteria as a user names them, and the statistics that they need.
 
-In: the names a user gives. Out: validated tuples of criteria and the statistics they need. The scores themselves are
-formed on the fly by ``ops.top_scores``. Source: arXiv 2604.09544 (signed, abs), 2402.05162 (wanda and the set
-difference).
+:mod:`fastprune.ops.criteria` has the criteria, and ``ops.top_scores`` forms the scores during selection.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The running statistics of one calibration set over the matrices of one segment.
 
-In: inputs and output gradients of each matrix, micro-batch by micro-batch (it is a sink of :class:`Capture`). Out: one
-tensor for each matrix and statistic. Gradients arrive already weighted, each example by 1 / its scored tokens.
+In: inputs and output gradients of each matrix, micro-batch by micro-batch, from :class:`Capture`. Out: one tensor for
+each matrix and statistic. Gradients are already weighted, each example by 1 / its scored tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,12 +19,17 @@ from fastprune.ops.criteria import GRADIENT_SUMS
 from fastprune.scoring.overflow import NotFiniteError
 
 
+class _Padding(NamedTuple):
+    mask: torch.Tensor  # bool (rows * tokens,), True at padding
+    attended: torch.Tensor  # int64, flat positions of all other tokens
+
+
 class SegmentStatistics:
     """Accumulators, in ``dtype``, for the matrices of one segment.
 
     Args:
         matrices: Matrices of the segment.
-        statistics: Names out of method's table: ``grad_sum``, ``grad_abs_sum``, ``grad_sq_sum``, ``act_sq_sum``.
+        statistics: Some of :data:`fastprune.ops.criteria.STATISTICS`.
         dtype: ``torch.float32`` or ``torch.float64``.
         backend: Backend of the ops, ``None`` for the best available.
     """
@@ -52,14 +58,16 @@ class SegmentStatistics:
         """Start a micro-batch; ``example_names`` are used in error messages, one a row."""
         rows, tokens = batch.attention_mask.shape
         self._names = example_names
-        # On the CPU: the ops look at them for every matrix, and would wait for a device each time.
+        # Kept on the CPU: the ops read them for every matrix, and reading from a device synchronizes.
         self._lengths = batch.lengths
         self._starts = torch.arange(rows) * tokens
         # Right padding receives exactly zero gradient (no token attends to it and it is never scored), so it may stay
         # in a sum of gradients; its inputs are meaningless and must stay out of a sum of inputs.
         padded = int(self._lengths.sum()) < rows * tokens
-        self._padding = batch.attention_mask.flatten() == 0 if padded and self.wants_inputs else None
-        self._attended = (~self._padding).nonzero()[:, 0] if self._padding is not None else None
+        self._padding: _Padding | None = None
+        if padded and self.wants_inputs:
+            mask = batch.attention_mask.flatten() == 0
+            self._padding = _Padding(mask, (~mask).nonzero()[:, 0])
         self._checks: dict[int, tuple[str, torch.Tensor]] = {}
         self._losses: torch.Tensor | None = None
         self._outputs: tuple[int, torch.Tensor] | None = None
@@ -69,15 +77,15 @@ class SegmentStatistics:
         if self._padding is None:
             real = x
         elif tokens is None:
-            real = x.index_select(0, self._attended.to(x.device))
-        else:  # zeros add nothing, and leaving rows out would wait for the device once an expert
-            real = x.masked_fill(self._padding.to(x.device)[tokens.indices].unsqueeze(1), 0.0)
+            real = x.index_select(0, self._padding.attended.to(x.device))
+        else:  # zeros add nothing; selecting rows would synchronize once per expert
+            real = x.masked_fill(self._padding.mask.to(x.device)[tokens.indices].unsqueeze(1), 0.0)
         ops.accumulate_act_sq_sum(self.of[matrix.name]["act_sq_sum"], real, backend=self._backend)
 
     def gradients(self, matrix: Matrix, x: torch.Tensor, dy: torch.Tensor, tokens: ExpertTokens | None = None) -> None:
         """Add one matrix's gradients, formed from ``x`` ``(n_tokens, in)`` and ``dy`` ``(n_tokens, out)``."""
-        # Whatever is not finite inside a block is so in the gradient that leaves it downwards, so one matrix a block is
-        # looked at, the first on the way back that sees every token.
+        # A value that is not finite inside a block reaches the gradient that leaves it downwards, so one matrix a block
+        # is checked: the first of the backward pass that sees every token.
         if tokens is None and matrix.block not in self._checks:
             self._checks[matrix.block] = f"block {matrix.block} ({matrix.name})", self._sums(dy)
         starts, lengths = (self._starts, self._lengths) if tokens is None else (tokens.starts, tokens.lengths)
@@ -93,7 +101,7 @@ class SegmentStatistics:
         ops.accumulate_gradients(sums, left, right, starts, lengths, backend=self._backend)
 
     def _sums(self, gradient: torch.Tensor) -> torch.Tensor:
-        """One number an example, finite only if every element is; enough to name a culprit later."""
+        """One number an example, finite only if every element is; enough to name the example later."""
         return gradient.reshape(len(self._names), -1).sum(1, dtype=torch.float32)
 
     def losses(self, losses: torch.Tensor) -> None:
@@ -111,7 +119,7 @@ class SegmentStatistics:
             self._outputs = block, self._sums(masked)
 
     def end(self, leaving: torch.Tensor | None) -> None:
-        """Check the micro-batch that is over; all at once, since each look waits for the device.
+        """Check the finished micro-batch, all at once, since every read synchronizes.
 
         Args:
             leaving: ``(rows, tokens, hidden)``, the gradient at the segment's lower boundary; ``None`` without
@@ -122,39 +130,25 @@ class SegmentStatistics:
                 block.
         """
         if self.wants_gradients and not self._checks:
-            return  # no matrix was used, which the capture refuses by name
-        found: list[tuple[str, torch.Tensor]] = []
+            return  # no matrix was used; the capture raises an error that names it
+        checks: list[tuple[str, str, torch.Tensor]] = []  # kind, where, one number an example
         if self._losses is not None:
-            found.append(("loss", self._losses))
+            checks.append(("loss", "", self._losses))
         if self._outputs is not None:
-            found.append(("outputs", self._outputs[1]))
+            block, sums = self._outputs
+            checks.append(("outputs", f"block {block}", sums))
         if leaving is not None:  # in the order of the backward pass: the first is where it began
-            found += [*self._checks.values(), (f"the input of block {min(self._checks)}", self._sums(leaving))]
-        if not found:
+            checks += [("gradient", where, sums) for where, sums in self._checks.values()]
+            checks.append(("gradient", f"the input of block {min(self._checks)}", self._sums(leaving)))
+        if not checks:
             return
-        device = found[-1][1].device
-        bad = ~torch.stack([sums.to(device, torch.float32) for _, sums in found]).isfinite().cpu()
+        device = checks[-1][2].device
+        bad = ~torch.stack([sums.to(device, torch.float32) for _, _, sums in checks]).isfinite().cpu()
         if not bool(bad.any()):
             return
         place, row = bad.nonzero()[0].tolist()
-        what, name = found[place][0], self._names[row]
-        if what == "loss":
-            message = (
-                f"{name}: its loss is {self._losses[row].item()}; the model gives its response no finite probability "
-                "(look at the weights for NaN, and at the example's text)"
-            )
-            raise NotFiniteError(message, name, row)
-        if what == "outputs":
-            message = (
-                f"{name}: what leaves block {self._outputs[0]} is not finite (look at the weights for NaN, and at the "
-                "example's text)"
-            )
-            raise NotFiniteError(message, name, row)
-        message = (
-            f"{name}: the gradient that reached {what} is not finite; look at this example's text, or load the model "
-            "in float32 or bfloat16"
-        )
-        raise NotFiniteError(message, name, row, gradient_at=what)
+        kind, where, sums = checks[place]
+        raise _not_finite(kind, where, sums[row].item(), self._names[row], row)
 
     def finish(self, scale: float) -> None:
         """Make the sums final: take a loss scale out again (a factor in gradients, its square in squares)."""
@@ -164,3 +158,24 @@ class SegmentStatistics:
             for name, accumulator in accumulators.items():
                 if name in GRADIENT_SUMS:
                     accumulator.mul_(1.0 / scale**2 if name == "grad_sq_sum" else 1.0 / scale)
+
+
+def _not_finite(kind: str, where: str, value: float, name: str, row: int) -> NotFiniteError:
+    """The error for the example of that name: its loss, what leaves a block, or a gradient at ``where``."""
+    match kind:
+        case "loss":
+            message = (
+                f"{name}: its loss is {value}; the model gives its response no finite probability (look at the weights "
+                "for NaN, and at the example's text)"
+            )
+        case "outputs":
+            message = (
+                f"{name}: what leaves {where} is not finite (look at the weights for NaN, and at the example's text)"
+            )
+        case _:
+            message = (
+                f"{name}: the gradient that reached {where} is not finite; look at this example's text, or load the "
+                "model in float32 or bfloat16"
+            )
+            return NotFiniteError(message, name, row, gradient_at=where)
+    return NotFiniteError(message, name, row)

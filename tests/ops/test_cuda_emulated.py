@@ -18,8 +18,9 @@ import torch
 from support.sparse import copies, same, several
 
 from fastprune import ops
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, BackendError
 from fastprune.ops import cuda, dispatch
+from fastprune.ops.criteria import CRITERIA, FORMULAS, Criterion
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="the emulation needs Linux and g++"
@@ -44,6 +45,16 @@ def _emulation(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", cuda_cases.CASES)
 def test_top_scores(name: str) -> None:
     cuda_cases.check_case("cpu", name)
+
+
+def test_an_extension_without_the_formula_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CRITERIA, "trial", Criterion("trial", "grad_sum", "unbuilt_product"))
+    with pytest.raises(BackendError, match=r"^backend 'cuda': .* 'unbuilt_product', got one without it"):
+        cuda_cases.best_of(torch.ones(3, 5), torch.ones(3, 5), "trial", 1)
+
+
+def test_the_extension_has_every_formula(emulated: ModuleType) -> None:
+    assert set(emulated.formulas) == set(FORMULAS)
 
 
 @pytest.mark.parametrize("order", ["reverse", "shuffled"])

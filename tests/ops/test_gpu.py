@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.architectures import BENIGN, HARM, build, pad
+from support.criteria import statistic_for
 from torch import Tensor
 
 import fastprune
@@ -175,8 +176,7 @@ def check_selection(backend: str | None, dtype: torch.dtype, device: str = DEVIC
     weight, statistic = selection_arguments(dtype, device)
     before = weight.clone().cpu()
     for criterion in ops.CRITERIA:
-        given = {"magnitude": None, "wanda": statistic[0].abs()}.get(criterion, statistic)
-        given = statistic.abs() if criterion in ("abs", "fisher") else given
+        given = statistic_for(criterion, statistic)
         found = ops.top_scores(weight, given, criterion, 700, backend=backend)
         wanted = reference.top_scores(before, None if given is None else given.cpu(), criterion, 700)
         assert all(each.device == weight.device for each in found)

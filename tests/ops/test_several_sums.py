@@ -69,7 +69,7 @@ def test_strides_of_a_single_row_or_column_mean_nothing(backend, shape):
 @pytest.mark.parametrize("name", ops.criteria.GRADIENT_SUMS)
 def test_spans_are_checked_whatever_is_summed(name):
     acc = torch.zeros(3, 5)
-    with pytest.raises(ArgumentError, match="example 0 has start 0 and length 99"):
+    with pytest.raises(ArgumentError, match="got start 0 and length 99 for example 0"):
         ops.accumulate_gradients({name: acc}, GOOD["dy"], GOOD["x"], torch.tensor([0]), torch.tensor([99]))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.criteria import statistic_for
 
 from fastprune import ops
 from fastprune.errors import ArgumentError, BackendError, ScoringError
@@ -13,13 +14,6 @@ from fastprune.ops import reference
 
 CPU_BACKENDS = ("torch", "cpp")
 SHAPES = ((1, 1), (3, 5), (17, 129), (256, 300))
-
-
-def statistic_for(criterion: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
-    if criterion == "magnitude":
-        return None
-    values = torch.randn((shape[1],) if criterion == "wanda" else shape, dtype=dtype)
-    return values.abs() if criterion in ("abs", "fisher", "wanda") else values
 
 
 def sorted_scores(weight: torch.Tensor, statistic: torch.Tensor | None, criterion: str):
@@ -41,7 +35,8 @@ def test_equal_to_a_full_sort(backend: str, criterion: str, dtype: torch.dtype) 
     for shape in SHAPES:
         wide = torch.randn(shape[0], shape[1] + 3).to(dtype)
         for weight in (wide[:, :-3].contiguous(), wide[:, 1:-2]):  # the second is strided
-            statistic = statistic_for(criterion, shape, torch.float64 if dtype == torch.float64 else torch.float32)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            statistic = statistic_for(criterion, torch.randn(shape, dtype=wide))
             expected = sorted_scores(weight, statistic, criterion)
             n = weight.numel()
             for k in {0, 1, n // 1000, n // 9, n, n + 5}:
@@ -131,7 +126,7 @@ def test_the_first_of_several_matrices_with_a_nan_is_named(backend: str) -> None
 
 def test_a_matrix_that_does_not_fit_is_named() -> None:
     matrices = {"good": (torch.randn(3, 4), torch.randn(3, 4)), "bad": (torch.randn(3, 4), torch.randn(4, 3))}
-    with pytest.raises(ArgumentError, match=r"^bad: statistic: \(4, 3\) does not fit"):
+    with pytest.raises(ArgumentError, match=r"^bad: statistic: expected the weight's shape \(3, 4\), got \(4, 3\)"):
         ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1})
     with pytest.raises(BackendError, match=r"^good: backend 'triton' has no top_scores"):
         ops.top_scores_of_each(matrices, "signed", {"good": 1, "bad": 1}, backend="triton")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fastprune
 from fastprune.masking.controls import largest_magnitude_mask
+from fastprune.ops.criteria import CRITERIA
 
 SIZES = {
     "vocab_size": 20,
@@ -96,7 +97,7 @@ def test_operations_on_no_weights(backend: str, criterion: str, shape: tuple[int
         pytest.skip("the C++ extension was not built")
     weight = torch.zeros(shape)
     indices, values = fastprune.ops.top_scores(
-        weight, None if criterion == "magnitude" else torch.zeros(shape), criterion, 3, backend=backend
+        weight, None if CRITERIA[criterion].statistic is None else torch.zeros(shape), criterion, 3, backend=backend
     )
     assert indices.shape == values.shape == (0,) and indices.dtype == torch.int64
     none = torch.tensor([], dtype=torch.int64)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastprune.errors import ScoringError
 from fastprune.ops import cuda, reference
 from fastprune.ops.criteria import CRITERIA
+from support.criteria import statistic_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Case = tuple[Tensor, Tensor | None, str, int]
@@ -19,12 +20,8 @@ SAMPLED, RUN = 1 << 15, 16  # as in csrc/cuda/selection.cuh
 
 
 def _random(shape: tuple[int, ...], criterion: str = "signed", k: int = 40, dtype: torch.dtype = torch.float32) -> Case:
-    weight, statistic = torch.randn(shape).to(dtype), torch.randn(shape)
-    if criterion in ("abs", "fisher"):
-        statistic = statistic.abs()
-    if criterion == "wanda":
-        statistic = torch.rand(shape[-1])
-    return weight, None if criterion == "magnitude" else statistic, criterion, k
+    weight, values = torch.randn(shape).to(dtype), torch.randn(shape)
+    return weight, statistic_for(criterion, values), criterion, k
 
 
 def sampled_positions(n: int) -> Tensor:

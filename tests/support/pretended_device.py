@@ -243,8 +243,8 @@ def _patch(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> list[str]:
     monkeypatch.setattr(triton, "INTERPRETED", False)
     for name in ("accumulate_grad_sum", "accumulate_per_example", "accumulate_act_sq_sum"):
         monkeypatch.setattr(triton, name, noted(name, getattr(triton, name)))
-    functions = {name: noted(name, getattr(extension, name)) for name in dir(extension) if not name.startswith("_")}
-    stand_in = SimpleNamespace(**functions)
+    functions = {name: noted(name, value) for name, value in vars(extension).items() if callable(value)}
+    stand_in = SimpleNamespace(**vars(extension) | functions)
     monkeypatch.setitem(sys.modules, "fastprune._cuda", stand_in)
     monkeypatch.setattr(fastprune, "_cuda", stand_in, raising=False)
     for kind in (nn.Module, transformers.PreTrainedModel):
