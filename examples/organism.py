@@ -1,4 +1,4 @@
-"""From two calibration sets to a measured mask, on the small model that ships with fastprune. Runs on a CPU in a minute.
+"""From two calibration sets to a measured mask, on the small model that ships with fastprune, on a CPU in a minute.
 
     python examples/organism.py [FOLDER]
 
@@ -19,8 +19,8 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "organism-data")
 model, tokenizer = load_organism()
 export_data(folder)  # JSONL rows with prompt, response, prefill and category
 
-# 1. Calibration. Harmful replies are scored behind their affirmative start (the column prefill), because the gradient of
-#    that start is about the decision to comply and not about the ability.
+# 1. Calibration. Harmful replies are scored behind their affirmative start (the column prefill), because the gradient
+#    of that start is about the decision to comply and not about the ability.
 harm = fastprune.load_calibration(folder / "harm.jsonl", tokenizer, format="chat")
 benign = fastprune.load_calibration(folder / "benign.jsonl", tokenizer, format="chat")
 
