@@ -19,7 +19,7 @@ from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
 from fastprune.model.frozen import frozen_eval, model_lock
 from fastprune.model.module_check import TOLERANCE, relative_error
-from fastprune.model.positions import other_tables, rotary_conflict, trained_length
+from fastprune.model.positions import other_positions, other_tables, rotary_conflict, trained_length
 from fastprune.model.quirks import CACHES
 from fastprune.model.supported import check_causal
 
@@ -105,11 +105,7 @@ class Forward:
         keywords = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         given, own = (self._model(**keywords, **extra).logits for extra in ({"position_ids": positions}, {}))
         if relative_error(given, own) > self._tolerance(own):
-            raise ModelError(
-                f"model: {type(self._inner).__name__} does not count positions from 0: its logits are others when "
-                "position_ids are 0, 1, … than when there are none; expected the same both ways (RoBERTa and its kin "
-                "begin after their padding token's id), so it cannot be evaluated"
-            )
+            raise other_positions(self._inner, "evaluated")
 
     def _check_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits: torch.Tensor) -> None:
         """Compare the row that is padded most with itself alone; not every architecture looks at the mask.

@@ -1,16 +1,15 @@
-"""A Hugging Face causal LM seen as prologue, decoder blocks and epilogue.
+"""A Hugging Face causal LM as prologue, decoder blocks and epilogue.
 
 In: the anatomy of a model. Out: :class:`BlockView`, which runs any part of the model on its own. No architecture's
 arguments are written by hand: the model's own forward runs with every decoder block replaced by a stub that records
-what the real block would have been given, and the head runs on hidden states that the last stub hands back. Nothing
-here knows statistics or criteria.
+the arguments of the real block, and the head runs on hidden states that the last stub returns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +20,15 @@ from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.experts import one_by_one
-from fastprune.model.frozen import uninterrupted
+from fastprune.model.frozen import Changes, hooked
 from fastprune.model.matrices import Matrix
-from fastprune.model.vocabulary import predictable_tokens
+from fastprune.model.vocabulary import input_embedding, predictable_tokens
 
 
 def tokens_per_chunk(vocabulary: int, *, on_gpu: bool) -> int:
     """Scored tokens that go through the head together.
 
-    Their logits, in fp32, take 128 MiB on a CPU and 512 MiB on a GPU: small beside the weights of any model whose
+    Their logits, in fp32, take 128 MiB on a CPU and 512 MiB on a GPU: small next to the weights of any model whose
     vocabulary makes chunks necessary. A GPU multiplies in tiles of 128 rows, so 261 tokens would cost as much as 384.
     """
     tokens = max(1, (2**27 if on_gpu else 2**25) // vocabulary)
@@ -38,7 +37,7 @@ def tokens_per_chunk(vocabulary: int, *, on_gpu: bool) -> int:
 
 @dataclass
 class BlockArguments:
-    """What blocks are given besides the hidden states, for one micro-batch.
+    """The arguments of the blocks other than the hidden states, for one micro-batch.
 
     Attributes:
         batch: The micro-batch.
@@ -61,10 +60,10 @@ class _Stub(nn.Module):
         object.__setattr__(self, "block", block)  # not registered: the stub owns no parameters
         self.on_call = on_call
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> torch.Tensor | nn.Module:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # per-layer settings that a model reads from its blocks, such as attention_type
+        except AttributeError:  # models read settings of a layer from its block, such as attention_type
             return getattr(object.__getattribute__(self, "block"), name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -72,7 +71,7 @@ class _Stub(nn.Module):
 
 
 def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
-    """Separate the hidden states from the other arguments of a block's call."""
+    """Separate the hidden states from the other arguments of a call of a block."""
     if args:
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
@@ -80,10 +79,10 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]
 
 
 class View:
-    """What both views share: the model's own forward, the eligible matrices and the loss.
+    """The base of both views: the model's own forward, the eligible matrices and the loss.
 
     Attributes:
-        leaves_logits: Whether the last block hands on logits, not hidden states.
+        leaves_logits: Whether the last block returns logits, not hidden states.
     """
 
     leaves_logits = False
@@ -111,9 +110,9 @@ class View:
     def causal_forward(self, batch: MicroBatch) -> torch.Tensor:
         """:meth:`forward` without a mask of the padding.
 
-        It comes after a row's tokens, none of which sees it, as the self-check makes sure. With it, attention may be
-        asked about a token that sees nothing (padding farther from the text than a sliding window reaches), answer NaN
-        and carry that into the text as 0 times NaN; and a GPU's fastest kernels take no mask.
+        Padding comes after a row's tokens, none of which sees it; the self-check makes sure. A mask would do harm: a
+        token that sees nothing (padding farther from the text than a sliding window) may get NaN from attention, which
+        reaches the text as 0 times NaN; and the fastest kernels of a GPU take no mask.
         """
         return self.forward(batch.input_ids, torch.ones_like(batch.input_ids), batch.position_ids)
 
@@ -135,49 +134,43 @@ class BlockView(View):
     def __init__(self, anatomy: Anatomy, device: torch.device) -> None:
         super().__init__(anatomy, device)
         self.block_list, self.blocks = anatomy.block_list, anatomy.blocks
-        # What a block returns beside hidden states, or that it returns them alone; learnt when a block first runs.
-        self.returns_beside: tuple[None, ...] | None = None
+        # Placeholders for what a block returns after the hidden states; None if it returns a tensor alone. Learned when
+        # a block first runs.
+        self.returns_after: tuple[None, ...] | None = None
 
-    @contextlib.contextmanager
-    def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor], first: int = 0) -> Iterator[None]:
-        """Stubs in place of the blocks from ``first`` on; ``on_call`` says what each hands on."""
+    def _stubbed(self, on_call: Callable[[int, tuple, dict], torch.Tensor], first: int = 0) -> Changes:
+        """Stubs in place of the blocks from ``first`` on; each returns the hidden states that ``on_call`` gives."""
 
         def handler(index: int) -> Callable[[tuple, dict], object]:
             def call(args: tuple, kwargs: dict) -> object:
                 hidden = on_call(index, args, kwargs)
-                return hidden if self.returns_beside is None else (hidden, *self.returns_beside)
+                return hidden if self.returns_after is None else (hidden, *self.returns_after)
 
             return call
 
-        before = list(self.block_list)
-        try:
-            with uninterrupted():
-                for index, block in enumerate(self.blocks[first:], start=first):
-                    self.block_list[index] = _Stub(block, handler(index))
-            yield
-        finally:
-            with uninterrupted():
-                for index, block in enumerate(before):
-                    self.block_list[index] = block
+        def install(undo: contextlib.ExitStack) -> None:
+            undo.callback(self._put_back, list(self.block_list))
+            for index, block in enumerate(self.blocks[first:], start=first):
+                self.block_list[index] = _Stub(block, handler(index))
 
-    @contextlib.contextmanager
-    def truncated(self, depth: int) -> Iterator[None]:
-        """The model with its first ``depth`` blocks alone: hidden states go past the others unchanged."""
-        with self._stubbed(lambda index, args, kwargs: _split_hidden(args, kwargs)[0], first=depth):
-            yield
+        return Changes(install)
+
+    def _put_back(self, blocks: list[nn.Module]) -> None:
+        for index, block in enumerate(blocks):
+            self.block_list[index] = block
+
+    def truncated(self, depth: int) -> Changes:
+        """The model with its first ``depth`` blocks alone: the others pass hidden states on unchanged."""
+        return self._stubbed(lambda index, args, kwargs: _split_hidden(args, kwargs)[0], first=depth)
 
     def learn_return_type(self, batch: MicroBatch) -> torch.Tensor:
         """Run the model once as it is, note what its blocks return, and return its logits."""
 
         def note(module: nn.Module, args: tuple, output: object) -> None:
-            self.returns_beside = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
+            self.returns_after = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
 
-        hook = self.blocks[0].register_forward_hook(note)
-        try:
+        with hooked(self.blocks[0], note):
             return self.forward(batch.input_ids, batch.attention_mask, batch.position_ids)
-        finally:
-            with uninterrupted():
-                hook.remove()
 
     def entering(self, batch: MicroBatch) -> torch.Tensor:
         """The hidden states ``(rows, tokens, hidden)`` that enter block 0."""
@@ -193,7 +186,7 @@ class BlockView(View):
         return entering, BlockArguments(batch, calls)
 
     def _until(self, last: int, batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """What the first block is given, and what all are given besides, up to a block at which the forward ends."""
+        """The hidden states that enter block 0, and the other arguments of the blocks up to ``last``, which ends it."""
         entering: list[torch.Tensor] = []
         calls: list[tuple[tuple, dict]] = []
 
@@ -216,7 +209,7 @@ class BlockView(View):
 
     def run(self, first: int, last: int, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
         """Run blocks ``first`` to ``last - 1``; hidden states in, hidden states out, ``(rows, tokens, hidden)``."""
-        with one_by_one(self._experts):  # with and without a capture: a recomputed segment has the same bits
+        with one_by_one(self._experts):  # with and without a capture, so that recomputed segments are bit-identical
             for index in range(first, last):
                 args, kwargs = arguments.calls[index]
                 output = self.blocks[index](hidden, *args, **kwargs)
@@ -243,19 +236,20 @@ class BlockView(View):
         with self._stubbed(replace_last), self._without_embedding(hidden.dtype):
             return self.forward(ids, torch.ones_like(ids), torch.zeros_like(ids)).squeeze(1)
 
-    @contextlib.contextmanager
-    def _without_embedding(self, dtype: torch.dtype) -> Iterator[None]:
+    def _without_embedding(self, dtype: torch.dtype) -> Changes:
         """Zeros instead of embeddings, whose weights may not be in memory while the head runs."""
-        embedding = self.model.get_input_embeddings()
-        own = vars(embedding).get("forward")  # an instance's own forward, which some libraries install
+        embedding = input_embedding(self.model)
         width = embedding.weight.shape[1]
-        embedding.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
-        try:
-            yield
-        finally:
-            del embedding.forward
-            if own is not None:
-                embedding.forward = own
+
+        def replace(undo: contextlib.ExitStack) -> None:
+            attributes = vars(embedding)
+            if "forward" in attributes:  # an instance's own forward, which some libraries install
+                undo.callback(attributes.__setitem__, "forward", attributes["forward"])
+            else:
+                undo.callback(attributes.pop, "forward")
+            attributes["forward"] = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
+
+        return Changes(replace)
 
     def losses_and_gradient(
         self, hidden: torch.Tensor, batch: MicroBatch, scale: float

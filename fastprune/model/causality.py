@@ -1,14 +1,15 @@
 """Is a model causal on every path that its attention takes?
 
-In: a view, and what it computed of some tokens with autograd on. Out: an error if earlier tokens depend on later ones.
-Attention takes other paths where no token is masked out (no mask is made then, and a flag decides) and where a row is
-longer than a window, so that a model may be causal on one of them only. Exact zeros are looked for: no dtype and no
-choice of experts blurs them.
+In: a view, or gradients of some tokens' outputs. Out: an error if earlier tokens depend on later ones. Attention takes
+other paths where no token is masked out (no mask is made then, and a flag decides) and where a row is longer than a
+window, so a model may be causal on one of them only. The gradients of later tokens have to be exactly zero, in any
+dtype and with any choice of experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import nn
 
 from fastprune.calibration import MicroBatch
 from fastprune.errors import ModelError
-from fastprune.model.block_view import BlockView
+from fastprune.model.block_view import BlockView, View
+from fastprune.model.frozen import hooked
 from fastprune.model.quirks import LAYER_INDICES, WINDOWS
+from fastprune.model.vocabulary import input_embedding
 
 # Largest accepted share of what earlier tokens depend on that lies in later ones: exactly nothing in a causal model.
 _LATER = 1e-6
@@ -29,7 +32,24 @@ _MASKED = (
 
 
 class NotScorableError(ModelError):
-    """No view of the model can help."""
+    """The model cannot be scored in any view."""
+
+
+@contextlib.contextmanager
+def leaves_behind_embedding(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Make every output of the input embedding a leaf, so that gradients go through all modules of the blocks.
+
+    Yields:
+        The leaves, in the order of the calls.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def start_here(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_(True))
+        return leaves[-1].clone()  # some models scale embeddings in place
+
+    with hooked(input_embedding(model), start_here):
+        yield leaves
 
 
 def refuse_later_tokens(
@@ -44,7 +64,7 @@ def refuse_later_tokens(
         row: The row.
         early: Number of tokens.
     """
-    if any(_reaches(gradient, row, early) for gradient in gradients if _fits(gradient, shape)):
+    if any(_reaches(gradient, row, early) for gradient in _of_tokens(gradients, shape)):
         raise NotScorableError(
             f"model: expected a causal language model; in {type(model).__name__} a token's logits depend on "
             "the tokens behind it, so a loss of predicting them means nothing (a masked language model? a config "
@@ -52,14 +72,15 @@ def refuse_later_tokens(
         )
 
 
-def refuse_without_mask(
-    model: nn.Module, gradients: Sequence[torch.Tensor | None], shape: torch.Size, early: int
-) -> None:
+def refuse_later_tokens_without_mask(view: View, alone: MicroBatch, early: int) -> None:
     """As :func:`refuse_later_tokens`, of the only row of a batch without padding."""
-    if any(_reaches(gradient, 0, early) for gradient in gradients if _fits(gradient, shape)):
+    with leaves_behind_embedding(view.model) as leaves:
+        asked = view.causal_forward(alone)[0, :early].float().sum()
+    gradients, shape = torch.autograd.grad(asked, leaves, allow_unused=True), alone.input_ids.shape
+    if any(_reaches(gradient, 0, early) for gradient in _of_tokens(gradients, shape)):
         raise NotScorableError(
-            f"model: expected a causal language model; in {type(model).__name__} a token's logits depend on the tokens "
-            f"behind it where no row is padded, so an example's score would depend on those beside it; {_MASKED}"
+            f"model: expected a causal language model; in {type(view.model).__name__} a token's logits depend on the "
+            f"tokens behind it where no row is padded, so an example's score would depend on its batch; {_MASKED}"
         )
 
 
@@ -111,7 +132,7 @@ def refuse_later_tokens_of_long_rows(view: BlockView, batch: MicroBatch, window:
 
 
 def _kind(block: nn.Module, args: tuple, kwargs: dict) -> tuple:
-    """What tells a block from others, but for its weights: classes, settings, hooks, and the mask that it is given."""
+    """The kind of a block, which all but its weights make up: classes, settings, hooks, and the mask it is given."""
     modules = [
         (type(module), bool(module._forward_hooks or module._forward_pre_hooks), *_settings(module))
         for module in block.modules()
@@ -131,10 +152,10 @@ def _is_setting(name: str, value: object) -> bool:
     return name not in LAYER_INDICES and isinstance(value, str | int | float | None)
 
 
-def _fits(gradient: torch.Tensor | None, shape: torch.Size) -> bool:
-    return gradient is not None and gradient.shape[:2] == shape
+def _of_tokens(gradients: Sequence[torch.Tensor | None], shape: torch.Size) -> list[torch.Tensor]:
+    return [gradient for gradient in gradients if gradient is not None and gradient.shape[:2] == shape]
 
 
 def _reaches(gradient: torch.Tensor, row: int, early: int) -> bool:
-    # Not so where the model itself gives NaN.
+    # Comparisons with NaN are false: a model that gives NaN itself is not refused here.
     return float(gradient[row, early:].float().norm()) > _LATER * float(gradient[row].float().norm())

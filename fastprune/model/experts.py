@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastprune.errors import ModelError
-from fastprune.model.frozen import uninterrupted
+from fastprune.model.frozen import Changes
 
 # What `use_experts_implementation` (transformers 5.17 … 5.23) sets on a module and its class: enough to run it.
 _INTERFACE = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -80,35 +80,30 @@ def watched(module: nn.Module, watcher: Watcher) -> Iterator[None]:
         del _watchers[module]
 
 
-@contextmanager
-def one_by_one(modules: Iterable[nn.Module]) -> Iterator[None]:
+def one_by_one(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
     """Run experts modules by :func:`run_experts`; the implementation that their configs named comes back on exit.
 
     Raises:
         ModelError: This version of transformers lacks a part of the interface; the message names it.
     """
-    configs = {id(module.config): module.config for module in modules}
+    configs = {id(config): config for config in (module.config for module in modules)}
     if not configs:
-        yield
-        return
+        return nullcontext()
     interface = _interface()
-    former = []
     for config in configs.values():
         if _SWITCH not in vars(config):
             raise ModelError(f"transformers: {type(config).__name__} has no {_SWITCH}, so experts cannot be watched")
-        former.append((config, vars(config)[_SWITCH]))
     # A name of its own for each context: two threads may score two models.
     name = f"fastprune-{next(_numbers)}"
-    try:
+
+    def switch(undo: ExitStack) -> None:
+        undo.callback(interface.pop, name, None)
         interface[name] = run_experts
-        for config, _ in former:
+        for config in configs.values():
+            undo.callback(setattr, config, _SWITCH, vars(config)[_SWITCH])
             setattr(config, _SWITCH, name)
-        yield
-    finally:
-        with uninterrupted():
-            for config, implementation in former:
-                setattr(config, _SWITCH, implementation)
-            interface.pop(name, None)
+
+    return Changes(switch)
 
 
 def _interface() -> MutableMapping[str, Callable]:

@@ -1,17 +1,16 @@
-"""Hooks that hand the input and the output gradient of each matrix to whoever forms statistics.
+"""Hooks that capture the input and the output gradient of each matrix, and hand them to a sink.
 
 In: the matrices of a segment and a sink. Out: ``sink.inputs(matrix, x)`` during a forward and
 ``sink.gradients(matrix, x, dy)`` during the backward, with ``x`` and ``dy`` as ``(n_tokens, features)``: the whole
 micro-batch for a Linear, the tokens that were routed to it for an expert. Weights carry ``requires_grad=False``, so
-autograd forms ``dX`` only. Nothing here knows which statistics are formed.
+autograd forms ``dX`` only.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -19,12 +18,12 @@ from torch import nn
 
 from fastprune.errors import ModelError
 from fastprune.model.experts import ExpertTokens, watched
-from fastprune.model.frozen import uninterrupted
+from fastprune.model.frozen import Changes
 from fastprune.model.matrices import Matrix
 
 
 class Sink(Protocol):
-    """Receives what a matrix saw. ``per_example`` forbids what cannot be split by example."""
+    """Receives inputs and output gradients of matrices. ``per_example`` forbids what cannot be split by example."""
 
     wants_inputs: bool
     wants_gradients: bool
@@ -42,10 +41,10 @@ def input_of(args: tuple, kwargs: dict) -> torch.Tensor:
     return next(iter([*args, *kwargs.values()]))
 
 
-class Capture:
+class Capture(Changes):
     """Installs the hooks of some matrices for the length of a ``with`` block.
 
-    Experts are seen inside :func:`fastprune.model.experts.one_by_one` only, as a view runs them.
+    Experts are captured inside :func:`fastprune.model.experts.one_by_one` only, as a view runs them.
 
     Args:
         matrices: The matrices to watch.
@@ -53,6 +52,7 @@ class Capture:
     """
 
     def __init__(self, matrices: Sequence[Matrix], sink: Sink) -> None:
+        super().__init__(self._install)
         self._matrices = list(matrices)
         self._of = {(matrix.module, matrix.attribute, matrix.expert): matrix for matrix in self._matrices}
         self._first_of = {matrix.module: matrix for matrix in reversed(self._matrices)}
@@ -61,36 +61,22 @@ class Capture:
         self._calls: Counter[nn.Module] = Counter()
         self._forwards: Counter[str] = Counter()
         self._backwards: Counter[str] = Counter()
-        self._installed = ExitStack()
 
-    def __enter__(self) -> Capture:
-        try:
-            with uninterrupted():
-                self._install()
-            return self
-        except BaseException:
-            self._installed.close()
-            raise
-
-    def _install(self) -> None:
+    def _install(self, undo: ExitStack) -> None:
         for matrix in self._matrices:
             if matrix.expert is None:
-                # First of all hooks: another one, such as an ablation's, may put something else in the output's place.
+                # Before all other hooks: an ablation's, for example, may replace the output.
                 hook = self._forward_hook(matrix)
                 handle = matrix.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                self._installed.callback(handle.remove)
+                undo.callback(handle.remove)
         for module in {matrix.module: None for matrix in self._matrices if matrix.expert is not None}:
-            self._installed.enter_context(watched(module, self))
-
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        with uninterrupted():
-            self._installed.close()
+            undo.enter_context(watched(module, self))
 
     @contextmanager
-    def micro_batch(self, shape: tuple[int, int]) -> Iterator[None]:
-        """Watch one forward and backward over ``shape``: rows and padded length.
+    def micro_batch(self, shape: Sequence[int]) -> Iterator[None]:
+        """Capture one forward and backward over ``shape``: rows and padded length.
 
-        An expert that no token was routed to sees nothing, and its gradient is zero.
+        An expert that no token was routed to captures nothing, and its gradient is zero.
 
         Raises:
             ModelError: A matrix was not reached, or, for per-example statistics, was used twice.
@@ -123,7 +109,7 @@ class Capture:
         if matrix is not None:
             self._see(matrix, x, y, tokens)
 
-    def _forward_hook(self, matrix: Matrix):
+    def _forward_hook(self, matrix: Matrix) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
             x = input_of(args, kwargs)
             self._count_call(matrix, x.numel() // x.shape[-1])
@@ -154,7 +140,7 @@ class Capture:
                 "itself, or pass it as it was before accelerate's prepare wrapped its forward"
             )
         x = x.detach()  # shares the version counter, but not the graph
-        # A hook of accelerate's may have moved the input after this one saw it, to where the weight is.
+        # A hook of accelerate may move the input to the weight's device after this hook.
         rows = x.reshape(-1, x.shape[-1]).to(y.device)
         self._forwards[matrix.name] += 1
         if self._sink.wants_inputs:

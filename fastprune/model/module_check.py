@@ -1,23 +1,22 @@
-"""What the module of each matrix does in the untouched model: does it multiply, and does it keep rows apart?
+"""Check of each matrix's module in the untouched model: does it multiply, and does it keep rows apart?
 
 In: matrices, and one forward and backward of the whole model in which the loss is that of a single row. Out: a
-ModelError in the name of a module whose output's gradient is not the product's, or whose tokens cannot be attributed to
-examples. Neither shows when the parts of a model are compared with the whole, as both compute the same. Everything is
-seen on the way; nothing runs for it.
+ModelError that names a module whose output is not the product of its input and its weight, or whose tokens cannot be
+attributed to examples. The comparison of parts and whole shows neither, as both compute the same. Hooks observe a run
+that takes place anyway.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from fastprune.errors import ModelError
-from fastprune.model.frozen import uninterrupted
+from fastprune.model.frozen import Changes
 from fastprune.model.hooks import input_of
 from fastprune.model.matrices import Matrix
 
@@ -34,34 +33,27 @@ _PRODUCT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1
 _STRAY = 1e-2
 
 
-class ModuleCheck(contextlib.ExitStack):
-    """Looks at the first call of each module inside a ``with`` block, and at that call's backward.
+class ModuleCheck(Changes):
+    """Checks the first call of each module inside a ``with`` block, and the backward of that call.
 
     Args:
-        matrices: The matrices whose modules are looked at.
+        matrices: The matrices whose modules are checked.
         shape: Rows and padded length of the batch that runs.
         row: The only row that the loss depends on.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], shape: tuple[int, int], row: int) -> None:
-        super().__init__()
-        self._matrices, self._shape, self._row = matrices, shape, row
+    def __init__(self, matrices: Sequence[Matrix], shape: Sequence[int], row: int) -> None:
+        super().__init__(self._install)
+        self._matrices, self._shape, self._row = matrices, (shape[0], shape[1]), row
+        self._called: set[nn.Module] = set()
         self._strangers: list[str] = []
-        self._mixing: dict[str, None] = {}  # in order; there may be more backward passes than one
+        self._mixing: dict[str, None] = {}  # in order, each once: several backward passes may run
 
-    def __enter__(self) -> ModuleCheck:
-        try:
-            with uninterrupted():
-                for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
-                    self.callback(self._watch(module, matrix).remove)
-            return self
-        except BaseException:
-            self.close()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        with uninterrupted():
-            super().__exit__(*error)
+    def _install(self, undo: contextlib.ExitStack) -> None:
+        for module, matrix in {matrix.module: matrix for matrix in reversed(self._matrices)}.items():
+            # Before all other hooks: an ablation's, for example, may replace the output.
+            hook = module.register_forward_hook(self._hook(matrix), prepend=True, with_kwargs=True)
+            undo.callback(hook.remove)
 
     def refuse(self) -> None:
         """Raise ModelError if anything was found."""
@@ -78,26 +70,25 @@ class ModuleCheck(contextlib.ExitStack):
                 "that are mixed; such a model cannot be scored"
             )
 
-    def _watch(self, module: nn.Module, matrix: Matrix) -> RemovableHandle:
+    def _hook(self, matrix: Matrix) -> Callable:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-            with uninterrupted():
-                handle.remove()  # once is enough
-            # Experts are run by this package when they are scored: their products need no look, their tokens do.
+            if module in self._called:
+                return
+            self._called.add(module)
+            # Experts are run by this package when they are scored: their products need no check, their tokens do.
             if matrix.expert is None:
                 self._compare_product(module, input_of(args, kwargs), output, matrix)
             rows, tokens = self._shape
-            # What is called with another number of tokens is refused when it is captured.
+            # A call with another number of tokens is refused when it is captured.
             if output.requires_grad and output.numel() == rows * tokens * output.shape[-1]:
                 output.register_hook(lambda dy: self._look_for_strays(dy, matrix))
 
-        # Before all hooks of others: an ablation's, say, may put something else in the output's place.
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-        return handle
+        return hook
 
     def _compare_product(self, module: nn.Module, x: torch.Tensor, output: torch.Tensor, matrix: Matrix) -> None:
         weight = matrix.weight.T if matrix.input_major else matrix.weight
-        bias = None if module.bias is None else module.bias.to(weight)
+        bias = module.bias.to(weight) if isinstance(module.bias, torch.Tensor) else None
         product = nn.functional.linear(x.to(weight), weight, bias)
         if relative_error(output, product) > _PRODUCT_TOLERANCE[weight.dtype]:
             self._strangers.append(matrix.name)
@@ -111,9 +102,9 @@ class ModuleCheck(contextlib.ExitStack):
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Norm-wise, in float64, wherever ``truth`` is; infinite if only ``value`` has NaN, NaN if ``truth`` has."""
+    """Norm-wise, in float64, on the device of ``truth``; infinite if only ``value`` has NaN, NaN if ``truth`` has."""
     truth = truth.detach().double()
     value = value.detach().to(truth)
     error = float((value - truth).norm() / truth.norm().clamp(min=1e-300))
-    # Every comparison with NaN is false, which is right only of a model that gives NaN itself: the pass says where.
+    # Every comparison with NaN is false, which suits only a model that gives NaN itself: the pass names the place.
     return math.inf if math.isnan(error) and bool(truth.isfinite().all()) else error

@@ -1,6 +1,6 @@
-"""How long the rows of a forward pass may be, as far as positions go.
+"""How a model counts positions, and how long the rows of a forward pass may be because of them.
 
-In: a resident causal LM and the lengths of rows. Out: limits, in tokens. Nothing here knows what the rows are for.
+In: a causal LM in memory, and the lengths of rows. Out: limits in tokens, or an error to raise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,23 @@ from typing import Any
 
 from torch import nn
 
+from fastprune.errors import ModelError
 from fastprune.model.quirks import EXTRA_POSITIONS, ROPES_BY_LENGTH, ROPES_WITH_SECOND_SET
+from fastprune.model.vocabulary import config_of, input_embedding
+
+
+def other_positions(model: nn.Module, done: str) -> ModelError:
+    """The error for a model whose own positions are not those from 0 on, which rows are given here.
+
+    Args:
+        model: The model.
+        done: What it cannot be, such as ``"scored"``.
+    """
+    return ModelError(
+        f"model: {type(model).__name__} does not count positions from 0: position_ids 0, 1, 2, … give other results "
+        "than no position_ids; expected the same both ways (RoBERTa and its kin begin after their padding token's id), "
+        f"so it cannot be {done}"
+    )
 
 
 def table_size(model: nn.Module) -> int | None:
@@ -23,32 +39,32 @@ def table_size(model: nn.Module) -> int | None:
 
 
 def other_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Embeddings beside that of the tokens: learned positions are one of them, rotary ones have none."""
-    tokens = model.get_input_embeddings()
+    """All embeddings but that of the tokens: learned positions are one of them, rotary positions have none."""
+    tokens = input_embedding(model)
     return [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
 
 
 def trained_length(model: nn.Module) -> int | None:
-    """Tokens of the longest text that the model was made for, by its config; ``None`` where that says nothing."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens of the longest text that the model was made for, by its config; ``None`` if the config has no limit."""
+    limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def rotary_conflict(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> tuple[int, str] | None:
-    """The first row that could not be in one forward pass with the others without changing what they compute.
+    """The first row that would change the results of others in the same forward pass.
 
-    Some rotary embeddings have frequencies that the longest row of a pass decides for all of its rows, once it is
-    longer than the text that the model was first trained on: ``longrope`` (Phi-3, Phi-4) has a second set of them,
-    ``dynamic`` another one for each length.
+    Some rotary embeddings have frequencies that depend on the longest row of a pass, once it is longer than the text
+    that the model was first trained on: ``longrope`` (Phi-3, Phi-4) has a second set of them, ``dynamic`` another one
+    for each length.
 
     Args:
-        model: The model; only its config is looked at.
+        model: The model; only its config is used.
         lengths: Fewest and most tokens that each row has in its passes; more than the fewest if it grows.
 
     Returns:
         Its index and the reason, or ``None``.
     """
-    config = model.config.get_text_config()
+    config = config_of(model).get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         kind = str(rope.get("rope_type"))
@@ -62,7 +78,7 @@ def rotary_conflict(model: nn.Module, lengths: Sequence[tuple[int, int]]) -> tup
             if most > limit:
                 return index, (
                     f"with more than {limit} tokens this model's rotary frequencies ({kind}) change, for every row "
-                    "that goes through it together with such a one"
+                    "of the same forward pass"
                 )
     return None
 

@@ -1,9 +1,8 @@
-"""The view of a model that only runs as a whole, behind the interface of the one that comes apart.
-
-In: the anatomy of a model. Out: the steps that the engine drives, with one "block". It must not know scores or files.
-"""
+"""The view of a model that only runs as a whole: the interface of :class:`BlockView`, with one "block"."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
@@ -11,14 +10,15 @@ from fastprune.calibration import MicroBatch
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.block_view import BlockArguments, View
 from fastprune.model.experts import one_by_one
-from fastprune.model.frozen import uninterrupted
+from fastprune.model.frozen import hooked
 from fastprune.model.matrices import Matrix
+from fastprune.model.vocabulary import input_embedding
 
 
 class WholeView(View):
-    """The same interface for a model that only runs as a whole: one "block", the logits as its hidden states.
+    """A model run as a whole: its one "block" leaves logits.
 
-    Memory for the whole model's activations and statistics is needed at once (``segments=1``).
+    Activations and statistics of the whole model are in memory at once (``segments=1``).
     """
 
     leaves_logits = True
@@ -32,7 +32,7 @@ class WholeView(View):
         return self.matrices
 
     def prologue(self, batch: MicroBatch) -> tuple[torch.Tensor, BlockArguments]:
-        """Nothing runs before the one block; a leaf stands for hidden states, so that both views are driven alike."""
+        """Nothing runs before the one block; a leaf stands in for hidden states, as the engine expects them."""
         leaf = torch.zeros(len(batch.names), 1, 1, dtype=self.matrices[0].weight.dtype, device=self.device)
         return leaf, BlockArguments(batch, [])
 
@@ -41,17 +41,12 @@ class WholeView(View):
 
         ``hidden``, one zero a row, is added there: its gradient is the sum over the row's.
         """
-        hook = None
-        if torch.is_grad_enabled():
-            embedding = self.model.get_input_embeddings()
-            hook = embedding.register_forward_hook(lambda module, args, output: output.detach() + hidden)
-        try:
-            with one_by_one(self._experts):
-                return self.causal_forward(arguments.batch)
-        finally:
-            if hook is not None:
-                with uninterrupted():
-                    hook.remove()
+        with contextlib.ExitStack() as stack:
+            if torch.is_grad_enabled():
+                embedding = input_embedding(self.model)
+                stack.enter_context(hooked(embedding, lambda module, args, output: output.detach() + hidden))
+            stack.enter_context(one_by_one(self._experts))
+            return self.causal_forward(arguments.batch)
 
     def losses_and_gradient(
         self, hidden: torch.Tensor, batch: MicroBatch, scale: float

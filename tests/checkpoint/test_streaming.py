@@ -240,7 +240,7 @@ def test_a_shard_that_ends_during_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_does_not_come_apart_cannot_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save("Llama", tmp_path)
-    monkeypatch.setattr(self_check, "_disagreement", lambda *args: "a reason")
+    monkeypatch.setattr(self_check, "disagreement", lambda *args: "a reason")
     with pytest.raises(ModelError, match=r"a reason.*cannot be streamed; load it"):
         score(folder, 1)
 
@@ -272,8 +272,8 @@ def test_blocks_that_are_given_one_container_cannot_be_streamed_in_segments(
 
 def test_the_check_covers_the_first_segment_of_a_streamed_model(tmp_path: Path, monkeypatch) -> None:
     folder = save("Llama", tmp_path)
-    real, seen = self_check._disagreement, []
-    monkeypatch.setattr(self_check, "_disagreement", lambda *args: seen.append((args[-1], real(*args))) or seen[-1][1])
+    real, seen = self_check.disagreement, []
+    monkeypatch.setattr(self_check, "disagreement", lambda *args: seen.append((args[-1], real(*args))) or seen[-1][1])
     score(folder, 2)
     assert seen == [([range(0, 2)], None)]
 

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -42,6 +42,11 @@ def signal_at(code: object, line: int) -> Iterator[list[int]]:
         sys.settrace(before)
 
 
+def inner(function: Callable, name: str) -> CodeType:
+    """The code of a function that is defined in another one."""
+    return next(c for c in function.__code__.co_consts if isinstance(c, CodeType) and c.co_name == name)
+
+
 def state_of(model: torch.nn.Module) -> tuple:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
@@ -49,11 +54,13 @@ def state_of(model: torch.nn.Module) -> tuple:
 
 
 INSIDE = {
-    "capture": hooks.Capture.__enter__.__code__,
-    "install": hooks.Capture._install.__code__,
+    "enter": frozen.Changes.__enter__.__code__,
+    "capture": hooks.Capture._install.__code__,
     "remove": torch.utils.hooks.RemovableHandle.remove.__code__,
-    "check": module_check.ModuleCheck.__enter__.__code__,
-    "stubs": block_view.BlockView._stubbed.__wrapped__.__code__,
+    "check": module_check.ModuleCheck._install.__code__,
+    "stubs": inner(block_view.BlockView._stubbed, "install"),
+    "unstub": block_view.BlockView._put_back.__code__,
+    "flags": inner(frozen.frozen_eval, "make"),
 }
 
 
