@@ -14,14 +14,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fastprune.errors import ArtifactError, DiskError, NotFoundError
 from fastprune.files import as_path, replacing
+
+if TYPE_CHECKING:
+    import torch
 
 # Raised for each kind by itself when its content changes.
 VERSIONS = {
@@ -83,6 +84,8 @@ def write_artifact(
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with the permissions that the user's umask gives; its writer alone makes it private."""
+    from safetensors.torch import save_file
+
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -128,7 +131,7 @@ def read_artifact(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor],
 def kind_of(path: Path) -> str | None:
     """What a file is by its own words, of whatever version, or ``None`` if it is no artifact of this package."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # of the header alone; "pt" would load torch
             return str(json.loads((file.metadata() or {})[_ENTRY])["kind"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
@@ -136,6 +139,8 @@ def kind_of(path: Path) -> str | None:
 
 def _hash(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     """Of everything that a file holds; the tensors are on the CPU and contiguous."""
+    import torch
+
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,16 +1,21 @@
 """Errors that fastprune raises on purpose, the import of optional packages, and text that is safe to print.
 
-Each class is both a :class:`FastpruneError` and the built-in error that fits, so that ``except ValueError`` written by
-somebody who has never heard of this module still works. Messages name the argument, what was expected and what came.
+Each class is both a :class:`FastpruneError` and the built-in error that fits, so that ``except ValueError`` catches
+what a reader would expect. A message says what was expected, what was given and the way out. The argument at fault and
+the arguments that the advice names are kept as such, so that the command line can show its own options instead::
+
+    raise ArgumentError(f"expected 1 … {n}, got {segments!r}; see {setting('memory', '80GiB')}", argument="segments")
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import unicodedata
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +25,52 @@ from typing import Any
 _DIRECTIONS = {*"\u061c\u200e\u200f", *map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A))}
 # Control characters, line and paragraph separators, halves of pairs that no encoding has.
 _HARMFUL = {"Cc", "Zl", "Zp", "Cs"}
+# Around a setting in a message, until the message is in its error: code points that Unicode reserves for a program's
+# own use and that no text has. Marks, and not a list of parts, because messages are put together by f-strings.
+_BEGIN, _VALUE, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_SETTING = re.compile(f"{_BEGIN}([^{_VALUE}]*){_VALUE}([^{_END}]*){_END}")
+
+Spelling = Callable[[str, str], str]
+"""How to write an argument: its name, and the ``repr`` of its value or an empty string, to text."""
 
 
-class FastpruneError(Exception):
+def setting(name: str, value: object = ...) -> str:
+    """``name=value`` for a message of an error or a warning of this package, kept as an argument and a value.
+
+    Args:
+        name: The argument, as Python's functions call it.
+        value: Its value; without one the text is ``name=``.
+    """
+    return f"{_BEGIN}{name}{_VALUE}{'' if value is ... else repr(value)}{_END}"
+
+
+class _Message(Exception):
+    """A text that knows which arguments it names.
+
+    Args:
+        message: What was expected, what was given and the way out.
+        argument: The argument at fault; the text begins with its name.
+
+    Attributes:
+        argument: The same, or ``None``.
+    """
+
+    argument: str | None = None
+    _marked: str = ""
+
+    def __init__(self, message: object = "", *, argument: str | None = None) -> None:
+        text = _SETTING.sub(r"\1=\2", str(message))
+        super().__init__(text if argument is None else f"{argument}: {text}")
+        # Copies and pickles are made from the text, and get these from ``__dict__``.
+        self.argument, self._marked = argument, str(message)
+
+    def spelled(self, spell: Spelling) -> str:
+        """The text with its arguments, settings included, as ``spell`` writes them."""
+        text = _SETTING.sub(lambda found: spell(found[1], found[2]), self._marked)
+        return text if self.argument is None else f"{spell(self.argument, '')}: {text}"
+
+
+class FastpruneError(_Message):
     """Base of all errors of this package. Nothing is changed in the model when one leaves a call."""
 
 
@@ -76,7 +124,7 @@ class MissingExtra(FastpruneError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
-class FastpruneWarning(UserWarning):
+class FastpruneWarning(_Message, UserWarning):
     """Something the user should know although the call went on (a shortfall, a fallback, dropped rows)."""
 
 

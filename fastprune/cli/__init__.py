@@ -1,23 +1,21 @@
 """The command line: ``fastprune demo | score | select | patch | plan | control | eval | organism``.
 
-Thin: each command reads files, calls one function of the library and writes files. Errors that fastprune raises on
-purpose, and those of the file system (no permission, no space), are one line on standard error; anything else is a bug
-and shows its traceback.
+Thin: each command reads files, calls one function of the library and writes files. Results go to standard output, talk
+to standard error. Errors that fastprune raises on purpose, and those of the file system (no permission, no space), are
+one line on standard error; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
-from fastprune.cli.processes import is_first, started
-from fastprune.cli.words import as_options
-from fastprune.errors import FastpruneError, printable, require
+from fastprune.cli.processes import complain, is_first, started
+from fastprune.errors import FastpruneError, require
 
 _STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
 
@@ -35,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         with _terminable():
             _run(arguments)
     except (FastpruneError, OSError) as error:
-        print(printable(f"fastprune: error: {as_options(error)}"), file=sys.stderr)
+        complain(error)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as stop:  # typer makes the latter of the former
         code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code
@@ -47,11 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str] | None) -> None:
     require("typer", "cli")
     require("rich", "cli")
-    for commands in ("organism", "pruning", "measuring"):  # which register themselves; the order of the help
-        importlib.import_module(f"fastprune.cli.{commands}")
-    from fastprune.cli.app import app
+    from fastprune.cli.app import program
 
-    app(args=arguments)
+    program()(args=arguments)
 
 
 @contextlib.contextmanager
@@ -64,7 +60,7 @@ def _terminable() -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
-    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # who ignores it, or has a handler, has a reason
+    plain = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a caller that ignores or handles it has a reason
     # Only the main thread may set handlers.
     if not plain or started() > 1 or threading.current_thread() is not threading.main_thread():
         yield

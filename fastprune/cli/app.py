@@ -1,41 +1,65 @@
-"""The program itself: its help, its version, how it warns, and how it names commands to go on with."""
+"""The program: its commands in one table, its help, and how it names commands to go on with."""
 
 from __future__ import annotations
 
+import importlib
 import shlex
-import warnings
 from typing import Annotated
 
 import typer
 
 import fastprune
-from fastprune.cli.processes import note, started
-from fastprune.cli.words import as_options
-from fastprune.errors import ArgumentError, FastpruneWarning
 
-app = typer.Typer(
-    name="fastprune",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="""Find the few weights that a language model needs for one behaviour, remove them, and measure what stays.
+# Name to file and function, in the order of the help. A name of two words is a command of a group.
+COMMANDS = {
+    "organism train": "organism:train",
+    "organism export": "organism:export",
+    "demo": "demo:demo",
+    "score": "score:score",
+    "select": "select:select",
+    "patch": "patch:patch",
+    "plan": "plan:plan",
+    "control": "control:control",
+    "eval": "eval:evaluate",
+}
+_GROUPS = {"organism": "The synthetic model organism: data files and retraining."}
 
-    Start with `fastprune demo`. With a model of your own, a folder on disk:
+_HELP = """Find the few weights that a language model needs for one behavior, remove them, and measure what stays.
 
-    1. `fastprune score MODEL --harm harm.jsonl --benign benign.jsonl --out scores.safetensors`
+Start with `fastprune demo`. With a model of your own, a folder on disk:
 
-    2. `fastprune select scores.safetensors -p 5e-5 -q 1e-5 --out mask.safetensors`
+1. `fastprune score MODEL --harm harm.jsonl --benign benign.jsonl --out scores.safetensors`
 
-    3. `fastprune eval MODEL --mask mask.safetensors --harm held_out.jsonl --skills skills.jsonl`
+2. `fastprune select scores.safetensors -p 5e-5 -q 1e-5 --out mask.safetensors`
 
-    4. `fastprune patch MODEL mask.safetensors --out PRUNED_MODEL`
-    """,
-)
-organism_app = typer.Typer(no_args_is_help=True, help="The synthetic model organism: data files and retraining.")
-app.add_typer(organism_app, name="organism")
+3. `fastprune eval MODEL --mask mask.safetensors --harm held_out.jsonl --skills skills.jsonl`
+
+4. `fastprune patch MODEL mask.safetensors --out PRUNED_MODEL`
+"""
 
 
-@app.callback(invoke_without_command=True)
+def program() -> typer.Typer:
+    """The program with all of its commands; their files load neither torch nor transformers."""
+    app = typer.Typer(
+        name="fastprune",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help=_HELP,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in _GROUPS.items()}
+    for name, place in COMMANDS.items():
+        file, function = place.split(":")
+        made = getattr(importlib.import_module(f"fastprune.cli.{file}"), function)
+        group, _, own = name.rpartition(" ")
+        (groups[group] if group else app).command(own)(made)
+    for name in groups:
+        app.add_typer(groups[name], name=name)
+    return app
+
+
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -43,20 +67,9 @@ def _root(
     if version:
         typer.echo(f"fastprune {fastprune.__version__}")
         raise typer.Exit
-    if started() > 1 and context.invoked_subcommand != "score":
-        raise ArgumentError(
-            f"{context.invoked_subcommand}: runs in one process, and {started()} were started; only score shares its "
-            "work between several"
-        )
-    warnings.showwarning = _show_warning
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
-    """One line, without the place in the library's code that a warning otherwise shows."""
-    note(as_options(message), "note" if issubclass(category, FastpruneWarning) else category.__name__)
-
-
-def command(*words: object) -> str:
+def pasted(*words: object) -> str:
     """A command as it can be pasted into a shell."""
     return "fastprune " + shlex.join(map(str, words))
 

@@ -1,8 +1,8 @@
-"""Where a command writes: refused before any work if it cannot be written, or if something would be lost.
+"""The files of a command: inputs that have to be there, and outputs that may cost nothing.
 
-In: the path of an output and those of the inputs. Out: the name, kept for this process as long as the command runs, or
-an error. A place is tried, not judged by its permissions, which say little on read-only and virtual file systems; what
-was made for the trial is gone afterwards.
+A command declares its files in the annotations of its parameters, see :mod:`fastprune.cli.frame`. They are checked
+before the work, and without torch. A place to write to is tried, not judged by its permissions, which say little on
+read-only and virtual file systems; what was made for the trial is gone afterwards.
 """
 
 from __future__ import annotations
@@ -11,28 +11,97 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from fastprune.artifact import kind_of
-from fastprune.errors import ArgumentError, DiskError, FastpruneError
+from fastprune.errors import ArgumentError, DiskError, FastpruneError, NotFoundError, require, setting
 from fastprune.files import check_space, claimed, inside, try_lock
 
 _Written = TypeVar("_Written")
 
 
+@dataclass(frozen=True)
+class InputPath:
+    """A parameter that names what a command reads.
+
+    Attributes:
+        what: What is expected there, as messages call it.
+        folders: The folders in it that are read; the path itself by default.
+        holds: A file that each of them has to hold, if it is a folder.
+    """
+
+    what: str
+    folders: Sequence[str] = ("",)
+    holds: str | None = None
+
+    def lacking(self, given: Path) -> str | None:
+        """What is missing, as a message; ``None`` if everything is there."""
+        for path in (given / folder for folder in self.folders):
+            if not path.exists():
+                return f"expected a {self.what} at {path}, found none"
+            if self.holds is not None and path.is_dir() and not (path / self.holds).is_file():
+                return f"{path} holds no {self.holds}, so it is not a {self.what}"
+        return None
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A parameter that names the artifact that a command writes.
+
+    Attributes:
+        kind: As in :mod:`fastprune.artifact`.
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A parameter that names the folder that a command writes.
+
+    Attributes:
+        check: Takes the folder and whether ``--force`` was given; refuses what may not be replaced.
+    """
+
+    check: Callable[[Path, bool], None]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A parameter that names the folder of a journal. While one is there, the output is continued, not overwritten."""
+
+
+def check_inputs(inputs: Sequence[tuple[str, InputPath, Path]]) -> None:
+    """Refuse to begin without the inputs.
+
+    Args:
+        inputs: Parameter, declaration and path of each.
+
+    Raises:
+        NotFoundError: Names everything that is missing.
+    """
+    lacking = [(name, reason) for name, marker, path in inputs if (reason := marker.lacking(path)) is not None]
+    if lacking:
+        (name, reason), *others = lacking
+        raise NotFoundError("; ".join([reason, *(f"{setting(other)}: {why}" for other, why in others)]), argument=name)
+
+
 @contextlib.contextmanager
 def output_file(
-    out: Path, kind: str, inputs: Iterable[Path | None] = (), journal: Path | None = None
+    out: Path, kind: str, inputs: Iterable[Path] = (), journal: Path | None = None, *, force: bool = False
 ) -> Iterator[None]:
     """Keep the name of an artifact from before the work until it is written.
 
     Args:
-        out: The file; one of the same kind that is there will be replaced.
+        out: The file.
         kind: What it will be, as in :mod:`fastprune.artifact`.
-        inputs: Files that the command reads, and folders of which it reads files; ``None`` is passed over.
+        inputs: Files that the command reads, and folders of which it reads files.
         journal: Folder that is removed when the output is written.
+        force: Replace a file of the same kind.
 
     Raises:
         ArgumentError: It cannot be written, writing it would destroy something or add to a checkpoint (some loaders
@@ -40,21 +109,25 @@ def output_file(
     """
     try:
         if out.is_dir():
-            raise ArgumentError(f"out: expected a file, got the folder {out}")
+            raise ArgumentError(f"expected a file, got the folder {out}", argument="out")
         _try_writing_in(Path(os.path.realpath(out)).parent)
     except OSError as error:
-        raise ArgumentError(f"out: expected a file in a folder that can be written to, got {out} ({error})") from error
+        raise ArgumentError(
+            f"expected a file in a folder that can be written to, got {out} ({error})", argument="out"
+        ) from error
     for path in inputs:
-        if path is not None and path.exists():
+        if path.exists():
             _check_apart(out, path)
     if journal is not None and inside(out, journal):
         raise ArgumentError(
-            f"out: expected a file outside of the journal {journal}, which is removed when the scores are written, "
-            f"got {out}"
+            f"expected a file outside of the journal {journal}, which is removed when the scores are written, "
+            f"got {out}",
+            argument="out",
         )
     if out.suffix == ".safetensors" and _is_checkpoint(folder := Path(os.path.realpath(out)).parent):
         raise _among_weights(out, folder)
-    _check_replaceable(out, kind)
+    continued = journal is not None and (journal / "journal.jsonl").is_file()
+    _check_replaceable(out, kind, force or continued)
     with claimed(out, "out"):
         yield
 
@@ -74,13 +147,16 @@ def output_folder(out: Path) -> Iterator[None]:
             _try_writing_in(out)
             handle = os.open(out, os.O_RDONLY)
         except OSError as error:
-            raise ArgumentError(f"out: expected a folder that can be written to, got {out} ({error})") from error
+            raise ArgumentError(
+                f"expected a folder that can be written to, got {out} ({error})", argument="out"
+            ) from error
         if _is_checkpoint(out):
-            raise ArgumentError(f"out: expected a folder of its own, got the checkpoint {out}")
+            raise ArgumentError(f"expected a folder of its own, got the checkpoint {out}", argument="out")
         if not try_lock(handle):
             raise ArgumentError(
-                f"out: expected a folder that nobody else is writing to, got {out}, which another process is writing "
-                "to now; wait for its end, or name another"
+                f"expected a folder that nobody else is writing to, got {out}, which another process is writing to "
+                "now; wait for its end, or name another",
+                argument="out",
             )
         yield
     finally:
@@ -91,21 +167,31 @@ def output_folder(out: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def check_report(out: Path, artifacts: Iterable[tuple[str, str]] = ()) -> None:
-    """Refuse a folder where a report would replace what is none of fastprune's.
+def check_report(out: Path, force: bool, artifacts: Iterable[tuple[str, str]] = ()) -> None:
+    """Refuse a folder where a report would replace something, and a report that could not be drawn.
 
     Args:
         out: The folder of the report.
-        artifacts: Name and kind of files beside the report.
+        force: Replace an earlier report.
+        artifacts: Name and kind of files that are written with the report.
 
     Raises:
-        ArgumentError: Names the file.
+        ArgumentError: Names the file, or the folder of the earlier report.
+        MissingExtra: matplotlib is not installed; the pictures come last.
     """
     from fastprune.reporting.report import check_replaceable
 
+    if find_spec("matplotlib") is None:  # looked for and not imported, which would take as long as all other checks
+        require("matplotlib", "report")
     check_replaceable(out)
     for name, kind in artifacts:
-        _check_replaceable(out / name, kind)
+        _check_replaceable(out / name, kind, force)
+    if not force and (out / "record.json").exists():
+        raise ArgumentError(
+            f"expected a new folder, got {out}, which holds an earlier report; give --force to replace it, or name "
+            "another folder",
+            argument="out",
+        )
 
 
 def check_room(out: Path, model: Path, fractions: list[float]) -> None:
@@ -129,14 +215,15 @@ def check_room(out: Path, model: Path, fractions: list[float]) -> None:
         check_space(Path(os.path.realpath(out)).parent, needed, f"out {out}")
 
 
-def check_journal(folder: Path, model: Path) -> None:
-    """Refuse to keep a journal, which holds safetensors files, among a checkpoint's.
+def check_journal(folder: Path, inputs: Sequence[tuple[str, InputPath, Path]]) -> None:
+    """Refuse to keep a journal, which holds safetensors files, in a folder that is read.
 
     Raises:
         ArgumentError: It is the model's folder, or in it.
     """
-    if inside(folder, model):
-        raise ArgumentError(f"resume: expected a folder of its own, got the model's, {folder}")
+    for name, _, path in inputs:
+        if path.is_dir() and inside(folder, path):
+            raise ArgumentError(f"expected a folder of its own, got the {name}'s, {folder}", argument="resume")
 
 
 def written(out: Path, write: Callable[[Path], _Written]) -> _Written:
@@ -170,29 +257,40 @@ def written(out: Path, write: Callable[[Path], _Written]) -> _Written:
 def _check_apart(out: Path, path: Path) -> None:
     """Refuse an output that is an input, or a file of one."""
     if out.exists() and out.samefile(path):
-        raise ArgumentError(f"out: expected another file than the inputs, got {out}, which would be overwritten")
+        raise ArgumentError(
+            f"expected another file than the inputs, got {out}, which would be overwritten", argument="out"
+        )
     if path.is_dir() and inside(out, path):
         if out.exists():
-            raise ArgumentError(f"out: expected no file of the input {path}, got {out}, which would be overwritten")
+            raise ArgumentError(
+                f"expected no file of the input {path}, got {out}, which would be overwritten", argument="out"
+            )
         if out.suffix == ".safetensors":
             raise _among_weights(out, path)
 
 
-def _check_replaceable(out: Path, kind: str) -> None:
-    """An empty file and one of the same kind may be replaced; anything else is somebody's work."""
+def _check_replaceable(out: Path, kind: str, force: bool) -> None:
+    """An empty file may be replaced, and with ``force`` one of the same kind; anything else is never replaced."""
     if not out.exists() or (out.is_file() and out.stat().st_size == 0):
         return
     found = kind_of(out) if out.is_file() else None
     if found != kind:
-        came = f"{out}, a {found} file" if found else f"{out}, which fastprune did not write"
+        what = f"{out}, a {found} file" if found else f"{out}, which fastprune did not write"
         raise ArgumentError(
-            f"out: expected a new name, or a {kind} file to replace, got {came}; move it away, or name another file"
+            f"expected a new name, or a {kind} file to replace, got {what}; --force replaces {kind} files only, so "
+            "move it away, or name another file",
+            argument="out",
+        )
+    if not force:
+        raise ArgumentError(
+            f"expected a new name, got {out}, a {kind} file; give --force to replace it, or name another file",
+            argument="out",
         )
 
 
 def _among_weights(out: Path, folder: Path) -> ArgumentError:
     return ArgumentError(
-        f"out: expected a file outside of {folder}, where some loaders would take it for weights, got {out}"
+        f"expected a file outside of {folder}, where some loaders would take it for weights, got {out}", argument="out"
     )
 
 

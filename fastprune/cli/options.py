@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprune.cli.processes import note
+from fastprune.cli.files import InputPath
 from fastprune.errors import ArgumentError
 from fastprune.evaluation.attacks import ATTACKS
 from fastprune.evaluation.judges import JUDGES
-
-
-class Format(StrEnum):
-    """How rows become tokens."""
-
-    raw = "raw"
-    chat = "chat"
-
-
-class Bos(StrEnum):
-    """Whether raw text begins with the tokenizer's BOS."""
-
-    auto = "auto"
-    true = "true"
-    false = "false"
-
-    @property
-    def rule(self) -> str | bool:
-        """As Python's functions take it."""
-        return {"auto": "auto", "true": True, "false": False}[self]
 
 
 class Scope(StrEnum):
@@ -43,7 +21,7 @@ class Scope(StrEnum):
     all = "global"
 
 
-class Boundaries(StrEnum):
+class Offload(StrEnum):
     """Where hidden states between segments lie."""
 
     device = "device"
@@ -52,7 +30,7 @@ class Boundaries(StrEnum):
 
 
 class Control(StrEnum):
-    """Masks that are chosen without looking at any behaviour."""
+    """Masks that are chosen without looking at any behavior."""
 
     random = "random"
     matched = "matched"
@@ -77,108 +55,73 @@ JudgeOption = Annotated[
 ]
 
 
+# What torch calls devices of machines that exist. Those that cannot serve are refused with the reason, by torch.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "meta")
+
+CHECKPOINT = InputPath("checkpoint folder", holds="config.json")
+ROWS = InputPath("file of rows")
+MASK = InputPath("mask file")
+
 ModelFolder = Annotated[
-    Path, typer.Argument(help="Checkpoint folder (config, safetensors, tokenizer).", show_default=False)
+    Path,
+    CHECKPOINT,
+    typer.Argument(help="Checkpoint folder (config, safetensors, tokenizer).", show_default=False),
 ]
 MemoryOption = Annotated[
-    str | None, typer.Option(help="Budget on the model's device, such as 80GiB, of each process; decides the segments.")
+    str | None,
+    typer.Option(help="Device memory budget per process, e.g. 80GiB (sets the number of segments)."),
 ]
 HostMemoryOption = Annotated[
-    str | None, typer.Option(help="Budget in host memory beside a GPU, such as 128GiB, of each process.")
+    str | None, typer.Option(help="Host memory budget per process when the device is a GPU, e.g. 128GiB.")
 ]
 SegmentsOption = Annotated[
     int | None,
     typer.Option(
-        help="Cut the blocks into so many runs, 1 to all: more take less memory, and up to a third more time."
+        help="Number of segments, from 1 to the number of decoder blocks. More segments take less memory and up to a "
+        "third more time."
     ),
 ]
-BoundariesOption = Annotated[
-    Boundaries | None,
-    typer.Option(help="Where hidden states between segments lie; by default the first that has room."),
+OffloadOption = Annotated[
+    Offload | None,
+    typer.Option(help="Where to keep hidden states between segments (default: the first that has room)."),
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict/--no-strict", help="Refuse a mask that was made for a model with other weights.")
 ]
-FormatOption = Annotated[
-    Format | None,
-    typer.Option(help="raw: prompt, line break, reply. chat: the tokenizer's template.", show_default="raw"),
-]
-
-BosOption = Annotated[
-    Bos,
-    typer.Option(
-        help="Begin raw text with the tokenizer's BOS. auto: where the tokenizer does so by itself. "
-        "false: never, as in the published recipe."
-    ),
-]
-TemplateArgsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Variables of the chat template: a JSON object, or NAME=VALUE such as enable_thinking=false; repeatable."
-    ),
-]
-SystemOption = Annotated[str | None, typer.Option(help="System turn of the chat format.")]
-FinishOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="How the replies ended whose row has no column `finish`: length (cut at a limit of tokens; their end of "
-        "turn is then not scored) or stop. For one set: harm=length or benign=length; repeatable."
-    ),
-]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu (default: cuda if available).")]
+DtypeOption = Annotated[str, typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16.")]
 
 
-def format_of(given: Format | None, model: Path, tokenizer: Any) -> str:
-    """The format by name, raw by default; says so if the model was probably made for chat."""
-    if given is None and getattr(tokenizer, "chat_template", None) is not None:
-        note(f"{model} has a chat template, and --format is raw by default; for a chat model give --format chat")
-    return (given or Format.raw).value
-
-
-def template_args_of(given: Sequence[str] | None) -> dict[str, Any] | None:
-    """JSON objects and ``NAME=VALUE`` as one mapping; a value that is no JSON is text.
+def check_device(device: str | None = None, **others: Any) -> None:
+    """Refuse a device of a kind that does not exist, before torch is loaded to say so.
 
     Raises:
-        ArgumentError: One is neither a JSON object nor NAME=VALUE.
+        ArgumentError: There is no such kind.
     """
-    if not given:
-        return None
-    chosen: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if text.lstrip().startswith("{"):
-            try:
-                chosen |= json.loads(text)
-            except ValueError as error:
-                raise ArgumentError(f"template_args: expected a JSON object, got {text!r} ({error})") from error
-        elif equals and name.isidentifier():
-            chosen[name] = _value(value)
-        else:
-            raise ArgumentError(f"template_args: expected a JSON object or NAME=VALUE, got {text!r}")
-    return chosen
+    if device is not None and device.partition(":")[0] not in _DEVICES:
+        raise ArgumentError(f"{device!r} cannot be used: expected cpu, cuda or one such as cuda:1", argument="device")
 
 
-def finish_of(given: Sequence[str] | None, roles: Sequence[str] = ("harm", "benign")) -> dict[str, str | None]:
-    """``["length"]`` or ``["harm=length"]`` as the set-wide finish of each set.
+def listed(text: str) -> tuple[str, ...]:
+    """``"signed, abs"`` as ``("signed", "abs")``."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def blocks(text: str) -> list[int]:
+    """``"0-2,5"`` as ``[0, 1, 2, 5]``.
 
     Raises:
-        ArgumentError: A set is unknown; the value is checked where it is used.
+        ArgumentError: It is no such list.
     """
-    chosen: dict[str, str | None] = dict.fromkeys(roles)
-    for text in given or ():
-        role, equals, value = text.partition("=")
-        if not equals:
-            chosen = dict.fromkeys(roles, text)
-        elif role in chosen:
-            chosen[role] = value
-        else:
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ArgumentError(f"expected block numbers such as 0-11,14, got {text!r}", argument="layers")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not numbers:
             raise ArgumentError(
-                f"finish: expected length, stop, or one of these for {' or '.join(roles)}, got {text!r}"
+                f"expected the lower block of a range first, such as 0-11, got {part.strip()!r}", argument="layers"
             )
+        chosen += numbers
     return chosen
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

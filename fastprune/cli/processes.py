@@ -1,7 +1,6 @@
-"""A command that torchrun has started several times: its process group, and which process speaks for all.
+"""A command that torchrun has started several times: its process group, and which process prints.
 
-In: the environment that torchrun sets. Out: a ``torch.distributed`` group for the length of a ``with`` block. It must
-not know what the command does.
+In: the environment that torchrun sets. Out: a ``torch.distributed`` group for the length of a ``with`` block.
 """
 
 from __future__ import annotations
@@ -37,6 +36,11 @@ def note(text: object, kind: str = "note") -> None:
         print(printable(f"fastprune: {kind}: {text}"), file=sys.stderr)
 
 
+def complain(text: object) -> None:
+    """An error as one line on standard error, from every process that has one."""
+    print(printable(f"fastprune: error: {text}"), file=sys.stderr)
+
+
 def say(text: object) -> None:
     """A result on standard output; names in it may come from files."""
     print(printable(text))
@@ -64,12 +68,15 @@ def process_group(device: str | None) -> Iterator[None]:
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if device is not None and ":" in device:
         raise ArgumentError(
-            f"device: expected cuda or cpu for several processes, each of which takes a GPU of its own, got {device!r}"
+            f"expected cuda or cpu for several processes, each of which takes a GPU of its own, got {device!r}",
+            argument="device",
         )
     if on_gpu:
-        number, there = _number("LOCAL_RANK", 0), torch.cuda.device_count()
-        if number >= there:
-            raise ArgumentError(f"device: process {number} of this node needs a GPU of its own, and there are {there}")
+        number, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if number >= count:
+            raise ArgumentError(
+                f"process {number} of this node needs a GPU of its own, and there are {count}", argument="device"
+            )
         torch.cuda.set_device(number)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)

@@ -93,8 +93,8 @@ def _control(
         for name, weight in weights.items()
     }
     metadata = {**facts, "like": like.digest, "fingerprint": original_fingerprint(model, weights)}
-    if "model" in like.metadata:
-        metadata["model"] = like.metadata["model"]
+    # An evaluation encodes its rows as those behind the mask were, for the control too.
+    metadata |= {key: like.metadata[key] for key in ("model", "calibration") if key in like.metadata}
     return PruneMask(indices, like.shapes, metadata)
 
 

@@ -34,8 +34,8 @@ def test_tour_from_files_to_a_pruned_checkpoint(tmp_path: Path, data: dict[str, 
     files = ["--harm", data["eval_harm"], "--skills", data["eval_skills"], "--recognition", data["eval_recognition"]]
     assert run("eval", model, *files, "--mask", mask, "--format", "chat", "--out", tmp_path / "report") == 0
     assert run("eval", tmp_path / "pruned", *files, "--format", "chat", "--out", tmp_path / "again") == 0
-    output = capsys.readouterr().out
-    assert "next: fastprune select" in output
+    said = capsys.readouterr()
+    assert "next: fastprune select" in said.err and "next:" not in said.out
 
     (unpruned, pruned) = json.loads((tmp_path / "report" / "record.json").read_text())["results"]
     assert (unpruned["mask"], pruned["mask"]) == ("none", "mask")
@@ -250,7 +250,7 @@ def test_score_streams_the_folder_and_goes_on_from_a_journal(
     settings = ["--segments", 4, "--offload", "disk", "--host-memory", "1GiB", "--device", "cpu"]
     plain, journaled = tmp_path / "plain.safetensors", tmp_path / "journaled.safetensors"
     assert run(*score, *settings, "--out", plain) == 0
-    assert f"next: fastprune select {plain} -q 1e-4\n" in capsys.readouterr().out  # no p without benign scores
+    assert f"next: fastprune select {plain} -q 1e-4\n" in capsys.readouterr().err  # no p without benign scores
     for _ in range(2):  # the second time from the journal alone
         assert run(*score, *settings, "--resume", tmp_path / "journal", "--out", journaled) == 0
         monkeypatch.setattr("fastprune.scoring.engine.Pass._backward", None)
@@ -286,7 +286,8 @@ def test_torchrun_gives_the_same_scores_once(tmp_path: Path, data: dict[str, Pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("next: fastprune select") == 1
+    assert done.stderr.count("next: fastprune select") == 1
+    assert done.stdout.count("Scores(") == 1
     one, two = (fastprune.Scores.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     assert two.select(0.05, 0.003) == one.select(0.05, 0.003)
 
@@ -324,7 +325,7 @@ def test_demo_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     shorter = functools.partial(fastprune.experiments.DemoSettings, sweep_q=(4e-3,))
     monkeypatch.setattr(fastprune.experiments, "DemoSettings", shorter)
     assert run("demo", "--out", tmp_path / "demo") == 0
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     for name in ("report.html", "record.json", "scores.safetensors", "mask.safetensors"):
         assert (tmp_path / "demo" / name).stat().st_size > 1000, name
         assert name in output

@@ -84,7 +84,7 @@ def test_an_output_costs_nothing(words: tuple, out: str, message: str, work: Pat
     before = contents(work)
     assert run(*words, "--out", out) == 1
     error = capsys.readouterr().err
-    assert error.startswith("fastprune: error: out: expected ")
+    assert error.startswith("fastprune: error: --out: expected ")
     assert re.search(message, error), error
     assert contents(work) == before and Path("pipe").is_fifo()
 
@@ -93,7 +93,7 @@ def test_a_finished_command_can_run_again(work: Path) -> None:
     Path("empty.safetensors").touch()
     Path("dangling.safetensors").symlink_to("new.safetensors")
     for out in ("mask.safetensors", "mask.safetensors", "empty.safetensors", "dangling.safetensors"):
-        assert run(*SELECT, "--out", out) == 0
+        assert run(*SELECT, "--out", out, *(("--force",) if out == "mask.safetensors" else ())) == 0
         assert fastprune.PruneMask.load(out).total > 0
     assert Path("dangling.safetensors").is_symlink() and kind_of(Path("new.safetensors")) == "mask"
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
@@ -110,7 +110,7 @@ def test_a_journal_stays_out_of_a_checkpoint(folder: str, work: Path, capsys) ->
 
 HOLDING = """
 import sys
-import fastprune.cli.pruning, fastprune.checkpoint.load
+import fastprune.checkpoint.load
 from fastprune.cli import main
 def hold(*args):
     print("holding", flush=True)
@@ -201,8 +201,12 @@ def test_an_export_replaces_nobodys_rows(work: Path, capsys) -> None:
         assert [path.name for path in Path("rows").iterdir()] == ["benign.jsonl"]
         assert Path("rows", "benign.jsonl").read_text() == text
     Path("rows", "benign.jsonl").write_text("")
-    for seed in (0, 1):
-        assert run("organism", "export", "--out", "rows", "--seed", seed) == 0
+    assert run("organism", "export", "--out", "rows") == 0
+    before = contents(Path("rows"))
+    assert run("organism", "export", "--out", "rows", "--seed", 1) == 1
+    assert "--force" in capsys.readouterr().err and contents(Path("rows")) == before
+    assert run("organism", "export", "--out", "rows", "--seed", 1, "--force") == 0
+    assert contents(Path("rows")) != before
 
 
 def test_a_pass_without_room_for_its_scores_is_not_begun(work: Path, monkeypatch, capsys) -> None:

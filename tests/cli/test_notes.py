@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 from support.command_line import run
 
 import fastprune
-from fastprune.cli.words import as_options
+from fastprune.cli.app import program
+from fastprune.cli.wording import Wording
+from fastprune.errors import ArgumentError, FastpruneWarning, setting
 from fastprune.organism import checkpoint_path, export_data
 
 MODEL = checkpoint_path("aligned")
@@ -32,15 +35,16 @@ def test_score_says_what_it_scores(tmp_path: Path, data: dict[str, Path], capsys
     misspelt = tmp_path / "harm.jsonl"
     misspelt.write_text("\n".join(json.dumps({"prefil": row.pop("prefill"), **row}) for row in rows))
     score = ("score", MODEL, "--benign", data["benign"], "--format", "chat", "--out", tmp_path / "s.safetensors")
+    score += ("--force",)
 
     assert run(*score, "--harm", data["harm"]) == 0
     said = capsys.readouterr()
-    assert "harm: 4 rows, 4 of them with a prefill\nbenign: 4 rows, 0 of them with a prefill\n" in said.out
+    assert "harm: 4 rows, 4 of them with a prefill\nbenign: 4 rows, 0 of them with a prefill\n" in said.err
     assert "note:" not in said.err
 
     assert run(*score, "--harm", misspelt) == 0
     said = capsys.readouterr()
-    assert "harm: 4 rows, 0 of them with a prefill\n" in said.out
+    assert "harm: 4 rows, 0 of them with a prefill\n" in said.err
     assert f"fastprune: note: {misspelt}: column 'prefil' is not used; did you mean 'prefill'?\n" in said.err
 
 
@@ -49,10 +53,10 @@ def test_a_format_that_was_not_asked_for_is_said_and_kept(tmp_path: Path, data: 
     scores, mask = tmp_path / "s.safetensors", tmp_path / "m.safetensors"
     note = f"fastprune: note: {MODEL} has a chat template, and --format is raw by default"
     for options, formats, noted in (((), "raw", 1), (("--format", "raw"), "raw", 0), (("--format", "chat"), "chat", 0)):
-        assert run("score", MODEL, "--harm", data["harm"], "--out", scores, *options) == 0
+        assert run("score", MODEL, "--harm", data["harm"], "--out", scores, "--force", *options) == 0
         assert capsys.readouterr().err.count(note) == noted
         assert fastprune.Scores.load(scores).provenance["calibration"]["harm"]["format"] == formats
-        assert run("select", scores, "-q", 1e-3, "--out", mask) == 0
+        assert run("select", scores, "-q", 1e-3, "--out", mask, "--force") == 0
         assert fastprune.PruneMask.load(mask).metadata["calibration"]["harm"]["format"] == formats
         assert run("eval", MODEL, "--harm", data["eval_harm"], *options) == 0
         assert capsys.readouterr().err.count(note) == noted
@@ -71,7 +75,7 @@ def test_commands_to_go_on_with_can_be_pasted_into_a_shell(tmp_path: Path, data:
         (("patch", folder / "model", mask, "--in-place"), ["patch", "--undo", str(folder / "model")]),
     ):
         assert run(*words) == 0
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("next: ", "undo: ")))
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith(("next: ", "undo: ")))
         assert shlex.split(line)[1 : len(following) + 2] == ["fastprune", *following]
 
 
@@ -80,8 +84,8 @@ def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dic
     scores, mask = tmp_path / "s.safetensors", tmp_path / "m.safetensors"
     same = "fastprune: note: harm_loader and benign_loader hold the same examples"
     nothing = "fastprune: note: nothing is protected without -p, although the scores hold a benign set\n"
-    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--out", scores)
-    select = ("select", scores, "-q", 1e-3, "--out")
+    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--force", "--out", scores)
+    select = ("select", scores, "-q", 1e-3, "--force", "--out")
     for words, notes in (
         ((*score, "--benign", data["harm"]), same),
         ((*score, "--benign", data["benign"]), ""),
@@ -99,34 +103,40 @@ def test_protecting_nothing_or_what_is_pruned_is_noted(tmp_path: Path, data: dic
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ("…; strict=False applies it", "…; --no-strict applies it"),
+        (f"…; {setting('strict', False)} applies it", "…; --no-strict applies it"),
         (
-            "q=0.5 and slice=1 needs; score again with q_max=1e-05 or",
+            f"{setting('q', 0.5)} and {setting('slice', 1)} needs; score again with {setting('q_max', 1e-5)} or",
             "-q 0.5 and --slice 1 needs; score again with --q-max 1e-05 or",
         ),
-        ("p=0.5; p_max=1.0", "-p 0.5; --p-max 1.0"),
-        ("give more, or offload='disk'", "give more, or --offload disk"),
-        ("(resume=, TMPDIR)", "(--resume, TMPDIR)"),
-        ("longer than max_length=6 tokens", "longer than --max-length 6 tokens"),
-        ("use format='raw' or set tokenizer.chat_template", "use --format raw or set tokenizer.chat_template"),
+        (f"{setting('p', 0.5)}; {setting('p_max', 1.0)}", "-p 0.5; --p-max 1.0"),
+        (f"select with {setting('p', None)}", "select with no -p"),
+        (f"give more, or {setting('offload', 'disk')}", "give more, or --offload disk"),
+        (f"({setting('resume')}, TMPDIR)", "(--resume, TMPDIR)"),
+        (f"longer than {setting('max_length', 6)} tokens", "longer than --max-length 6 tokens"),
+        (f"use {setting('format', 'raw')} or set x.y", "use --format raw or set x.y"),
         (
-            "pass template_args={'enable_thinking': False}; or",
+            f"pass {setting('template_args', {'enable_thinking': False})}; or",
             "pass --template-args '{\"enable_thinking\": false}'; or",
         ),
-        ('give finish="length" (or a column finish)', "give --finish length (or a column finish)"),
-        ('bos=False, system=""', "--bos false, --system ''"),
+        (f"give {setting('finish', 'length')} (or a column finish)", "give --finish length (or a column finish)"),
+        (f"{setting('bos', False)}, {setting('system', '')}", "--bos false, --system ''"),
+        (f"{setting('n_bits', 4)}", "n_bits=4"),  # no option
         ("/runs/q=0.1/a.safetensors and step=1 stay", "/runs/q=0.1/a.safetensors and step=1 stay"),
     ],
 )
 def test_messages_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
     """Regression: they told the user of arguments that no command takes."""
-    assert as_options(message) == said
+    commands = typer.main.get_command(program()).commands
+    wording = Wording(parameter for command in commands.values() for parameter in command.params)
+    for kind in (ArgumentError, FastpruneWarning):
+        assert wording.text(kind(message)) == said
+        assert wording.text(kind(message, argument="segments")) == f"--segments: {said}"
 
 
 def test_messages_and_lists_of_criteria_at_the_command_line(tmp_path: Path, data: dict[str, Path], capsys) -> None:
     """Regression: a space after the comma was part of the criterion's name."""
     scores = tmp_path / "s.safetensors"
-    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--out", scores)
+    score = ("score", MODEL, "--harm", data["harm"], "--format", "chat", "--force", "--out", scores)
     assert run(*score, "--harm-criterion", "signed, abs", "--q-max", 0.01) == 0
     assert fastprune.Scores.load(scores).criteria["harm"] == ("signed", "abs")
     assert run(*score, "--max-length", 1) == 1

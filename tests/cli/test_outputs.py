@@ -65,7 +65,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name: str, 
     for out in (taken, Path("/proc/x") if name in FOLDERS else Path("/proc/x/y")):
         assert run(*words, "--out", out) == 1
         error = capsys.readouterr().err.strip()
-        assert error.startswith(f"fastprune: error: out: expected a {'file' if name in FILES else 'folder'}")
+        assert error.startswith(f"fastprune: error: --out: expected a {'file' if name in FILES else 'folder'}")
         assert str(out) in error
         assert "\n" not in error
     assert sorted(tmp_path.rglob("*")) == before

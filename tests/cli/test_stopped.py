@@ -39,6 +39,8 @@ def test_ctrl_c_is_one_line_and_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastprune.load_calibration", interrupted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").touch()
     words = ["score", str(checkpoint_path("aligned")), "--harm", "x", "--out", str(tmp_path / "s"), "--format", "raw"]
     with pytest.raises(SystemExit) as stop:
         main([*words, "--resume", resume] if resume else words)

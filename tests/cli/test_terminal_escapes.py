@@ -13,8 +13,9 @@ from support.command_line import run
 from support.reporting_record import make_record
 
 from fastprune import PruneMask
-from fastprune.cli import app
+from fastprune.cli.frame import show_warning
 from fastprune.cli.processes import note, say
+from fastprune.cli.wording import Wording
 from fastprune.errors import FastpruneWarning, printable
 from fastprune.reporting import terminal
 
@@ -49,9 +50,9 @@ def test_errors_name_what_files_hold_escaped(tmp_path: Path, capfd, model: torch
 def test_notes_and_results_are_escaped(capfd: pytest.CaptureFixture[str]) -> None:
     note(HOSTILE)
     say(f"{HOSTILE}\nsecond line")
-    app._show_warning(FastpruneWarning(HOSTILE), FastpruneWarning)
+    show_warning(Wording(), FastpruneWarning(HOSTILE), FastpruneWarning)
     with warnings.catch_warnings():
-        app._show_warning(HOSTILE, UserWarning)
+        show_warning(Wording(), HOSTILE, UserWarning)
     shown = capfd.readouterr()
     assert shown.out == f"{SHOWN}\nsecond line\n"
     assert shown.err.count(SHOWN) == 3 and is_harmless(shown.err)

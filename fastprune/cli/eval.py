@@ -1,0 +1,133 @@
+"""``fastprune eval``: what a model can do, unpruned and with each mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import fastprune
+from fastprune.cli.encoding import (
+    BosOption,
+    FormatOption,
+    SystemOption,
+    TemplateArgsOption,
+    encoding_of,
+    known_encodings,
+)
+from fastprune.cli.files import OutputFolder, check_report, written
+from fastprune.cli.frame import Run, command
+from fastprune.cli.models import loaded_model
+from fastprune.cli.options import (
+    MASK,
+    ROWS,
+    AttackOption,
+    DeviceOption,
+    DtypeOption,
+    JudgeOption,
+    ModelFolder,
+    StrictOption,
+    check_device,
+)
+from fastprune.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastprune.masking import PruneMask
+
+
+@command(
+    check=check_device,
+    names={
+        "harm_rows": "harm",
+        "skill_rows": "skills",
+        "recognition_rows": "recognition",
+        "masks": "mask",
+        "judges": "judge",
+        "neighbour_skill": "neighbour",
+        "out_dir": "out",
+    },
+)
+def evaluate(
+    run: Run,
+    model: ModelFolder,
+    harm: Annotated[
+        Path | None, ROWS, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")
+    ] = None,
+    skills: Annotated[Path | None, ROWS, typer.Option(help="Benign rows with a column `skill`.")] = None,
+    recognition: Annotated[Path | None, ROWS, typer.Option(help="Yes/no rows: is this request harmful?")] = None,
+    mask: Annotated[
+        list[Path] | None, MASK, typer.Option(help="Masks to measure, next to the unpruned model; repeatable.")
+    ] = None,
+    strict: StrictOption = True,
+    attack: AttackOption = "prefilling",
+    judge: JudgeOption = "exact",
+    neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
+    format: FormatOption = None,
+    bos: BosOption = None,
+    template_args: TemplateArgsOption = None,
+    system: SystemOption = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of answers (default: that of the reference plus one).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 64,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    out: Annotated[
+        Path | None, OutputFolder(check_report), typer.Option(help="Folder for report.html and record.json.")
+    ] = None,
+) -> None:
+    """Measure harm, refusal, skills and recognition, unpruned and with each mask.
+
+    Rows are encoded as those behind the masks were, unless the options say otherwise.
+    """
+    from fastprune.checkpoint.load import load_tokenizer
+    from fastprune.evaluation import JUDGES, EvaluationSuite
+    from fastprune.experiments import evaluation_record, stored_patch
+    from fastprune.reporting import print_results, write_report
+
+    masks, patched = _named(mask or ()), stored_patch(model)
+    tokenizer = load_tokenizer(model)
+    known = known_encodings({name: chosen.metadata for name, chosen in masks.items()})
+    suite = EvaluationSuite(
+        tokenizer,
+        harm_rows=harm,
+        skill_rows=skills,
+        recognition_rows=recognition,
+        **encoding_of(tokenizer, model, format, bos, template_args, system, known).arguments(),
+        attack=str(attack),
+        judges={"harm": JUDGES[judge].judge} if harm is not None else None,
+        neighbour_skill=neighbour,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    settings = {
+        "attack": str(attack),
+        "judge": str(judge),
+        **suite.encoder.facts,
+        "neighbour": neighbour,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+    }
+    # resolved, because "." has no name
+    name = model.resolve().name
+    loaded = loaded_model(model, device, dtype)
+    record = evaluation_record(name, loaded, suite, masks, strict=strict, settings=settings, patched=patched)
+    run.result(record, lambda: print_results(record))
+    if out is not None:
+        run.files(written(out, lambda folder: write_report(record, folder)))
+
+
+def _named(paths: Sequence[Path]) -> dict[str, PruneMask]:
+    """The masks by the names of their files without ending, which is what the report calls them."""
+    names = [path.stem for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        if name == "none":
+            raise ArgumentError(f'"none" is what the report calls the unpruned model; rename {path}', argument="mask")
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"two of the mask files have the same name, {name}, so their rows could not be told apart",
+                argument="mask",
+            )
+    return {name: fastprune.PruneMask.load(path) for name, path in zip(names, paths, strict=True)}
