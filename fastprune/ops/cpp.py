@@ -120,6 +120,7 @@ def restore_sparse_each_(elements: Sequence[Tensor], offsets: Sequence[Tensor], 
         memory.note_write(weight)
 
 
+@functools.cache
 def _extension() -> ModuleType:
     """The compiled module, imported on the first call: ``import fastprune`` needs no extension."""
     return importlib.import_module("fastprune._cpp")

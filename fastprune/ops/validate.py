@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,10 +157,10 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     return k
 
 
-def _count(argument: str, value: object) -> int:
+def _count(argument: str, value: int) -> int:
     """An integer of 0 or more as an int; NumPy's and torch's are accepted."""
     try:
-        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        if isinstance(value, bool):
             raise TypeError
         count = operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # arrays of torch and NumPy, of several elements or of fractions
