@@ -4,10 +4,10 @@
 
 ``top_scores`` (one matrix, and all seven of a decoder block in one launch) against forming the scores and
 ``torch.topk``; the set difference against ``torch.isin``; sparse writes against indexing. Results are compared bit by
-bit before anything is timed; what differs is left out, and the exit code is 1. One JSON line a measurement, with the
-bytes that have to move at least once, the bandwidth that this makes and its share of what a copy reached in the same
-run. ``--dry-run`` goes through the same code on small CPU tensors with the reference in the place of the kernels, and
-times nothing.
+bit before anything is timed; a method that differs is not timed, and the exit code is 1. One JSON line per measurement
+has the bytes that have to move at least once, the resulting bandwidth, and its share of the bandwidth of a copy in the
+same run. ``--dry-run`` runs the same code on small CPU tensors with the reference in place of the kernels, and times
+nothing.
 """
 
 from __future__ import annotations

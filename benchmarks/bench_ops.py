@@ -138,7 +138,7 @@ def test_copy(benchmark: Callable) -> None:
 @pytest.mark.parametrize("tokens", EXAMPLES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_grad_abs_sum(benchmark: Callable, name: str, tokens: int, method: str) -> None:
-    """Floor, operation and what there is for it elsewhere."""
+    """Floor, operation and the alternatives to it."""
     n_out, n_in = LAYERS[name]
     if method == "opacus":
         pytest.importorskip("opacus")

@@ -7,15 +7,15 @@ float32 with 16 + 16 (32 + 32) examples of 40 to 120 tokens; fastprune's scores 
 before anything is timed, and the methods alternate. On a GPU it is a random Llama of the shape of Llama-3.1-8B in
 bfloat16 with 412 + 412 examples of 250 tokens, and one method follows the other, each after a warm-up.
 
-A fourth method, ``gemm``, is plain products with the FLOPs that no exact method can do without. Its time is what the
-shares of the GEMM rate are of: a rate held for as long as a pass takes, between the passes, not the best product of
-many, which a shared or a hot machine gives for milliseconds only. Ratios and shares are medians over the rounds of a
-round's own.
+A fourth method, ``gemm``, runs plain products with the FLOPs that every exact method needs. Shares of the GEMM rate
+refer to it: a rate sustained for as long as a pass takes, measured between the passes, since a shared or a hot machine
+reaches the rate of the best single product for milliseconds only. Ratios and shares are computed in each round;
+reported are their medians over the rounds.
 
-Some methods take a few examples, blocks or products, and what a line says was scaled: the time of the examples by
-``scaled_by``; what does not grow with them (sums allocated, the best weights selected) by the blocks only,
-``fixed_seconds`` in all. One JSON line a measurement goes to standard output and, after every round anew, with
-``--out`` to a file; a method that fails leaves the others, and the exit code is 1. Interpreter overheads, the start-up
+Some methods are measured on a few examples, blocks or products, and their times are scaled: the time of the examples by
+``scaled_by``; what does not grow with them (allocating sums, selecting the best weights) by the blocks only,
+``fixed_seconds`` in all. One JSON line per measurement goes to standard output and, rewritten after every round, with
+``--out`` to a file. If a method fails, the others go on, and the exit code is 1. Interpreter overheads, the start-up
 self-check and the selection of the kept scores are inside fastprune's time; ``shares_of_time`` says where it goes
 (scoring_split.py).
 """
@@ -200,7 +200,7 @@ def methods_of(
 def plain_products(
     device: str, dtype: torch.dtype, flops: float
 ) -> tuple[Callable[[int, Stopwatch], object], int, float]:
-    """Products of a size that the device is at its best with.
+    """Products of a size at which the device is fastest.
 
     Returns:
         What forms a number of them, how many are timed, and by what their time is multiplied to be that of ``flops``.

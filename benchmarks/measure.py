@@ -1,4 +1,4 @@
-"""What the benchmarks share: time, memory at the peak, what serves the operations, and the lines that they write."""
+"""Shared by the benchmarks: time, peak memory, available backends, and the JSON lines that they write."""
 
 from __future__ import annotations
 

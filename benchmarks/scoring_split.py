@@ -3,10 +3,10 @@
 In: a call that scores. Out: seconds of forward, dX, head, sums of gradients and selection, and the rest, which together
 are the whole. On a GPU they are read on its own clock, from events queued before and after each part.
 
-Not from torch's profiler: it counts a kernel that is not torch's (a Triton kernel, one of the CUDA extension) for the
-operator that launched it and for no annotation of ours, so all of them would be nobody's. One stream does all the work,
-also what autograd's thread launches, so between a part's two events lies that part and nothing else; where the device
-waits for the host, that is the time of the part in which it waits.
+Torch's profiler is not used: it attributes a kernel that is not torch's (a Triton kernel, one of the CUDA extension) to
+the operator that launched it and to no annotation of ours. One stream does all the work, also what autograd's thread
+launches, so a part's two events enclose that part and nothing else. Time in which the device waits for the host counts
+for the part in which it waits.
 """
 
 from __future__ import annotations

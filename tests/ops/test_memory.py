@@ -79,22 +79,22 @@ ODD: dict[str, Callable[[], Tensor]] = {
 DY, X, SPANS = torch.ones(4, 3), torch.ones(4, 5), (torch.tensor([0, 2]), torch.tensor([2, 2]))
 INDICES, OLD = torch.tensor([1, 4]), torch.zeros(2)
 GIVEN: dict[str, Callable[[Tensor, str], object]] = {
-    "acc of a sum": lambda odd, b: ops.accumulate_grad_sum(odd, DY, X, backend=b),
-    "acc of absolute values": lambda odd, b: ops.accumulate_grad_abs_sum(odd, DY, X, *SPANS, backend=b),
-    "accs": lambda odd, b: ops.accumulate_gradients(
-        {"grad_sum": torch.zeros(3, 5), "grad_sq_sum": odd}, DY, X, *SPANS, backend=b
+    "acc of a sum": lambda bad, b: ops.accumulate_grad_sum(bad, DY, X, backend=b),
+    "acc of absolute values": lambda bad, b: ops.accumulate_grad_abs_sum(bad, DY, X, *SPANS, backend=b),
+    "accs": lambda bad, b: ops.accumulate_gradients(
+        {"grad_sum": torch.zeros(3, 5), "grad_sq_sum": bad}, DY, X, *SPANS, backend=b
     ),
-    "dy": lambda odd, b: ops.accumulate_grad_sq_sum(torch.zeros(5, 5), odd, torch.ones(3, 5), *SPANS, backend=b),
-    "x": lambda odd, b: ops.accumulate_grad_sum(torch.zeros(2, 5), torch.ones(3, 2), odd, backend=b),
-    "x of squares": lambda odd, b: ops.accumulate_act_sq_sum(torch.zeros(5), odd, backend=b),
-    "weight": lambda odd, b: ops.top_scores(odd, None, "magnitude", 2, backend=b),
-    "statistic": lambda odd, b: ops.top_scores(torch.ones(3, 5), odd, "signed", 2, backend=b),
-    "weight to apply to": lambda odd, b: ops.apply_sparse_(odd, INDICES, 0.5, backend=b),
-    "weight to restore": lambda odd, b: ops.restore_sparse_(odd, INDICES, OLD, backend=b),
-    "indices": lambda odd, b: ops.apply_sparse_(torch.ones(3, 5), odd, 0.5, backend=b),
-    "old": lambda odd, b: ops.restore_sparse_(torch.ones(3, 5), INDICES, odd, backend=b),
-    "starts": lambda odd, b: ops.accumulate_grad_abs_sum(torch.zeros(3, 5), DY, X, odd, SPANS[1], backend=b),
-    "lengths": lambda odd, b: ops.accumulate_grad_abs_sum(torch.zeros(3, 5), DY, X, SPANS[0], odd, backend=b),
+    "dy": lambda bad, b: ops.accumulate_grad_sq_sum(torch.zeros(5, 5), bad, torch.ones(3, 5), *SPANS, backend=b),
+    "x": lambda bad, b: ops.accumulate_grad_sum(torch.zeros(2, 5), torch.ones(3, 2), bad, backend=b),
+    "x of squares": lambda bad, b: ops.accumulate_act_sq_sum(torch.zeros(5), bad, backend=b),
+    "weight": lambda bad, b: ops.top_scores(bad, None, "magnitude", 2, backend=b),
+    "statistic": lambda bad, b: ops.top_scores(torch.ones(3, 5), bad, "signed", 2, backend=b),
+    "weight to apply to": lambda bad, b: ops.apply_sparse_(bad, INDICES, 0.5, backend=b),
+    "weight to restore": lambda bad, b: ops.restore_sparse_(bad, INDICES, OLD, backend=b),
+    "indices": lambda bad, b: ops.apply_sparse_(torch.ones(3, 5), bad, 0.5, backend=b),
+    "old": lambda bad, b: ops.restore_sparse_(torch.ones(3, 5), INDICES, bad, backend=b),
+    "starts": lambda bad, b: ops.accumulate_grad_abs_sum(torch.zeros(3, 5), DY, X, bad, SPANS[1], backend=b),
+    "lengths": lambda bad, b: ops.accumulate_grad_abs_sum(torch.zeros(3, 5), DY, X, SPANS[0], bad, backend=b),
 }
 
 

@@ -75,8 +75,8 @@ def _zeros_of_both_signs() -> Case:
 
 def _extreme_values() -> Case:
     weight = torch.full((258, 260), 1e-42)
-    flat, odd = weight.view(-1), torch.tensor([float("inf"), -float("inf"), 3e38, 1e-45, -1e-45])
-    flat[torch.randperm(flat.numel())[:500]] = odd.repeat(100)
+    flat, extremes = weight.view(-1), torch.tensor([float("inf"), -float("inf"), 3e38, 1e-45, -1e-45])
+    flat[torch.randperm(flat.numel())[:500]] = extremes.repeat(100)
     return weight, torch.ones(258, 260), "signed", 700
 
 

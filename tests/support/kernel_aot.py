@@ -157,7 +157,7 @@ def facts(launch: Callable[[], None]) -> dict[str, object]:
 
 
 def loop_instructions(code: list[tuple[int, str]]) -> tuple[int | None, int | None]:
-    """Instructions of a thread for one step and, beside it, for the end of an example; None without such a loop."""
+    """Instructions of a thread for one step and for the end of an example; None without such a loop."""
     loop = product_loop(code)
     if loop is None:
         return None, None
