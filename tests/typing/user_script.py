@@ -35,5 +35,5 @@ def prune(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
 
     fastprune.score(model, harm, benign, pmax=3)  # type: ignore[call-arg]
     mask.aplied(model)  # type: ignore[attr-defined]
-    scores.select(q="half")  # type: ignore[arg-type]
+    scores.select(p=None, q="half")  # type: ignore[arg-type]
     fastprune.scores(model, harm)  # type: ignore[attr-defined]
