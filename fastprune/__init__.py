@@ -1,41 +1,64 @@
-"""fastprune finds and removes the few weights that a language model needs for one behaviour.
+"""fastprune finds and removes the few weights that a language model needs for one behavior.
 
-The names below are the public interface; each is imported when it is first used, so that ``import fastprune`` loads
-neither torch nor transformers.
+The names below are the public interface. Each is imported on first use, so ``import fastprune`` loads neither torch
+nor transformers.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from fastprune.errors import FastpruneError, FastpruneWarning
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "CalibrationSet": "fastprune.calibration",
-    "load_calibration": "fastprune.calibration",
-    "Scores": "fastprune.scoring.scores",
-    "plan": "fastprune.planning.plan",
-    "score": "fastprune.scoring.score",
-    "PruneMask": "fastprune.masking",
-    "patch_checkpoint": "fastprune.checkpoint.patch",
-    "patch_in_place": "fastprune.checkpoint.patch",
-    "undo_patch": "fastprune.checkpoint.patch",
-    "random_mask": "fastprune.masking",
-    "available_backends": "fastprune.ops",
-}
+__all__ = [
+    "CalibrationSet",
+    "FastpruneError",
+    "FastpruneWarning",
+    "PruneMask",
+    "Scores",
+    "__version__",
+    "available_backends",
+    "load_calibration",
+    "patch_checkpoint",
+    "patch_in_place",
+    "plan",
+    "random_mask",
+    "score",
+    "undo_patch",
+]
 
-__all__ = ["FastpruneError", "FastpruneWarning", "__version__", *_HOME]
+if TYPE_CHECKING:  # what type checkers and editors read
+    from fastprune.calibration import CalibrationSet, load_calibration
+    from fastprune.checkpoint.patch import patch_checkpoint, patch_in_place, undo_patch
+    from fastprune.masking import PruneMask, random_mask
+    from fastprune.ops import available_backends
+    from fastprune.planning.plan import plan
+    from fastprune.scoring.score import score
+    from fastprune.scoring.scores import Scores
+else:  # what runs; a checker that saw this __getattr__ would accept every misspelled name
+    _HOME = {
+        "CalibrationSet": "fastprune.calibration",
+        "load_calibration": "fastprune.calibration",
+        "patch_checkpoint": "fastprune.checkpoint.patch",
+        "patch_in_place": "fastprune.checkpoint.patch",
+        "undo_patch": "fastprune.checkpoint.patch",
+        "PruneMask": "fastprune.masking",
+        "random_mask": "fastprune.masking",
+        "available_backends": "fastprune.ops",
+        "plan": "fastprune.planning.plan",
+        "score": "fastprune.scoring.score",
+        "Scores": "fastprune.scoring.scores",
+    }
 
+    def __getattr__(name: str) -> object:
+        """Import an exported name from the room it lives in."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        return value
 
-def __getattr__(name: str) -> object:
-    """Import an exported name from the room it lives in."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)

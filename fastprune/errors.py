@@ -1,4 +1,4 @@
-"""Errors that fastprune raises on purpose, the import of optional packages, and text that is safe to print.
+"""Errors that fastprune raises on purpose, and text that is safe to print.
 
 Each class is both a :class:`FastpruneError` and the built-in error that fits, so that ``except ValueError`` catches
 what a reader would expect. A message says what was expected, what was given and the way out. The argument at fault and
@@ -9,7 +9,6 @@ the arguments that the advice names are kept as such, so that the command line c
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import sys
@@ -17,7 +16,6 @@ import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Format characters that change the order in which others are shown (Trojan source, CVE-2021-42574). Others of their
@@ -120,10 +118,6 @@ class NotFoundError(FastpruneError, FileNotFoundError):
     """A file or folder named by the caller does not exist."""
 
 
-class MissingExtra(FastpruneError, ImportError):
-    """An optional package is needed; the message names the extra that installs it."""
-
-
 class FastpruneWarning(_Message, UserWarning):
     """Something the user should know although the call went on (a shortfall, a fallback, dropped rows)."""
 
@@ -137,30 +131,6 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, FastpruneWarning, stacklevel=level)
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        module: Name of the module to import, e.g. ``"matplotlib.pyplot"``.
-        extra: The extra of this distribution that installs it.
-
-    Returns:
-        The imported module.
-
-    Raises:
-        MissingExtra: The package is absent; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        if error.name is not None and error.name.split(".")[0] != package:
-            raise
-        raise MissingExtra(
-            f"{package!r} is needed here and is not installed; run: pip install 'fastprune[{extra}]'"
-        ) from error
 
 
 def positive_integer(argument: str, value: object, *, optional: bool = False) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 
 from fastprune.cli.processes import complain, is_first, started
-from fastprune.errors import FastpruneError, require
+from fastprune.errors import FastpruneError
 
 _STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}  # the shell's exit statuses
 
@@ -43,8 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> None:
-    require("typer", "cli")
-    require("rich", "cli")
     from fastprune.cli.app import program
 
     program()(args=arguments)

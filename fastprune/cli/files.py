@@ -13,12 +13,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from fastprune.artifact import kind_of
-from fastprune.errors import ArgumentError, DiskError, FastpruneError, NotFoundError, require, setting
+from fastprune.errors import ArgumentError, DiskError, FastpruneError, NotFoundError, setting
 from fastprune.files import check_space, claimed, inside, try_lock
 
 _Written = TypeVar("_Written")
@@ -168,7 +167,7 @@ def output_folder(out: Path) -> Iterator[None]:
 
 
 def check_report(out: Path, force: bool, artifacts: Iterable[tuple[str, str]] = ()) -> None:
-    """Refuse a folder where a report would replace something, and a report that could not be drawn.
+    """Refuse a folder where a report would replace something.
 
     Args:
         out: The folder of the report.
@@ -177,12 +176,9 @@ def check_report(out: Path, force: bool, artifacts: Iterable[tuple[str, str]] = 
 
     Raises:
         ArgumentError: Names the file, or the folder of the earlier report.
-        MissingExtra: matplotlib is not installed; the pictures come last.
     """
     from fastprune.reporting.report import check_replaceable
 
-    if find_spec("matplotlib") is None:  # looked for and not imported, which would take as long as all other checks
-        require("matplotlib", "report")
     check_replaceable(out)
     for name, kind in artifacts:
         _check_replaceable(out / name, kind, force)

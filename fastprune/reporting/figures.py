@@ -6,6 +6,7 @@ starts from matplotlib's defaults, so pyplot's state and the user's style are ne
 
 from __future__ import annotations
 
+import importlib
 import io
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastprune.errors import require
 from fastprune.reporting.palette import LIGHT
 
 if TYPE_CHECKING:
@@ -102,21 +102,24 @@ class Plot:
 
 @contextmanager
 def _style(salt: str) -> Iterator[None]:
-    matplotlib = require("matplotlib", "report")
+    import matplotlib
+
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context(rc={**defaults, **_STYLE, "svg.hashsalt": salt}):
         yield
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = require("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.06)
     return figure
 
 
 def _printed(figure: Figure, backend: str, kind: str, metadata: dict[str, Any]) -> bytes:
     """Draw by the backend's canvas itself: ``savefig`` would draw everything twice to lay it out."""
-    module = require(f"matplotlib.backends.backend_{backend}", "report")
+    module = importlib.import_module(f"matplotlib.backends.backend_{backend}")
     canvas = getattr(module, f"FigureCanvas{backend.capitalize() if backend == 'agg' else backend.upper()}")(figure)
     buffer = io.BytesIO()
     getattr(canvas, f"print_{kind}")(buffer, metadata=metadata)

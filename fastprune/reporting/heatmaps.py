@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastprune.errors import require
 from fastprune.reporting.figures import TEXT, WIDE, Plot, Table
 from fastprune.reporting.formatting import (
     DASH,
@@ -162,12 +161,13 @@ def _cells(
     gap_after: int | None = None,
 ) -> None:
     """Fill axes with one rectangle per value; rows from ``gap_after`` on are set apart."""
-    rectangle = require("matplotlib.patches", "report").Rectangle
+    from matplotlib.patches import Rectangle
+
     for row, line in enumerate(values):
         y = row + (GAP if gap_after is not None and row >= gap_after else 0)
         for column, value in enumerate(line):
             fill, ink = ("none", LIGHT["muted"]) if missing(value) else shade(ramp, value, top)
-            axes.add_patch(rectangle((column - 0.47, y - 0.47), 0.94, 0.94, facecolor=fill, edgecolor="none"))
+            axes.add_patch(Rectangle((column - 0.47, y - 0.47), 0.94, 0.94, facecolor=fill, edgecolor="none"))
             axes.text(column, y, words(row, column), ha="center", va="center", color=ink, fontsize=TEXT).set_in_layout(
                 False
             )
@@ -191,23 +191,25 @@ def _labels(axes: Axes, rows: Sequence[str], columns: Sequence[str], gap_after: 
 
 
 def _outline_diagonal(axes: Axes, n: int) -> None:
-    rectangle = require("matplotlib.patches", "report").Rectangle
+    from matplotlib.patches import Rectangle
+
     for i in range(n):
         axes.add_patch(
-            rectangle((i - 0.47, i - 0.47), 0.94, 0.94, facecolor="none", edgecolor=LIGHT["ink"], linewidth=1.4)
+            Rectangle((i - 0.47, i - 0.47), 0.94, 0.94, facecolor="none", edgecolor=LIGHT["ink"], linewidth=1.4)
         )
 
 
 def _scale(axes: Axes, cell: float, top: str) -> None:
     """The colors in order under the last row, with both ends of the scale; a row is ``cell`` inches high."""
-    rectangle = require("matplotlib.patches", "report").Rectangle
+    from matplotlib.patches import Rectangle
+
     (left, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
     start, width = left + 0.035 * (right - left), 0.035 * (right - left)
     high, gap = 0.16 / cell, 0.14 / cell
     middle = bottom + gap + high / 2
     for step in range(STEPS):
         fill, _ = shade("weights", step + 0.5, STEPS)
-        axes.add_patch(rectangle((start + step * width, bottom + gap), width, high, facecolor=fill, edgecolor="none"))
+        axes.add_patch(Rectangle((start + step * width, bottom + gap), width, high, facecolor=fill, edgecolor="none"))
     for x, words, side in (
         (start - 0.2 * width, "0", "right"),
         (start + (STEPS + 0.3) * width, top, "left"),

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastprune.errors import require
 from fastprune.reporting.control_findings import controls_finding
 from fastprune.reporting.figures import WIDE, Plot, Table, panel_title
 from fastprune.reporting.findings import comparison, subject
@@ -140,7 +139,8 @@ def _sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _ticks_at(axes: Axes, values: Sequence[float], at_most: int) -> None:
     """Ticks at the measured points, without those whose labels would touch."""
-    ticker = require("matplotlib.ticker", "report")
+    from matplotlib import ticker
+
     points = sorted(set(values))
     width = math.log10(points[-1] / points[0]) or 1.0
     kept: list[float] = []
@@ -155,7 +155,8 @@ def _ticks_at(axes: Axes, values: Sequence[float], at_most: int) -> None:
 
 def _plain_log(axis: Any, values: Sequence[int]) -> None:
     """A log axis whose ticks read 200, 500, 1,000 instead of powers of ten."""
-    ticker = require("matplotlib.ticker", "report")
+    from matplotlib import ticker
+
     low, high = (min(values), max(values)) if values else (1, 10)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [m * 10**d for d in decades for m in ((1, 2, 5) if len(decades) <= 4 else (1,))]

@@ -54,7 +54,6 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
     Raises:
         ArtifactError: The record is not valid; the message names the key. Nothing is written.
         ArgumentError: ``out_dir`` is a file, or contains files of these names that are not from a report.
-        MissingExtra: matplotlib is not installed (``record.json`` is written anyway).
     """
     record = checked(record)
     folder = Path(out_dir)

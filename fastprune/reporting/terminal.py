@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprune.errors import printable, require
+from fastprune.errors import printable
 from fastprune.reporting.findings import checks_summary, headline
 from fastprune.reporting.formatting import (
     METRICS,
@@ -46,10 +46,9 @@ def print_results(
 
     Raises:
         ArtifactError: The record is not valid; the message names the key.
-        MissingExtra: rich is not installed.
     """
     record = checked(record)
-    console = console or require("rich.console", "cli").Console()
+    console = console or _console()
     found = headline(record)
     if found:
         # rich breaks lines at no-break spaces too, and a terminal without Unicode cannot show them
@@ -70,15 +69,23 @@ def print_results(
 
 def print_files(files: Mapping[str, Path], console: Console | None = None) -> None:
     """Print names and paths, one a line; arguments are those of :func:`print_results`."""
-    console = console or require("rich.console", "cli").Console()
+    console = console or _console()
     for name, path in files.items():
         # Not wrapped, so that a path can be copied.
         console.print(_text(f"{name:>10}  {path}"), soft_wrap=True)
 
 
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
 def _text(content: object, **style: Any) -> Any:
     """Text without rich markup and control characters."""
-    return require("rich.text", "cli").Text(printable(content), **style)
+    from rich.text import Text
+
+    return Text(printable(content), **style)
 
 
 def _results(record: Mapping[str, Any], width: int) -> Any:
@@ -106,8 +113,10 @@ def _results(record: Mapping[str, Any], width: int) -> Any:
     frame = 2 * len(heads) + 2  # a blank and a divider before each column of numbers, and the edges
     names = min(max(len(name) for name, _, _ in lines), max(16, width - sum(numbers) - frame))
     needed = names + sum(numbers) + frame
-    box = require("rich.box", "cli")
-    table = require("rich.table", "cli").Table(
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 0, 0, 1),
