@@ -219,7 +219,7 @@ class Pass:
             # Of a model on several devices, host memory and disk give everything back on the first of them.
             torch.autograd.backward(leaving, gradient.to(leaving.device))
             statistics.end(entering.grad)
-            if number and entering.grad is not None:
+            if number and entering.grad is not None:  # without one the capture refuses a matrix by name
                 self._gradients.put(f"gradient-{number}", item, entering.grad)
 
     def _explained(self, error: NotFiniteError, batch: MicroBatch) -> ScoringError:

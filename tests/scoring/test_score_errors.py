@@ -94,6 +94,24 @@ def test_bad_arguments(model: nn.Module, arguments: dict, message: str) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"harm": "sighned"},
+        {"benign": "apbs"},
+        {"q_max": 2},
+        {"p_max": 0},
+        {"statistics_dtype": "int8"},
+        {"resume": ""},
+        {"dtype": "int4"},
+    ],
+)
+def test_arguments_are_checked_before_the_model_and_the_data_are_read(argument: dict, tmp_path) -> None:
+    unread = iter(lambda: pytest.fail("the data were read"), None)
+    with pytest.raises(ArgumentError, match=f"^{next(iter(argument))}: expected"):
+        fastprune.score(tmp_path / "nowhere", unread, progress=False, **argument)
+
+
 def test_a_journal_needs_an_existing_folder(model: nn.Module, tmp_path) -> None:
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ArgumentError, match=r"resume.*existing folder"):
