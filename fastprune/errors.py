@@ -81,7 +81,13 @@ class CalibrationError(FastpruneError, ValueError):
 
 
 class ModelError(FastpruneError, RuntimeError):
-    """The model cannot be driven block by block, or its weights cannot be reached."""
+    """The model cannot be driven block by block, or its weights cannot be reached.
+
+    Attributes:
+        undo: As of :class:`MaskError`.
+    """
+
+    undo: Any = None
 
 
 class ScoringError(FastpruneError, RuntimeError):

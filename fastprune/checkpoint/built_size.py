@@ -1,7 +1,7 @@
-"""How large the model of a config would be, found before any of it is allocated.
+"""The size of the model that a config describes, found before memory is allocated.
 
-In: a config and, of a checkpoint, what is stored. Out: the model on the meta device, or an error. A config is foreign:
-it may ask for a billion blocks, or for weights that no folder holds, and building would go on until memory ends.
+In: a config and, for a checkpoint, its stored tensors. Out: the model on the meta device, or an error. A config is
+foreign: it may ask for a billion blocks, or for weights that no folder holds, and building would exhaust memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastprune.checkpoint.config_file import refused
 from fastprune.checkpoint.shards import Stored
 from fastprune.errors import ModelError
 
-# Tensors of a model of which only the config is known: 1,100 in the largest dense ones published, and each takes about
+# Tensors of a model that is known by its config only. The largest published dense ones have 1,100, and each takes about
 # half a millisecond to make.
 _MAX_TENSORS = 30_000
-# No file holds a model's masks and position tables. Those of published models have up to some hundred megabytes.
+# Masks and position tables, which no file holds. Those of published models take up to some hundred megabytes.
 _MAX_BUFFER_BYTES = 2 << 30
 
 
@@ -31,11 +31,11 @@ def build_on_meta(config: object, max_tensors: int = _MAX_TENSORS, max_weights: 
 
     Args:
         config: Of transformers.
-        max_tensors: Parameters after which building is given up.
-        max_weights: Numbers in all of these together after which it is.
+        max_tensors: Largest number of parameters.
+        max_weights: Largest number of elements in all of them.
 
     Raises:
-        ModelError: There are more, or transformers cannot build the model.
+        ModelError: A limit is exceeded, or transformers cannot build the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -43,13 +43,13 @@ def build_on_meta(config: object, max_tensors: int = _MAX_TENSORS, max_weights: 
         with torch.device("meta"), _Counted(max_tensors, max_weights) as counted:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
         counted.tensors, counted.weights = 0, 0
-        for parameter in model.parameters():  # those that were not made empty too
+        for parameter in model.parameters():  # also those that torch.empty did not make
             counted.add(parameter)
     return model
 
 
 class _Counted(TorchFunctionMode):
-    """Ends building where there are more parameters than allowed; of this thread, unlike a hook of torch's modules."""
+    """Stops building at too many parameters. It acts on this thread only, unlike a hook of torch's modules."""
 
     def __init__(self, max_tensors: int, max_weights: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Counted(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         made = func(*args, **(kwargs or {}))
-        if func is torch.empty:  # what parameters are made with, and masks and tables are not
+        if func is torch.empty:  # which makes parameters, but no masks or tables
             self.add(made)
         return made
 
@@ -75,8 +75,8 @@ class _Counted(TorchFunctionMode):
 def check_size(config: object, stored: Mapping[str, Stored], folder: str | Path) -> None:
     """Raise ModelError if a config asks for far more than its folder stores.
 
-    Whether names and shapes agree is found out weight by weight later. This bounds what is allocated until then: tied
-    weights count twice here, and a stored tensor may be several in memory.
+    Names and shapes are compared later, weight by weight. This bounds memory until then; the bounds are loose, as tied
+    weights count twice and a stored tensor may be several in memory.
     """
     stored_weights = sum(tensor.numel for tensor in stored.values())
     model = build_on_meta(config, 4 * len(stored) + 1000, 2 * stored_weights + 2**20)

@@ -1,8 +1,8 @@
-"""Some bytes of a file, by their offsets: read, written, and the file hashed as if they were others.
+"""Single bytes of a file, by their offsets: read, written, and hashed as if they had other values.
 
-In: a file and ascending byte offsets. Out: bytes, hashes, or the file (or a copy) with other bytes there. Nothing is
-mapped and no tensor is loaded: resident memory is one window of the file and about ten bytes for each byte that is
-changed. It must not know masks, tensors or checkpoints.
+In: a file and ascending byte offsets. Out: bytes, hashes, or the file (or a copy) with other bytes at the offsets.
+Nothing is mapped and no tensor is loaded: resident memory is one window of the file and about ten bytes for each
+changed byte.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-# Hashing reads the whole file: windows large enough that the calls do not count, small beside any budget.
+# Hashing reads the whole file: the windows are large enough for calls to cost nothing, and small in any budget.
 _STREAM_BYTES = 1 << 23
-# Reading and writing single weights touches only windows that hold one: a page-sized read costs as much as a byte's.
+# Reading and writing single weights touches only windows that hold one: a page-sized read costs as much as one byte.
 _WINDOW_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """What changes in one file.
+    """Changes to one file.
 
     Attributes:
         offsets: ``(n,)`` int64, ascending, offsets of the bytes.
@@ -49,7 +49,7 @@ def gather(path: Path, offsets: np.ndarray) -> np.ndarray:
 
 
 def scatter(path: Path, offsets: np.ndarray, values: np.ndarray) -> None:
-    """Write bytes at some offsets; they are on the disk when this returns. Other bytes are rewritten as they are."""
+    """Write bytes at some offsets; they are on the disk when this returns. Other bytes of a window are rewritten."""
     with path.open("r+b", buffering=0) as file:
         for start, part in _windows(offsets):
             window = bytearray(os.pread(file.fileno(), _WINDOW_BYTES, start))
@@ -60,13 +60,13 @@ def scatter(path: Path, offsets: np.ndarray, values: np.ndarray) -> None:
 
 
 def hashes(path: Path, offsets: np.ndarray, values: np.ndarray, copy_to: Path | None = None) -> tuple[str, str]:
-    """SHA-256 of a file as it is, and as it would be with other bytes at some offsets; in one pass.
+    """SHA-256 of a file, and of the file with other bytes at some offsets, in one pass.
 
     Args:
         path: The file; it is not changed.
         offsets: ``(n,)`` int64, ascending.
         values: ``(n,)`` uint8, the other bytes.
-        copy_to: Where to write the file with the other bytes, if anywhere.
+        copy_to: Path for the file with the other bytes, if it is to be written.
 
     Returns:
         Both hashes, as 64 hexadecimal digits.
@@ -91,7 +91,7 @@ def hashes(path: Path, offsets: np.ndarray, values: np.ndarray, copy_to: Path | 
 
 
 def _windows(offsets: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Start of each window that holds some of the offsets, and which these are."""
+    """Start of each window that holds some of the offsets, and the slice of these."""
     numbers = offsets // _WINDOW_BYTES
     firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
     for first, last in zip(firsts, [*firsts[1:], len(offsets)], strict=True):

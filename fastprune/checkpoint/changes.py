@@ -1,7 +1,7 @@
-"""What a mask changes in a checkpoint folder, and whether it is the mask's model.
+"""Changes that a mask makes in a checkpoint folder, and whether the folder holds the mask's model.
 
-In: a mask and the records of the stored tensors. Out: what to change in each stored tensor. Only headers, samples and
-the masked numbers are read. It must not know transformers or model classes.
+In: a mask and the records of the stored tensors. Out: the changes to each stored tensor. Only headers, samples and the
+masked numbers are read.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from fastprune import ops
 from fastprune.checkpoint.byte_edits import Edits, gather
 from fastprune.checkpoint.shards import DTYPES, Stored
 from fastprune.checkpoint.stored_names import Piece, places_of, width_of
-from fastprune.errors import MaskError
 from fastprune.masking.mask import PruneMask
-from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
+from fastprune.model.fingerprint import fingerprint_of_samples, other_fingerprint, sample_positions
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a mask changes in one stored tensor.
+    """Change to one stored tensor.
 
     Attributes:
         stored: The tensor and its shard.
         indices: ``(n,)`` int64, flat in the stored tensor, ascending.
-        old: ``(n,)`` in the tensor's dtype, what stands there without the mask.
+        old: ``(n,)`` in the tensor's dtype, the values without the mask.
     """
 
     stored: Stored
@@ -39,7 +38,7 @@ class Change:
 
 
 def changes_of(mask: PruneMask, on_disk: Mapping[str, Stored], source: Path, strict: bool) -> dict[str, Change]:
-    """What a mask changes, by the names of the tensors on disk; those of which it changes nothing are left out.
+    """The changes that a mask makes, by the names of the tensors on disk; unchanged tensors are left out.
 
     Args:
         mask: Its names must be those on disk, or differ by one common prefix.
@@ -58,14 +57,14 @@ def changes_of(mask: PruneMask, on_disk: Mapping[str, Stored], source: Path, str
             if len(indices):
                 parts.setdefault(piece.name, []).append(indices + piece.skipped)
     changes = {}
-    for there, indices in parts.items():
-        merged = torch.cat(indices).sort().values
-        changes[there] = Change(on_disk[there], merged, _read(on_disk[there], merged))
+    for name, found in parts.items():
+        merged = torch.cat(found).sort().values
+        changes[name] = Change(on_disk[name], merged, _read(on_disk[name], merged))
     return changes
 
 
 def edits_of(changes: Mapping[str, Change], scale: float) -> dict[Path, Edits]:
-    """The same as bytes, shard by shard."""
+    """The changes as bytes, shard by shard."""
     by_shard: dict[Path, list[Change]] = {}
     for change in changes.values():
         by_shard.setdefault(change.stored.path, []).append(change)
@@ -74,7 +73,7 @@ def edits_of(changes: Mapping[str, Change], scale: float) -> dict[Path, Edits]:
 
 def _edits(changes: list[Change], scale: float) -> Edits:
     new = [change.old.clone() for change in changes]
-    for values in new:  # through the same op as a resident model, so that both get the same bits
+    for values in new:  # by the same op as a model in memory, so that both are bit-identical
         ops.apply_sparse_(values, torch.arange(len(values)), scale)
     return Edits(
         np.concatenate([_offsets(change.stored, change.indices) for change in changes]),
@@ -101,10 +100,7 @@ def _check_model(mask: PruneMask, places: Mapping[str, Sequence[Piece]], source:
         samples[name] = shape, torch.cat([_read(piece.stored, inside) for piece, inside in _split(positions, pieces)])
     found = fingerprint_of_samples(samples)
     if found != expected:
-        raise MaskError(
-            f"the mask was made for a model with the fingerprint {expected[:12]}…, {source} has {found[:12]}…; "
-            "strict=False applies it all the same"
-        )
+        raise other_fingerprint(expected, found, str(source))
 
 
 def _offsets(stored: Stored, indices: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The ``config.json`` of a checkpoint as what it is: text from somebody else, read before transformers acts on it.
+"""The ``config.json`` of a checkpoint, which is foreign text, checked before transformers acts on it.
 
-In: a file. Out: the JSON object in it, or an error that names the key. Keys that would fetch code, or send transformers
-to other files, are refused, and so are numbers from which no model can be built. Nothing of the folder is imported.
+In: a file. Out: the JSON object in it, or an error that names the key. Keys that would fetch code, or make transformers
+read other files, are refused, and so are numbers from which no model can be built. Nothing of the folder is imported.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from fastprune.errors import FastpruneError, ModelError
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-"""What every call of transformers that takes a folder is given: otherwise it asks, and a piped "yes" runs code."""
+"""Arguments of every call of transformers that takes a folder: otherwise it asks, and a piped "yes" runs code."""
 
 _MAX_BYTES = 16 * 2**20  # the largest published configs have some hundred kilobytes
 _LARGEST = 2**31 - 1
-# Published models have up to 126 blocks. Configs make lists of this length before any weight is known to be there.
+# Published models have up to 126 blocks. Configs make lists of this length before weights are compared.
 _MAX_LAYERS = 512
-# Of published models up to 512 in a block, each of which a plan lists as matrices of its own.
+# Published models have up to 512 in a block; a plan lists each as matrices of its own.
 _MAX_EXPERTS = 4096
 _BOUNDS = {"layer": _MAX_LAYERS, "layers": _MAX_LAYERS, "_experts": _MAX_EXPERTS, "num_labels": 2**20}
 
@@ -36,7 +36,7 @@ _POSITIVE = {
 _SIZE_ENDINGS = ("_size", "_dim", "_heads", "_experts", "_layers", "_rank", "_groups", "_positions", "_embeddings")
 _SIZES = {*_POSITIVE, "n_inner", "n_positions", "n_ctx", "d_inner", "d_ff", "num_local_experts", "num_labels"}
 
-# Keys that make transformers read other files than the ones that are scored and patched here, or build other layers.
+# Keys that make transformers read other files than those that are scored and patched, or build other layers.
 _ELSEWHERE = ("configuration_files", "transformers_weights", "fusion_config")
 _OWN_LOADING = "or load the model yourself and pass it instead of its folder"
 _FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")
@@ -44,16 +44,16 @@ _FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over a foreign file into a ModelError.
+    """Turn any error of transformers about a foreign file into a ModelError.
 
-    Which errors these are depends on the architecture: its code divides by sizes, looks up names, calls itself.
+    The kinds of errors depend on the architecture: its code divides by sizes, looks up names, recurses.
     """
     try:
         yield
     except FastpruneError:
         raise
     except Exception as error:
-        # Its advice is to let the code run; there is no class of errors for it.
+        # The advice of transformers would be to let the code run; this error has no class of its own.
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{what}: expected a kind that transformers has itself, got one that comes with code of its own "
@@ -88,9 +88,9 @@ def read_config_file(file: Path) -> dict[str, Any]:
     for place, key, value in entries:
         _check_entry(f"{file}: {place}", key, value)
     for key in _ELSEWHERE:
-        if (place := next((at for at, name, value in entries if name == key and value), None)) is not None:
+        if (found := next((at for at, name, value in entries if name == key and value), None)) is not None:
             raise ModelError(
-                f"{file}: {place}: expected a config without this key, by which transformers leaves the files and "
+                f"{file}: {found}: expected a config without this key, by which transformers leaves the files and "
                 f"layers that are scored here; remove it, {_OWN_LOADING}"
             )
     return config
@@ -120,7 +120,7 @@ def _check_entry(place: str, key: str, value: Any) -> None:
     elif isinstance(value, int) and abs(value) >= 2**63:
         raise ModelError(f"{place}: expected a number of 64 bits, got {_shown(value)}")
     elif isinstance(value, int) and not isinstance(value, bool) and (key in _SIZES or key.endswith(_SIZE_ENDINGS)):
-        low = 1 if key in _POSITIVE else -1  # -1 is some configs' word for none
+        low = 1 if key in _POSITIVE else -1  # in some configs -1 means none
         high = next((bound for ending, bound in _BOUNDS.items() if key.endswith(ending)), _LARGEST)
         if not low <= value <= high:
             raise ModelError(f"{place}: expected a size of {max(0, low)} … {high}, got {_shown(value)}")
@@ -133,7 +133,7 @@ def _check_implementation(place: str, name: str) -> None:
             f"{place}: expected an implementation that transformers has, such as sdpa or eager, got the repository "
             f"{_shown(name)}, whose code would be downloaded and run; remove the key, {_OWN_LOADING}"
         )
-    # Without the package, transformers would download one from a hub where it can.
+    # Without the package, transformers would download one from a hub.
     if name.startswith("flash_attention") and not any(map(importlib.util.find_spec, _FLASH_PACKAGES)):
         raise ModelError(
             f"{place}: expected an attention that is installed, such as sdpa or eager, got {_shown(name)}; remove the "

@@ -1,7 +1,7 @@
 """Load a checkpoint folder through transformers, from local files only.
 
-A folder is foreign data. Its code is never run, no pickled file is opened, and whatever its files make transformers
-raise leaves here as a :class:`~fastprune.errors.FastpruneError`.
+A folder is foreign data. Its code is never run, no pickled file is opened, and any error that its files cause in
+transformers becomes a :class:`~fastprune.errors.FastpruneError`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from fastprune.checkpoint.shards import stored_tensors
 from fastprune.errors import ArtifactError, ModelError, NotFoundError
 from fastprune.model.supported import check_config
 
-# A file of this name makes transformers read the folder as a checkpoint of torch's own, and no other file in it.
+# A file of this name makes transformers read the folder as a distributed checkpoint of torch, and no other file in it.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -31,10 +32,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json`` or no safetensors weights.
-        ModelError: Its weights are quantised, truncated or incomplete, the config asks for more weights than there
-            are, or transformers cannot build the model from it.
+        ModelError: Its weights are quantised, truncated or incomplete, the config asks for more weights than the folder
+            holds, or transformers cannot build the model from it.
     """
-    # transformers makes at random what is missing or has another shape, and says so when it is done.
     config = load_config(path)
     try:
         check_size(config, stored_tensors(Path(path)), path)
@@ -43,7 +43,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
     from transformers import AutoModelForCausalLM
 
     with refused(f"model: {path} cannot be loaded as a causal language model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation leaves out the loading info
             os.fspath(path),
             dtype=dtype,
             use_safetensors=True,
@@ -51,7 +51,8 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
             ignore_mismatched_sizes=True,
             **LOCAL,
         )
-    # transformers draws these at random, and says so where few look.
+    model, found = loaded
+    # transformers initializes these at random, and only logs it.
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
         raise ModelError(
@@ -107,7 +108,7 @@ def _check_folder(path: str | Path) -> None:
 
 
 def _check_plain(folder: Path) -> None:
-    """A loaded model must have the weights that are streamed and patched here, and no others."""
+    """Refuse folders of which transformers would load other weights than those that are streamed and patched."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"model: {folder} holds adapters (adapter_config.json), which are not part of its weights; merge them "

@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint folder: which tensor lies where, and reading or writing it in place.
+"""The safetensors files of a checkpoint folder: where each tensor lies, and reading it.
 
-In: a folder with ``model.safetensors`` or an index and its shards. Out: :class:`Stored` records by name, and the bytes
-behind them. Tensors are read with ``pread`` into memory of their own: a mapped file would stay in the process's
-resident memory, page by page, until the kernel thinks otherwise. It must not know transformers or model classes.
+In: a folder with ``model.safetensors`` or an index and its shards. Out: :class:`Stored` records by name, and their
+values. Tensors are read with ``pread`` into memory of their own: pages of a mapped file would count as resident memory
+of the process until the kernel drops them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors name -> dtype, of the types that a weight can have here."""
+"""safetensors name -> dtype, of the types that are supported for weights."""
 
-# Those of the largest published checkpoints have some ten megabytes.
+# Indices of the largest published checkpoints take some ten megabytes.
 _INDEX_BYTES = 100 * 10**6
 # One read call moves at most this much: a signal or Ctrl-C is then served within some milliseconds.
 _READ_BYTES = 1 << 26
@@ -34,7 +34,7 @@ _READ_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a shard: where its bytes are.
+    """The place of a tensor in a shard.
 
     Attributes:
         path: The shard.
@@ -57,7 +57,7 @@ class Stored:
 def shard_names(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the checkpoint, sorted.
 
-    Of a single file and an index, the single file counts, as in transformers: the other is left from an earlier save.
+    If a folder has a single file and an index, the single file counts, as in transformers.
 
     Raises:
         NotFoundError: There are none, or the index names one that does not exist.
@@ -73,9 +73,9 @@ def shard_names(folder: Path) -> list[str]:
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by its name on disk; only headers are read.
 
-    Each name must be in one shard, the one that the index names for it. Of several copies, loaders take different ones
-    (transformers that of the last shard, others what the index says): scores would be of one copy, and a patch of one
-    would leave the other to be loaded. Tensors that the index leaves out count, as in transformers.
+    Each name must be in one shard, the one that the index names for it. Among several copies, loaders differ
+    (transformers takes that of the last shard, others follow the index): one copy would be scored or patched, and
+    another one loaded. Tensors that the index omits count, as in transformers.
 
     Raises:
         NotFoundError: As :func:`shard_names`.
@@ -102,8 +102,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one shard.
 
-    The format's own reader checks the header first: types, shapes, and that the tensors fill the file without a gap or
-    an overlap. Every offset that is later written to comes from here.
+    The reader of safetensors checks the header first: types, shapes, and that the tensors fill the file without a gap
+    or an overlap. All offsets that a patch writes to come from this header.
 
     Raises:
         ArtifactError: It is truncated or no safetensors file, or it names a tensor twice.
@@ -143,17 +143,17 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no key comes twice: readers differ in which of the two they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice} comes twice")
+    """A JSON object without duplicate keys: readers differ in which of the two they take."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key} comes twice")
+        found[key] = value
     return found
 
 
 def _is_file(path: Path) -> bool:
-    """As ``Path.is_file``, and ``False`` too for a name that no file can have."""
+    """``Path.is_file``, and ``False`` for a name that no file can have."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -161,17 +161,17 @@ def _is_file(path: Path) -> bool:
 
 
 def read_tensor(stored: Stored, *, pinned: bool = False) -> torch.Tensor:
-    """A tensor's values, in memory of its own, on the CPU, in the dtype on disk.
+    """The values of a tensor, in memory of their own, on the CPU, in the dtype on disk.
 
     Args:
-        stored: Where they are.
+        stored: The place of the tensor.
         pinned: Read into page-locked memory, from which a GPU fetches them without another copy; it needs one.
 
     Raises:
         ArtifactError: Its dtype is none of ``DTYPES``, or the file ends before its bytes do.
     """
     tensor = torch.empty(stored.shape, dtype=_dtype_of(stored), pin_memory=pinned)
-    view = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if stored.numel else memoryview(b"")
+    view = tensor.view(-1).view(torch.uint8).numpy().data if stored.numel else memoryview(b"")
     with stored.path.open("rb", buffering=0) as file:
         done = 0
         while done < len(view):
@@ -183,7 +183,7 @@ def read_tensor(stored: Stored, *, pinned: bool = False) -> torch.Tensor:
 
 
 def read_elements(stored: Stored, positions: torch.Tensor) -> torch.Tensor:
-    """Single elements of a tensor by their flat positions, in the dtype on disk; little else is read.
+    """Single elements of a tensor by their flat positions, in the dtype on disk; nothing else is read.
 
     Raises:
         ArtifactError: Its dtype is none of ``DTYPES``.
@@ -198,5 +198,5 @@ def read_elements(stored: Stored, positions: torch.Tensor) -> torch.Tensor:
 
 def _dtype_of(stored: Stored) -> torch.dtype:
     if stored.dtype not in DTYPES:
-        raise ArtifactError(f"{stored.path}: weights of the type {stored.dtype} cannot be read here")
+        raise ArtifactError(f"{stored.path}: expected weights of a type in {sorted(DTYPES)}, got {stored.dtype}")
     return DTYPES[stored.dtype]

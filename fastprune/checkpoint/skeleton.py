@@ -1,8 +1,8 @@
-"""A model without weights, and where in a checkpoint each of them comes from.
+"""A model without weights, and the place of each weight in a checkpoint.
 
 In: a checkpoint folder. Out: the model with its parameters on the meta device and its buffers real, and one
 :class:`Recipe` for each parameter. Names on disk that differ from those in memory, and weights that are stored in
-pieces (one tensor for each expert), go through transformers' own conversion; what it cannot name is refused.
+pieces (one tensor for each expert), go through transformers' own conversion; a weight that it cannot name is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,20 +26,23 @@ from fastprune.checkpoint.shards import DTYPES, Stored, read_elements, read_tens
 from fastprune.errors import ModelError
 from fastprune.model.fingerprint import sample_positions
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _building = threading.Lock()
-# Numbers of two tensors that are compared at a time.
+# Elements of two tensors that are compared at a time.
 _COMPARED = 1 << 24
 
 
 @dataclass
 class Recipe:
-    """How one parameter or buffer is made from what is stored.
+    """How one parameter or buffer is made from stored tensors.
 
     Attributes:
-        name: In the model.
-        shape: In memory.
-        dtype: Wanted in memory.
-        sources: Stored tensors by the pattern that named them, in the order in which they are put together.
+        name: Name in the model.
+        shape: Shape in memory.
+        dtype: Dtype in memory.
+        sources: Stored tensors by the pattern of their names, in the order in which they are joined.
         converter: transformers' conversion, or ``None`` where one stored tensor is the parameter.
     """
 
@@ -53,15 +56,15 @@ class Recipe:
         """The tensor, on the CPU.
 
         Args:
-            model: The model, which a conversion asks for its config.
-            pinned: Read into page-locked memory what is wanted as it is stored; what is not is made in other memory.
+            model: The model, whose config a conversion needs.
+            pinned: Read into page-locked memory if no conversion and no cast is needed.
 
         Raises:
             ArtifactError: A shard cannot be read.
-            ModelError: The conversion does not give this parameter, or in another shape.
+            ModelError: The conversion does not give this parameter, or gives it in another shape.
         """
-        parts = [part for parts in self.sources.values() for part in parts]
-        pinned = pinned and self.converter is None and all(DTYPES.get(part.dtype) == self.dtype for part in parts)
+        stored = [part for parts in self.sources.values() for part in parts]
+        pinned = pinned and self.converter is None and all(DTYPES.get(part.dtype) == self.dtype for part in stored)
         tensors = {
             pattern: [read_tensor(part, pinned=pinned) for part in parts] for pattern, parts in self.sources.items()
         }
@@ -69,9 +72,9 @@ class Recipe:
             ((tensor,),) = tensors.values()
             return tensor.to(self.dtype)
         converter = copy.deepcopy(self.converter)
-        for pattern, parts in tensors.items():
-            for part in parts:
-                converter.add_tensor(self.name, self.name, pattern, part.to(self.dtype))
+        for pattern, pieces in tensors.items():
+            for piece in pieces:
+                converter.add_tensor(self.name, self.name, pattern, piece.to(self.dtype))
         tensors.clear()
         made = converter.convert(self.name, model=model, config=model.config)
         if self.name not in made:
@@ -80,7 +83,7 @@ class Recipe:
         tensor = (tensor[0] if isinstance(tensor, list) else tensor).to(self.dtype).contiguous()
         if tuple(tensor.shape) != self.shape:
             raise ModelError(
-                f"model: {self.name} should have the shape {self.shape}; the {sum(map(len, self.sources.values()))} "
+                f"model: {self.name} should have the shape {self.shape}; the {len(stored)} "
                 f"pieces stored of it make {tuple(tensor.shape)}, so some are missing"
             )
         return tensor
@@ -93,12 +96,12 @@ def skeleton(
 
     Args:
         folder: Folder with ``config.json`` and safetensors weights.
-        dtype: Of the weights; ``None`` takes the one that ``config.json`` names or, where it names none, that of the
+        dtype: Dtype of the weights; ``None`` takes the one that ``config.json`` names or, if it names none, that of the
             first tensor on disk, as loading with ``dtype="auto"`` does.
 
     Returns:
         The model in evaluation mode, every parameter on the meta device; a recipe for each parameter and persistent
-        buffer by its name (tied ones once, under their first name); and what is stored, by its name on disk.
+        buffer by its name (tied ones once, under their first name); and the stored tensors by their names on disk.
 
     Raises:
         NotFoundError: The folder, its config or a shard does not exist.
@@ -120,15 +123,17 @@ def skeleton(
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory as they are registered. Buffers are computed as always: no file holds most of them.
+    """Parameters move to the meta device as they are registered. Buffers keep their values: no file holds most of them.
 
     Building under ``torch.device("meta")`` would lose the buffers too, and not every architecture can make them again.
-    What other threads build meanwhile is left alone, and one model is built like this at a time.
+    ``init_empty_weights`` of accelerate, an optional package, patches the same method, but unties tied parameters and
+    affects models that other threads build; so does torch's registration hook, whose table is not safe to change while
+    they do. One model is built like this at a time.
     """
     builder = threading.get_ident()
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # What is on meta already keeps its identity: that is how tied weights are known.
+        # A parameter on meta keeps its identity, by which tied weights are recognized.
         if threading.get_ident() == builder and parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         register(module, name, parameter)
@@ -136,17 +141,17 @@ def _parameters_on_meta() -> Iterator[None]:
     with _building:
         register = nn.Module.register_parameter
         try:
-            nn.Module.register_parameter = register_on_meta
+            nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]  # see above
             yield
         finally:
-            nn.Module.register_parameter = register
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _recipes(
     model: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype, folder: str | Path
 ) -> dict[str, Recipe]:
     in_memory = model.state_dict(keep_vars=True)
-    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     recipes: dict[str, Recipe] = {}
     for source, name, pattern, converter in _names(model, stored, in_memory):
         kept = next((wanted for part, wanted in plan.items() if re.search(rf"\b{re.escape(part)}\b", name)), None)
@@ -181,10 +186,7 @@ def _recipes(
 
 
 def _part_unequal(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
-    """Give every stored name of a tied parameter one of its own, where the values on disk differ; as transformers does.
-
-    The config says that they are one, the folder that they are not: loading goes by the folder.
-    """
+    """Untie parameters whose values on disk differ, as transformers does: the folder decides, not the config."""
     in_memory = model.state_dict(keep_vars=True)
     first: dict[int, Recipe] = {}
     for recipe in recipes.values():
@@ -199,7 +201,7 @@ def _part_unequal(model: nn.Module, recipes: Mapping[str, Recipe]) -> None:
 
 
 def _equal(one: Stored, two: Stored, dtype: torch.dtype) -> bool:
-    """Whether two stored tensors of one shape are the same in memory; piece by piece, for they may be large."""
+    """Whether two stored tensors of one shape are equal in memory; compared in pieces, as they may be large."""
     positions = sample_positions(one.numel)
     samples = (read_elements(stored, positions).to(dtype) for stored in (one, two))
     if not torch.equal(*samples):
@@ -222,17 +224,17 @@ def _names(
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError:  # a transformers without them stores what it has in memory
+    except ImportError:  # versions of transformers without them use equal names on disk and in memory
         yield from ((name, name, name, None) for name in stored if name in in_memory)
         return
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(cast("PreTrainedModel", model))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix = model.base_model_prefix
-    # In natural order: expert 10 comes after expert 9 where experts are put together.
+    prefix, known = cast("PreTrainedModel", model).base_model_prefix, dict(in_memory)
+    # In natural order: experts are joined in this order, and expert 10 comes after expert 9.
     for source in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(source, renamings, converters, prefix, in_memory)
+        name, pattern = rename_source_key(source, renamings, converters, prefix, known)
         if name not in in_memory and source in in_memory:
             name, pattern = source, None
         if name in in_memory:

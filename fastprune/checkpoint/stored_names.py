@@ -1,7 +1,7 @@
-"""Which stored tensors the matrices of a mask are, or are put together from.
+"""The stored tensors that hold the matrices of a mask, whole or in pieces.
 
-In: the names and shapes of a mask and the records of the stored tensors. Out: for each matrix its pieces, as rows one
-below the other; a matrix that is stored as it is in memory has one. It must not know transformers or model classes.
+In: the names and shapes of a mask and the records of the stored tensors. Out: for each matrix its pieces, which stacked
+by rows give the matrix; a matrix that is stored as it is in memory has one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Piece:
     """Some rows of a matrix.
 
     Attributes:
-        name: Of the stored tensor that has them.
-        stored: These rows of it.
+        name: Name of the stored tensor that holds them.
+        stored: The place of these rows in it.
         skipped: Elements of the stored tensor before them.
         first: Flat index in the matrix of their first element.
     """
@@ -41,8 +41,8 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
     """The pieces of each matrix of a mask, whose names may differ from those on disk by one prefix, the same for all.
 
     Raises:
-        MaskError: A matrix is not there, in another shape, of a type that is no weight's, or more than one set of
-            tensors would fit.
+        MaskError: A matrix is missing, has another shape or an unsupported type, or more than one set of tensors would
+            fit.
     """
     if not mask.shapes:
         raise MaskError("the mask is over no matrices")
@@ -53,7 +53,7 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
     tried = []
     for removed, added in _prefixes(next(iter(mask)), on_disk, apart):
         renamed = {name: added + name.removeprefix(removed) if name.startswith(removed) else "" for name in mask}
-        tried.append({name: (there, _find(there, on_disk, apart)) for name, there in renamed.items()})
+        tried.append({name: (stored, _find(stored, on_disk, apart)) for name, stored in renamed.items()})
     fits = [places for places in tried if all(found for _, found in places.values())]
     if not fits:
         best = max(tried, key=lambda places: sum(bool(found) for _, found in places.values()))
@@ -66,9 +66,13 @@ def places_of(mask: PruneMask, on_disk: Mapping[str, Stored]) -> dict[str, list[
 
 
 def width_of(stored: Stored) -> int:
-    """Bytes of an element; a type that no weight has is an error."""
+    """Bytes of an element.
+
+    Raises:
+        MaskError: The type is not supported for weights.
+    """
     if stored.dtype not in DTYPES:
-        raise MaskError(f"weights of the type {stored.dtype} cannot be patched, expected one of {sorted(DTYPES)}")
+        raise MaskError(f"{stored.path}: expected weights of a type in {sorted(DTYPES)}, got {stored.dtype}")
     return DTYPES[stored.dtype].itemsize
 
 
@@ -83,15 +87,15 @@ def _find(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> tuple[str,
     base, expert = split_name(name)
     if base in on_disk:
         return (base,)
-    there = {} if expert is None else apart.get((_layer_of(base), expert), {})
+    stored = {} if expert is None else apart.get((_layer_of(base), expert), {})
     for parts in EXPERT_PARTS.get(base.rpartition(".")[2], ()):
-        if all(len(there.get(part, ())) == 1 for part in parts):
-            return tuple(there[part][0] for part in parts)
+        if all(len(stored.get(part, ())) == 1 for part in parts):
+            return tuple(stored[part][0] for part in parts)
     return ()
 
 
 def _prefixes(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> list[tuple[str, str]]:
-    """(prefix of the mask's names, prefix on disk that stands for it); names that are equal leave no question.
+    """Candidates ``(prefix of the mask's names, prefix on disk)``; one pair of empty ones if the names are equal.
 
     A prefix ends where the list of blocks begins: ``model.language_model.layers.0…`` may be stored as
     ``language_model.model.layers.0…``.
@@ -105,19 +109,19 @@ def _prefixes(name: str, on_disk: Mapping[str, Stored], apart: _Apart) -> list[t
             blocks = re.search(r"[^.]+\.\d+(\.|$)", own)
             prefix = own[: blocks.start()] if blocks else ""
             rest = own.removeprefix(prefix)
-            ends = sorted(other for other in others if f".{other}".endswith(f".{rest}"))
-            pairs |= {(prefix, other.removesuffix(rest)): None for other in ends}
+            matching = sorted(other for other in others if f".{other}".endswith(f".{rest}"))
+            pairs |= {(prefix, other.removesuffix(rest)): None for other in matching}
     return list(pairs) or [("", "")]
 
 
 def _why_missing(places: Mapping[str, tuple[str, tuple[str, ...]]], apart: _Apart) -> str:
-    missing = {name: there for name, (there, found) in places.items() if not found}
+    missing = {name: renamed for name, (renamed, found) in places.items() if not found}
     message = (
         f"the checkpoint lacks {len(missing)} of the {len(places)} matrices of the mask, the first is "
         f"{split_name(next(iter(missing)))[0]}"
     )
-    for name, there in missing.items():
-        base, expert = split_name(there)
+    for name, renamed in missing.items():
+        base, expert = split_name(renamed)
         if expert is not None and (parts := apart.get((_layer_of(base), expert))):
             message += (
                 f"; the checkpoint stores each expert on its own ({next(iter(parts.values()))[0]}), and not "
@@ -129,12 +133,12 @@ def _why_missing(places: Mapping[str, tuple[str, tuple[str, ...]]], apart: _Apar
     )
 
 
-def _pieces(name: str, shape: tuple[int, ...], there: tuple[str, ...], on_disk: Mapping[str, Stored]) -> list[Piece]:
+def _pieces(name: str, shape: tuple[int, ...], parts: tuple[str, ...], on_disk: Mapping[str, Stored]) -> list[Piece]:
     expert, pieces, first = split_name(name)[1], [], 0
-    for part in there:
+    for part in parts:
         whole = stored = on_disk[part]
         width = width_of(whole)
-        if expert is not None and not STORED_EXPERT.fullmatch(part):  # one of all, in one tensor
+        if expert is not None and not STORED_EXPERT.fullmatch(part):  # one expert of a tensor that holds all
             if len(whole.shape) < 2 or expert >= whole.shape[0]:
                 raise MaskError(
                     f"{name}: the tensor has the shape {whole.shape} in the checkpoint, so there is no such expert"
@@ -144,14 +148,14 @@ def _pieces(name: str, shape: tuple[int, ...], there: tuple[str, ...], on_disk: 
         pieces.append(Piece(part, stored, (stored.start - whole.start) // width, first))
         first += stored.numel
     stored = pieces[0].stored
-    together = stored.shape
+    joined = stored.shape
     if len(pieces) > 1:
         if len({(piece.stored.shape[1:], piece.stored.dtype) for piece in pieces}) > 1:
             raise MaskError(
                 f"{name}: its parts have the shapes {[piece.stored.shape for piece in pieces]} and types "
-                f"{[piece.stored.dtype for piece in pieces]} in the checkpoint, and do not go together"
+                f"{[piece.stored.dtype for piece in pieces]} in the checkpoint, and cannot be joined"
             )
-        together = (sum(piece.stored.shape[0] for piece in pieces), *stored.shape[1:])
-    if together != shape:
-        raise MaskError(f"{name} has the shape {together} in the checkpoint and {shape} in the mask")
+        joined = (sum(piece.stored.shape[0] for piece in pieces), *stored.shape[1:])
+    if joined != shape:
+        raise MaskError(f"{name} has the shape {joined} in the checkpoint and {shape} in the mask")
     return pieces

@@ -1,7 +1,7 @@
 """The weights of a checkpoint folder, in memory only while they are needed.
 
-A group of weights is read when it is needed or, one step ahead, while the step before it computes, and is dropped
-after. What belongs to no group (norms, position tables) is small and stays.
+A group of weights is read when it is needed, or one step ahead while the step before it computes, and is dropped
+afterwards. Parameters outside all groups (norms, position tables) are small and stay in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -21,12 +21,16 @@ from fastprune.checkpoint.shards import DTYPES, read_elements
 from fastprune.checkpoint.skeleton import Recipe, skeleton
 from fastprune.model.fingerprint import fingerprint_of_samples, sample_positions
 from fastprune.model.matrices import decoder_blocks
+from fastprune.model.vocabulary import input_embedding
 from fastprune.model.weights import EMBEDDING, HEAD, Group, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(eq=False)
 class _Parameter:
-    """One parameter of a streamed model: its places in the modules (several if it is tied), and who needs it now."""
+    """One parameter of a streamed model: its places in the modules (several if it is tied), and its current users."""
 
     recipe: Recipe
     places: list[tuple[nn.Module, str]]
@@ -40,8 +44,9 @@ class Streamed(Weights):
 
     Args:
         folder: Checkpoint folder.
-        device: Where the model runs.
-        dtype: Of the weights; ``None`` takes that of the config, see :func:`fastprune.checkpoint.skeleton.skeleton`.
+        device: Device on which the model runs.
+        dtype: Dtype of the weights; ``None`` takes that of the config, see
+            :func:`fastprune.checkpoint.skeleton.skeleton`.
 
     Attributes:
         model: The model; its parameters are on the meta device while they are not held.
@@ -57,21 +62,21 @@ class Streamed(Weights):
         self.model, recipes, self._stored = skeleton(folder, dtype)
         self._groups: dict[Group, list[_Parameter]] = {}
         self._reserved: list[_Parameter] = []
-        # One reader: groups arrive in the order in which they were asked for, and a disk is read from front to back.
+        # One reader: groups arrive in the order of the requests, and a disk is read from front to back.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="fastprune-read")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sort(recipes)
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device on which the model runs."""
         return self._device
 
     def _sort(self, recipes: dict[str, Recipe]) -> None:
-        """Sort parameters into groups; load at once what belongs to none."""
+        """Sort parameters into groups; load at once those that belong to none."""
         model = self.model
         prefix = decoder_blocks(model)[0] + "."
-        head = model.get_output_embeddings()
+        embedding, head = input_embedding(model), cast("PreTrainedModel", model).get_output_embeddings()
         by_identity: dict[int, _Parameter] = {}
         groups_of: dict[int, set[Group]] = {}
         recipe_of = {
@@ -87,7 +92,7 @@ class Streamed(Weights):
                 groups = groups_of.setdefault(id(parameter), set())
                 if f"{path}.".startswith(prefix):
                     groups.add(int(path.removeprefix(prefix).split(".")[0]))
-                elif module is model.get_input_embeddings():
+                elif module is embedding:
                     groups.add(EMBEDDING)
                 elif module is head:
                     groups.add(HEAD)
@@ -106,8 +111,8 @@ class Streamed(Weights):
         """Have some groups in memory for the length of a ``with`` block.
 
         Args:
-            groups: What is needed.
-            then: What the next call will need: it is read while this block runs, or kept if it is there already.
+            groups: The groups.
+            then: Groups that the next call will need: read while this block runs, or kept if they are in memory.
 
         Raises:
             ArtifactError: A shard cannot be read.
@@ -121,13 +126,14 @@ class Streamed(Weights):
             self._drop(before)
             before = []
             for entry in needed:
+                assert entry.loading is not None  # wanted above
                 self._place(entry, *entry.loading.result())
             yield
         finally:
             self._drop([*before, *needed])
 
     def identity(self) -> str:
-        """A hash of samples of every tensor on disk; tells one checkpoint from another."""
+        """A hash of samples of every tensor on disk, which differs between checkpoints."""
         floats = {name: stored for name, stored in self._stored.items() if stored.dtype in DTYPES}
         return fingerprint_of_samples(
             {
@@ -137,12 +143,12 @@ class Streamed(Weights):
         )
 
     def files(self) -> list[list[Any]]:
-        """Name, size and time of change of each shard: a patched one is another, whatever its samples."""
-        found = [(folder.name, folder.stat()) for folder in sorted({stored.path for stored in self._stored.values()})]
+        """Name, size and time of change of each shard, which show a patch even if no sample does."""
+        found = [(shard.name, shard.stat()) for shard in sorted({stored.path for stored in self._stored.values()})]
         return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
 
     def close(self) -> None:
-        """Drop what is still in memory and end the reading thread."""
+        """Drop all weights and end the reading thread."""
         self._drop(self._reserved)
         self._reserved = []
         self._reader.shutdown(cancel_futures=True)
@@ -157,13 +163,13 @@ class Streamed(Weights):
                 entry.loading = self._reader.submit(self._read, entry.recipe)
 
     def _read(self, recipe: Recipe) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The tensor on the device, and what a stream there waits for before it uses it."""
+        """The tensor on the device, and the event that a stream has to wait for before it uses the tensor."""
         if self._stream is None:
             return recipe.read(self.model).to(self.device), None
         with torch.cuda.stream(self._stream):
-            tensor = recipe.read(self.model, pinned=True).pin_memory()  # no copy of what was read into pinned memory
-            # Nothing waits here: the next tensor is read while this one is sent. Its pinned memory may be let go of
-            # all the same, for torch's allocator gives that out again only when copies that it has begun are done.
+            tensor = recipe.read(self.model, pinned=True).pin_memory()  # no copy if it was read into pinned memory
+            # Without waiting: the next tensor is read while this one is copied. Its pinned memory may be freed at once,
+            # as torch's allocator reuses it only after the copies from it are done.
             return tensor.to(self.device, non_blocking=True), self._stream.record_event()
 
     def _drop(self, entries: Sequence[_Parameter]) -> None:
@@ -183,7 +189,7 @@ class Streamed(Weights):
         if sent is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(sent)
-            # The allocator must not hand its memory to the reader while work that uses it is still queued here.
+            # Keeps the allocator from giving its memory to the reader while work that uses it is still queued.
             tensor.record_stream(current)
         parameter = nn.Parameter(tensor, requires_grad=False)
         for module, name in entry.places:
@@ -191,11 +197,11 @@ class Streamed(Weights):
 
 
 def _return_freed_memory() -> None:
-    """Hand what was freed back to the system.
+    """Return freed memory to the system.
 
-    glibc keeps freed pieces of up to 32 MiB for later, in each thread's pool: weights that the reading thread allocated
-    and the main one freed would add up from segment to segment (160 MiB over four segments of a 0.3 B model). Other C
-    libraries have no such call and no such habit.
+    glibc keeps freed pieces of up to 32 MiB in each thread's pool: weights that the reading thread allocates and the
+    main thread frees would add up from segment to segment (160 MiB over four segments of a 0.3 B model). Other C
+    libraries have no such call, and keep no such pools.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

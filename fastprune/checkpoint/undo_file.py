@@ -1,8 +1,7 @@
-"""The file beside patched weights that holds what they were: read, written, and compared with the shards.
+"""The undo file of a patch, which holds the original weights: read, written, and compared with the shards.
 
 In: changes by tensor and the hashes of the shards before and after. Out: one artifact in the folder, or the changes
-again. Its name does not end in ``.safetensors``, though it is one: some loaders take every such file in a folder for
-weights. It must not know masks or how a patch is made.
+again. It is a safetensors file without that ending, as some loaders take every such file in a folder for weights.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from fastprune.artifact import read_artifact, write_artifact
 from fastprune.checkpoint.byte_edits import Edits, gather, hashes
 from fastprune.checkpoint.changes import Change, edits_of
-from fastprune.checkpoint.shards import DTYPES, read_header
+from fastprune.checkpoint.shards import DTYPES, Stored, read_header
 from fastprune.errors import ArtifactError, NotFoundError
 from fastprune.files import sha256
 
@@ -39,12 +38,12 @@ class Hashes:
 
 @dataclass(frozen=True)
 class Undo:
-    """What an undo file says.
+    """Content of an undo file.
 
     Attributes:
         mask: Digest of the mask.
         scale: Factor on the masked weights.
-        changes: Stored tensor to what was changed in it.
+        changes: Stored tensor to its change.
         hashes: Path of each changed shard to its hashes.
     """
 
@@ -76,11 +75,11 @@ def write_undo(folder: Path, undo: Undo) -> Path:
 
 
 def read_undo(folder: Path) -> Undo:
-    """Read the undo file of a folder, and find the tensors that it speaks of.
+    """Read the undo file of a folder, and find the tensors that it names.
 
     Raises:
-        NotFoundError: The folder holds none, or a shard that it names is gone.
-        ArtifactError: It is damaged, or a shard does not hold the tensors that it did.
+        NotFoundError: The folder holds none, or a shard that it names is missing.
+        ArtifactError: It is damaged, or a shard does not hold the tensors any more.
     """
     path = folder / UNDO_NAME
     if not path.is_file():
@@ -121,8 +120,8 @@ def check_undoable(path: Path, edits: Edits, expected: Hashes) -> None:
 
     Each masked byte must be the old or the new one: an interrupted patch, or an interrupted undo, leaves a mixture.
     """
-    there = gather(path, edits.offsets) if path.stat().st_size > edits.offsets[-1] else None
-    known = there is not None and bool(((there == edits.old) | (there == edits.new)).all())
+    found = gather(path, edits.offsets) if path.stat().st_size > edits.offsets[-1] else None
+    known = found is not None and bool(((found == edits.old) | (found == edits.new)).all())
     if not known or hashes(path, edits.offsets, edits.old)[1] != expected.original:
         raise ArtifactError(
             f"{path} is not as the patch left it: it was changed or replaced since, so the old weights do not belong "
@@ -138,7 +137,7 @@ def _shard(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _checked(indices: torch.Tensor, old: torch.Tensor, found: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(indices: torch.Tensor, old: torch.Tensor, found: Stored) -> tuple[torch.Tensor, torch.Tensor]:
     ascending = np.diff(indices.numpy(), prepend=-1) if indices.dtype == torch.int64 and indices.ndim == 1 else [0]
     if min(ascending, default=0) < 1 or indices[-1] >= found.numel:
         raise ValueError("indices are not ascending places of their tensor")

@@ -1,4 +1,4 @@
-"""Masks as values, and a live model with a mask on it. Nothing here knows files of a model or scores."""
+"""Masks as values, and masks on a model in memory."""
 
 from fastprune.masking.controls import largest_magnitude_mask, random_mask
 from fastprune.masking.mask import PruneMask

@@ -1,10 +1,8 @@
-"""Weights of a mask written in place, and the same bits put back.
+"""Weights of a mask written in place, and restored bit by bit.
 
 In: a model, and the indices and shapes of its matrices. Out: the changed model and an :class:`Undo`. All old values are
-read before anything is written, so that an error or an interrupt at any point leaves the model as it was. Which masks
-are on which model is remembered as long as the model lives: a mask made for the model still fits it while others are
-applied.
-It must not know transformers, scores or gradients.
+read before anything is written, so that an error or an interrupt at any point leaves the model as it was. The masks on
+a model are remembered as long as it lives: a mask that was made for the model fits it while others are applied.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import torch
 from fastprune import ops
 from fastprune.errors import ArgumentError, FastpruneError, MaskError, ModelError
 from fastprune.model.adapters import check_unmerged, plain_name, unwrap
-from fastprune.model.fingerprint import Overlay, fingerprint
+from fastprune.model.fingerprint import Overlay, fingerprint, other_fingerprint
 from fastprune.model.frozen import uninterrupted
 from fastprune.model.supported import check_stored
 from fastprune.ops.validate import FLOAT_DTYPES, checked_scale
@@ -32,7 +30,7 @@ _live: weakref.WeakKeyDictionary[torch.nn.Module, list[Undo]] = weakref.WeakKeyD
 
 
 class Undo:
-    """The values that a mask replaced in one model, as :meth:`PruneMask.apply_` gives it; it keeps no model alive."""
+    """The values that a mask replaced in one model; returned by :meth:`PruneMask.apply_`. It keeps no model alive."""
 
     def __init__(self, model: torch.nn.Module, indices: Indices, weights: Mapping[str, torch.Tensor]) -> None:
         self._model = weakref.ref(model)
@@ -42,18 +40,18 @@ class Undo:
         self._old = {name: weight.take(self._indices[name]) for name, weight in touched.items()}
 
     def restore_(self, model: torch.nn.Module) -> None:
-        """Put the old bits back, NaN payloads and -0 included.
+        """Restore the old values bit by bit, NaN payloads and -0 included.
 
         Args:
             model: The model that the mask was applied to. It may have been moved to another device since.
 
         Raises:
-            MaskError: It is another model, was restored before, has other shapes or dtypes now, or a mask applied later
-                has weights in common and has to be restored first. The model is not changed then.
+            MaskError: The model is another one or has other shapes or dtypes now, the mask was restored before, or a
+                mask applied later has weights in common and has to be restored first. Nothing is written then.
         """
         model = unwrap(model)
         if self._model() is not model:
-            raise MaskError("restore_ needs the model that the mask was applied to, got another one")
+            raise MaskError("model: expected the model that the mask was applied to, got another one")
         if not self.live:
             raise MaskError("this mask is not on the model any more; an undo works once")
         records = _live[model]
@@ -77,16 +75,18 @@ class Undo:
         return model is not None and self in _live.get(model, [])
 
     def overlay(self) -> Overlay:
-        """What the mask replaced, for the fingerprint of the model without it."""
+        """The replaced values, for the fingerprint of the model without the mask."""
         return {name: (self._indices[name], old) for name, old in self._old.items()}
 
     def write_(self, weights: Mapping[str, torch.Tensor], scale: float) -> None:
-        """Apply the mask wholly or not at all: whatever stops it half way, an interrupt too, puts the old bits back."""
-        records = _live.setdefault(self._model(), [])
+        """Apply the mask wholly or not at all: an error or an interrupt on the way restores the old values."""
+        model = self._model()
+        assert model is not None  # the caller holds it
+        records = _live.setdefault(model, [])
         records.append(self)
         try:
             ops.apply_sparse_each_({name: weights[name] for name in self._indices}, self._indices, scale)
-        except FastpruneError:  # which operations raise before they write anything
+        except FastpruneError:  # raised before anything is written
             records.remove(self)
             raise
         except BaseException:
@@ -111,7 +111,7 @@ def apply_indices_(
         model: The model.
         indices: Name of each matrix to the flat indices of its weights.
         shapes: Name to the shape that the matrix must have; the same names.
-        scale: What the weights are multiplied by.
+        scale: Factor for the weights.
         expected: The fingerprint that the model must have; ``None`` takes any.
     """
     scale = checked_scale(scale)
@@ -133,7 +133,7 @@ def applied(
     finally:
         if undo.live:
             try:
-                with uninterrupted():  # a second Ctrl-C, say, while the first one takes the mask off
+                with uninterrupted():  # a second Ctrl-C may come while the first one takes the mask off
                     undo.restore_(model)
             except (MaskError, ModelError) as error:
                 error.undo = undo
@@ -144,14 +144,11 @@ def applied(
 def _prepare(
     model: torch.nn.Module, indices: Indices, shapes: Shapes, expected: str | None
 ) -> tuple[dict[str, torch.Tensor], Undo]:
-    """Everything else that can be refused, before anything is written."""
+    """Check the model before anything is written."""
     model = unwrap(model)
     weights = matrices_of(model, shapes)
-    if expected is not None and expected not in _fingerprints(model, weights):
-        raise MaskError(
-            f"the mask was made for a model with the fingerprint {str(expected)[:12]}…, this one has "
-            f"{fingerprint(weights)[:12]}…; strict=False applies it all the same"
-        )
+    if expected is not None and expected not in (known := _fingerprints(model, weights)):
+        raise other_fingerprint(str(expected), known[0], "this one")
     return weights, Undo(model, indices, weights)
 
 
@@ -170,7 +167,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders"
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders"
         )
     check_unmerged(model)
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -193,7 +190,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
         if weight.is_meta:
             raise ModelError(f"{name} is on the meta device (not loaded, or offloaded); load the whole model first")
         if type(weight) is not torch.Tensor or weight.dtype not in FLOAT_DTYPES:
-            raise ModelError(f"{name} must be a plain float tensor, got {type(weight).__name__} of {weight.dtype}")
+            raise ModelError(f"{name}: expected a plain float tensor, got {type(weight).__name__} of {weight.dtype}")
         if any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
             raise ModelError(f"{name} is an expanded tensor, several of its weights are one; call .contiguous() on it")
         found[name] = weight
@@ -201,11 +198,11 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _check_stored(model: torch.nn.Module, names: list[str]) -> None:
-    """Say why the model has no parameters of these names, if modules of theirs form them."""
+    """Raise ModelError if a module forms one of these parameters anew in each forward."""
     modules = {plain_name(path): module for path, module in model.named_modules()}
     for name in names:
         path, _, attribute = split_name(name)[0].rpartition(".")
-        # Without asking for the weight: forming it may change the module's state.
+        # The attribute is not read: forming the weight may change the module's state.
         if path in modules and (attribute in vars(modules[path]) or hasattr(type(modules[path]), attribute)):
             check_stored(modules[path], attribute, name)
 
@@ -232,13 +229,13 @@ def original_weight(model: torch.nn.Module, name: str, weight: torch.Tensor) -> 
     overlays = [overlay for undo in reversed(_live.get(unwrap(model), [])) if name in (overlay := undo.overlay())]
     if overlays:
         weight = weight.clone()
-    for overlay in overlays:  # the latest first: what the oldest replaced is the original
+    for overlay in overlays:  # the latest first: the values that the oldest replaced are the original ones
         indices, old = overlay[name]
         ops.restore_sparse_(weight, indices.to(weight.device), old.to(weight))
     return weight
 
 
 def _fingerprints(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Of the model as it is, without the latest mask, without the latest two, …; a mask may be of any of these."""
+    """Of the model as it is, without the latest mask, without the latest two, …; a mask may be made for any of them."""
     overlays = [undo.overlay() for undo in reversed(_live.get(model, []))]
     return [fingerprint(weights, overlays[:depth]) for depth in range(len(overlays) + 1)]

@@ -1,8 +1,7 @@
-"""Control masks: as many weights per matrix as another mask has, chosen without looking at any behaviour.
+"""Control masks: as many weights per matrix as another mask has, chosen without regard to any behavior.
 
-In: a model and the mask to be like. Out: a mask, the same whether or not masks are on the model. Each matrix has a
+In: a model and the mask to match. Out: a mask; masks that are on the model make no difference to it. Each matrix has a
 random stream of its own, so that the draw does not depend on the order or the number of matrices.
-It must not know scores or gradients.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from fastprune.model.adapters import unwrap
 
 MATCHES = ("count", "magnitude")
 
-# Half the width, in ranks by |w|, of the window in which a weight's stand-in is first looked for. 32 neighbours of
-# millions have all but the same size; where they are taken already the window doubles.
+# Half the width, in ranks by |w|, of the window in which a weight's substitute is first drawn. Among millions of
+# weights, 32 neighbors are nearly equal in magnitude; where they are taken already, the window doubles.
 _WINDOW = 32
 
 
@@ -30,11 +29,11 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
     """A random mask with as many weights in each matrix as another one.
 
     Args:
-        model: The model it is for.
-        like: The mask to be like.
-        seed: Same seed, same mask.
+        model: The model.
+        like: The mask to match.
+        seed: Equal seeds give equal masks.
         match: ``"count"``: uniform among all weights of the matrix. ``"magnitude"``: for each weight of ``like`` one
-            that is not in ``like`` and has nearly the same ``|w|`` (a neighbour in the order by ``|w|``).
+            that is not in ``like`` and has nearly the same ``|w|`` (a neighbor in the order by ``|w|``).
 
     Returns:
         The mask, with ``kind``, ``seed`` and the digest of ``like`` in its metadata.
@@ -45,13 +44,13 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
         ModelError: A weight is not there to be read.
     """
     if not isinstance(match, str) or match not in MATCHES:
-        raise ArgumentError(f"match must be one of {MATCHES}, got {match!r}")
+        raise ArgumentError(f"match: expected one of {MATCHES}, got {match!r}")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise ArgumentError(f"seed must be an integer, got {seed!r}")
-    seed = int(seed)  # NumPy's would not go into a file
+        raise ArgumentError(f"seed: expected an integer, got {seed!r}")
+    seed = int(seed)  # integers of NumPy cannot be written as JSON
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
-        # not hash(): that differs from process to process
+        # not hash(), which differs from process to process
         state = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
         generator = torch.Generator().manual_seed(state)
         if match == "count":
@@ -65,8 +64,8 @@ def largest_magnitude_mask(model: torch.nn.Module, like: PruneMask) -> PruneMask
     """The largest weights by ``|w|``, as many in each matrix as another mask has; equal ones by lower index.
 
     Args:
-        model: The model it is for.
-        like: The mask to be like.
+        model: The model.
+        like: The mask to match.
 
     Raises:
         MaskError: ``like`` does not fit the model.
@@ -86,7 +85,7 @@ def _control(
     facts: Mapping[str, object],
 ) -> PruneMask:
     if not isinstance(like, PruneMask):
-        raise MaskError(f"like must be a PruneMask, got {type(like).__name__}")
+        raise MaskError(f"like: expected a PruneMask, got {type(like).__name__}")
     weights = matrices_of(unwrap(model), like.shapes)
     indices = {
         name: draw(name, weight).sort().values if len(like[name]) else torch.empty(0, dtype=torch.int64)
@@ -103,9 +102,8 @@ def _distinct(n: int, k: int, generator: torch.Generator) -> torch.Tensor:
     if 2 * k > n:
         return torch.randperm(n, generator=generator)[:k]
     drawn = torch.empty(0, dtype=torch.int64)
-    while (
-        len(drawn) < k
-    ):  # the first k different values of a uniform stream; a permutation of n would be as large as the matrix
+    # The first k different values of a uniform stream: a permutation of n would be as large as the matrix.
+    while len(drawn) < k:
         more = torch.randint(n, (k + 16,), generator=generator)
         drawn = _first_of_each(torch.cat([drawn, more]))
     return drawn[:k]
@@ -116,13 +114,16 @@ def _like_in_magnitude(
 ) -> torch.Tensor:
     n, k = weight.numel(), len(masked)
     if k > n - k:
-        raise MaskError(f"{name}: {k} of {n} weights are masked, too many to find as many others of the same magnitude")
+        raise MaskError(
+            f"{name}: {k} of {n} weights are masked, too many to draw as many others of nearly the same magnitude; "
+            'match="count" can serve'
+        )
     order = weight.reshape(-1).abs().to(torch.float32).cpu().argsort(stable=True)
     in_like = torch.zeros(n, dtype=torch.bool)
     in_like[masked] = True
     in_like = in_like[order]
     free = order[~in_like]  # by rising |w|
-    places = torch.arange(n)[in_like] - torch.arange(k)  # where each masked weight would stand among the free ones
+    places = torch.arange(n)[in_like] - torch.arange(k)  # rank of each masked weight among the free ones
     taken = torch.zeros(len(free), dtype=torch.bool)
     window = _WINDOW
     while len(places):
@@ -136,7 +137,7 @@ def _like_in_magnitude(
         places = places[~placed]
         if crowded and window < len(free):
             window *= 2
-        elif crowded:  # next to nothing is free any more, so any of it will do
+        elif crowded:  # almost no weight is free, so take any that is
             left = torch.nonzero(~taken).flatten()
             taken[left[torch.randperm(len(left), generator=generator)[: len(places)]]] = True
             break

@@ -1,7 +1,7 @@
-"""Which weights of a model are to be pruned, as a value: flat indices per matrix, set algebra, one file.
+"""The weights of a model that are pruned, as a value: flat indices per matrix, set algebra, one file.
 
-In: indices and the shapes they belong to. Out: a mapping that can be compared, combined, saved, and applied to a model.
-It must not know how the weights were chosen.
+In: indices and the shapes of their matrices. Out: a mapping that can be compared, combined, saved, and applied to a
+model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class PruneMask(Mapping[str, torch.Tensor]):
     Args:
         indices: Name to row-major flat indices in the stored layout.
         shapes: Name to the shape of the matrix; the same names.
-        metadata: JSON-able facts; ``fingerprint`` is that of the model the mask was made for.
-        nominal: Number of weights that were asked for, before anything was protected; by default the total.
+        metadata: Values that JSON can hold; ``fingerprint`` is that of the model the mask was made for.
+        nominal: Number of weights that were requested, before any were protected; by default the total.
 
     Raises:
         MaskError: Names differ, or indices are not int64, ascending, unique and inside the matrix.
@@ -55,8 +55,10 @@ class PruneMask(Mapping[str, torch.Tensor]):
             if not isinstance(given, Mapping):
                 raise MaskError(f"{argument}: expected a mapping, got {type(given).__name__}")
         if set(indices) != set(shapes):
-            odd = sorted(set(indices) ^ set(shapes), key=str)
-            raise MaskError(f"indices and shapes must name the same matrices; odd ones: {odd[:3]}")
+            unmatched = sorted(set(indices) ^ set(shapes), key=str)
+            raise MaskError(
+                f"indices and shapes: expected the same matrices in both, got these in one alone: {unmatched[:3]}"
+            )
         self.shapes: dict[str, tuple[int, ...]] = {name: _checked_shape(name, shape) for name, shape in shapes.items()}
         self._indices = _checked(indices, self.shapes)
         self.metadata: dict[str, Any] = dict(metadata or {})
@@ -104,13 +106,13 @@ class PruneMask(Mapping[str, torch.Tensor]):
     def applied(
         self, model: torch.nn.Module, scale: float = 0.0, strict: bool = True
     ) -> AbstractContextManager[torch.nn.Module]:
-        """Prune inside a ``with`` block; the same bits are back when it is left, by an exception too.
+        """Prune inside a ``with`` block; on leaving, also by an exception, the old values are restored bit by bit.
 
         Arguments and errors are those of :meth:`apply_`. The block gets the model.
 
         Raises:
             MaskError: On leaving, if the old values do not fit any more: the block has cast the model, or left another
-                mask on it. The mask is on the model still, and ``error.undo`` restores it when they fit again.
+                mask on it. The mask is then still on the model; ``error.undo.restore_`` takes it off once they fit.
         """
         return applied(model, self, self.shapes, scale, self._expected(strict))
 
@@ -123,7 +125,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
             strict: Refuse a model with another fingerprint than the mask's. Shapes have to fit in any case.
 
         Returns:
-            What :meth:`Undo.restore_` needs to put the same bits back.
+            An undo, whose :meth:`Undo.restore_` restores the old values bit by bit.
 
         Raises:
             MaskError: A matrix is missing or of another shape, or the model is not the one of the mask.
@@ -163,14 +165,15 @@ class PruneMask(Mapping[str, torch.Tensor]):
     __hash__ = None  # type: ignore[assignment]  # metadata can change
 
     def check_shapes(self, other: PruneMask) -> None:
-        """Raise MaskError unless the other mask is over the same matrices."""
+        """Raise MaskError unless the other mask is over the same matrices with the same shapes."""
         if not isinstance(other, PruneMask):
-            raise MaskError(f"expected a PruneMask, got {type(other).__name__}")
+            raise MaskError(f"other: expected a PruneMask, got {type(other).__name__}")
         if self.shapes != other.shapes:
             names = [n for n in {**self.shapes, **other.shapes} if self.shapes.get(n) != other.shapes.get(n)]
             ours, theirs = self.shapes.get(names[0]), other.shapes.get(names[0])
             raise MaskError(
-                f"masks are over other matrices: {names[0]} has the shape {ours} in one and {theirs} in the other"
+                f"other: expected a mask over the same matrices, got one in which shapes differ: {names[0]} has the "
+                f"shape {ours} in one and {theirs} in the other"
             )
 
     def _combine(self, other: PruneMask, operation: str, combine: Callable[..., torch.Tensor]) -> PruneMask:
@@ -188,7 +191,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
 
         Raises:
             NotFoundError: The folder does not exist.
-            ArtifactError: The metadata is not JSON-able.
+            ArtifactError: JSON cannot hold the metadata.
         """
         content = {"shapes": self.shapes, "nominal": self.nominal, "metadata": self.metadata}
         return write_artifact(path, "mask", self._indices, content)
@@ -199,7 +202,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
 
         Raises:
             NotFoundError: There is no such file.
-            ArtifactError: It is truncated, foreign, of another kind or version, or its contents were changed.
+            ArtifactError: The file is truncated, foreign, of another kind or version, or its contents were changed.
         """
         tensors, content = read_artifact(path, "mask")
         try:
@@ -225,7 +228,7 @@ def _checked_shape(name: object, shape: object) -> tuple[int, ...]:
 
 
 def _whole_number(argument: str, value: object) -> int:
-    """An integer of 0 or more, NumPy's too, as one that goes into a file."""
+    """An integer of 0 or more, also of NumPy, as an ``int`` that can be written as JSON."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
         raise MaskError(f"{argument}: expected an integer of 0 or more, got {value!r}")
     return int(value)
@@ -236,15 +239,17 @@ def _checked(indices: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int
     for name, shape in shapes.items():
         given = indices[name]
         if not isinstance(given, torch.Tensor):
-            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {type(given).__name__}")
+            raise MaskError(f"{name}: indices: expected a 1-D int64 tensor, got {type(given).__name__}")
         try:
             check_held("indices", given)
         except ArgumentError as error:
             raise MaskError(f"{name}: {error}") from None
         if given.dtype != torch.int64 or given.ndim != 1:
-            raise MaskError(f"{name}: indices must be a 1-D int64 tensor, got {given.dtype} {tuple(given.shape)}")
-        checked[name] = given.detach().clone(memory_format=torch.contiguous_format).cpu()  # the caller keeps the other
+            raise MaskError(f"{name}: indices: expected a 1-D int64 tensor, got {given.dtype} {tuple(given.shape)}")
+        checked[name] = given.detach().clone(memory_format=torch.contiguous_format).cpu()  # never the caller's own
         array, numel = checked[name].numpy(), math.prod(shape)
         if len(array) and (array[0] < 0 or array[-1] >= numel or (array[1:] <= array[:-1]).any()):
-            raise MaskError(f"{name}: indices must be ascending, unique and in [0, {numel}) for the shape {shape}")
+            raise MaskError(
+                f"{name}: indices: expected ascending, unique ones in [0, {numel}) for the shape {shape}, got others"
+            )
     return checked

@@ -1,7 +1,7 @@
-"""Which masks may be written into weights on disk, where a model outlives the process and can be passed on.
+"""Which masks may be written into weights on disk, where a model outlives the process and can be shared.
 
-In: a mask's metadata. Out: nothing, or an error with the reason. In memory every mask may be applied: a control has to
-be measured. It must not know files.
+In: the metadata of a mask. Out: nothing, or an error with the reason. In memory every mask may be applied, so that
+controls can be measured.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from fastprune.calibration.refusals import MOSTLY
 from fastprune.errors import ArgumentError, MaskError
 from fastprune.ops.validate import checked_scale
 
-# They rank weights by how much these hold the behaviour back, so pruning the best of them sets it free.
+# Criteria that rank weights by how much they hold the behavior back: pruning the best of them sets it free.
 REVERSED = ("signed_reverse",)
 
 
 def origins(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How the weights of a mask were chosen: one entry for each selection that went into it.
+    """The origins of a mask: one entry for each selection that its weights come from.
 
     Returns:
         ``criterion`` of the harm score, and ``refusals``, the share of refusals among the replies of the harm set
-        (``None`` where their texts were not known). Empty for masks that no score was behind.
+        (``None`` if their texts were not known). Empty for masks that no score was used for.
     """
     if metadata.get("kind") == "algebra":
         return list(metadata.get("origins", ()))
@@ -35,7 +35,7 @@ def origins(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
 def merged(sides: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The origins of a mask that is combined from masks with these metadata, each once.
 
-    Those of what is taken away count too: ``every - (every - mask)`` is ``mask``.
+    The origins of a mask that is subtracted count too: ``every - (every - mask)`` is ``mask``.
     """
     found: list[dict[str, Any]] = []
     for metadata in sides:
@@ -47,7 +47,7 @@ def why_not_storable(metadata: Mapping[str, Any]) -> str | None:
     """The reason why a mask stays in memory; ``None`` if it may be written to disk."""
     for origin in origins(metadata):
         if origin.get("criterion") in REVERSED:
-            return f"it was selected by {origin['criterion']}, which removes what holds the harmful behaviour back"
+            return f"it was selected by {origin['criterion']}, which removes what holds the harmful behavior back"
         if (origin.get("refusals") or 0) > MOSTLY:
             return (
                 f"its harm set is mostly refusals ({origin['refusals']:.0%} of the replies), so that it removes what "
@@ -70,8 +70,8 @@ def check_storable(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def checked_stored_scale(scale: object) -> float:
-    """A factor that weakens weights or leaves them; a larger or negative one would make another model of them.
+def checked_stored_scale(scale: float) -> float:
+    """Check the scale of a patch: on disk, weights may be weakened or kept, but not amplified or negated.
 
     Raises:
         ArgumentError: It is no number in [0, 1].

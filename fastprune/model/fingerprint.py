@@ -1,8 +1,8 @@
-"""A short name for the weights of a model, from fixed samples of its matrices.
+"""Fingerprint of a model's weights, from fixed samples of its matrices.
 
-In: named matrices, or samples of them read from disk. Out: a hash that is the same for one model in float32 and in
-bfloat16, resident or on disk, and different for another model. (A float16 copy may differ: it rounds tiny weights its
-own way.) It must not know masks; who has changed weights in place says what they were.
+In: named matrices, or samples of them read from disk. Out: a hash that is equal for one model in float32 and bfloat16,
+in memory and on disk, and different for another model. (A float16 copy may differ: it rounds tiny weights in its own
+way.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastprune.errors import ModelError
+from fastprune.errors import MaskError, ModelError
 
 SAMPLES = 64  # per matrix; a 7-block model then has 3,000 of them, enough to tell fine-tuned copies apart
 
@@ -37,8 +37,8 @@ def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay
 
     Args:
         matrices: Parameter name to weight, of any float dtype, device and stride.
-        restored: What to put back over the samples before hashing, in this order: values that masks have replaced, the
-            latest first. The result then is that of the model before.
+        restored: Values that masks have replaced, the latest mask first. They are put back over the samples before
+            hashing, which gives the fingerprint of the model without these masks.
 
     Returns:
         64 hexadecimal digits.
@@ -49,7 +49,7 @@ def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay
     samples = {}
     for name, matrix in matrices.items():
         if matrix.is_meta:
-            raise ModelError(f"{name} is on the meta device, its values are not there; load the model's weights first")
+            raise ModelError(f"{name}: expected a weight with values, got one on the meta device; load the model first")
         values, positions = sample(matrix), sample_positions(matrix.numel())
         for overlay in restored:
             if name in overlay:
@@ -59,7 +59,7 @@ def fingerprint(matrices: Mapping[str, torch.Tensor], restored: Sequence[Overlay
 
 
 def fingerprint_of_samples(samples: Mapping[str, tuple[tuple[int, ...], torch.Tensor]]) -> str:
-    """:func:`fingerprint` from ``{name: (shape, values at sample_positions)}``, for who reads weights from disk."""
+    """:func:`fingerprint` from ``{name: (shape, values at sample_positions)}``, for weights that are read from disk."""
     digest = hashlib.sha256(b"fastprune fingerprint 1")
     for name in sorted(samples):
         shape, values = samples[name]
@@ -68,6 +68,20 @@ def fingerprint_of_samples(samples: Mapping[str, tuple[tuple[int, ...], torch.Te
         digest.update(f"{name}{list(shape)}".encode())
         digest.update(rounded.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def other_fingerprint(expected: str, found: str, whose: str) -> MaskError:
+    """The error for a mask whose fingerprint is not that of the model.
+
+    Args:
+        expected: The mask's.
+        found: The model's.
+        whose: The model, for the message.
+    """
+    return MaskError(
+        f"mask: it was made for a model with the fingerprint {expected[:12]}…, {whose} has {found[:12]}…; strict=False "
+        "applies it all the same"
+    )
 
 
 def _put_back(values: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, old: torch.Tensor) -> None:

@@ -155,9 +155,9 @@ def test_checkpoints_that_the_mask_does_not_fit_are_refused(model, tmp_path):
     refused(tmp_path, MaskError, r"lacks 1 of the 1 matrices of the mask, the first is h\.0\.w", missing, strict=False)
     refused(tmp_path, MaskError, "over no matrices", PruneMask({}, {}))
     for file in ("a.mask", Path("a.mask")):
-        load = r"mask must be a PruneMask, got (str|PosixPath); fastprune\.PruneMask\.load\('a.mask'\) reads one"
+        load = r"mask: expected a PruneMask, got (str|PosixPath); fastprune\.PruneMask\.load\('a.mask'\) reads one"
         refused(tmp_path, ArgumentError, load, file)
-    refused(tmp_path, ArgumentError, "mask must be a PruneMask, got dict$", dict(mask))
+    refused(tmp_path, ArgumentError, "mask: expected a PruneMask, got dict$", dict(mask))
     for scale in (math.nan, math.inf, "0", True):
         refused(tmp_path, ArgumentError, "scale: expected a finite number", mask, scale=scale)
     patch_checkpoint(
@@ -169,7 +169,7 @@ def test_weights_that_are_no_plain_floats_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     save_file({"w": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "in" / "model.safetensors")
     mask = PruneMask({"w": torch.tensor([0])}, {"w": (2, 2)})
-    refused(tmp_path, MaskError, r"type I8 cannot be patched, expected one of \['BF16', 'F16', 'F32', 'F64'\]", mask)
+    refused(tmp_path, MaskError, r"expected weights of a type in \['BF16', 'F16', 'F32', 'F64'\], got I8", mask)
 
 
 def test_damaged_checkpoints_are_refused(model, tmp_path):
@@ -202,7 +202,7 @@ def test_folders_are_checked(model, tmp_path, monkeypatch):
         patch_checkpoint(tmp_path / "in", mask, tmp_path / "deep" / "out")
     for target in (tmp_path / "in", tmp_path / "in" / "config.json"):
         before = contents(tmp_path)
-        with pytest.raises(ArgumentError, match="must not exist or be an empty folder"):
+        with pytest.raises(ArgumentError, match="expected a new or an empty folder"):
             patch_checkpoint(tmp_path / "in", mask, target)
         assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()

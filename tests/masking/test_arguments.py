@@ -33,7 +33,7 @@ class Dispatching(torch.Tensor):
         (lambda: PruneMask({"w": ONE}, {"w": SHAPE}, [3]), "metadata: expected a mapping, got list"),
         (
             lambda: PruneMask({"w": ONE, 1: ONE}, {"v": SHAPE, 2: SHAPE}),
-            "indices and shapes must name the same matrices; odd ones",
+            "indices and shapes: expected the same matrices in both, got these in one alone",
         ),
         (lambda: PruneMask({1: ONE}, {1: SHAPE}), "shapes: expected names of parameters, got 1"),
         (lambda: PruneMask({"w": ONE}, {"w": 6}), "w: expected a shape, a tuple of integers, got 6"),

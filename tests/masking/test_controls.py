@@ -138,14 +138,14 @@ def test_masks_on_the_model_change_no_control(model, like, dtype):
 
 
 def test_arguments_are_checked(model, like):
-    with pytest.raises(ArgumentError, match=r"match must be one of \('count', 'magnitude'\), got 'size'"):
+    with pytest.raises(ArgumentError, match=r"match: expected one of \('count', 'magnitude'\), got 'size'"):
         random_mask(model, like=like, match="size")
     same = random_mask(model, like=like, seed=np.int64(3))
     assert same == random_mask(model, like=like, seed=3) and type(same.metadata["seed"]) is int
     for seed in (1.5, None, True, np.bool_(True)):
-        with pytest.raises(ArgumentError, match="seed must be an integer"):
+        with pytest.raises(ArgumentError, match="seed: expected an integer"):
             random_mask(model, like=like, seed=seed)
-    with pytest.raises(MaskError, match="like must be a PruneMask, got dict"):
+    with pytest.raises(MaskError, match="like: expected a PruneMask, got dict"):
         random_mask(model, like={})
     for draw in (random_mask, largest_magnitude_mask):
         with pytest.raises(MaskError, match="the model lacks 3 of the 3 matrices"):

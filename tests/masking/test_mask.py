@@ -26,12 +26,12 @@ def test_a_mask_is_a_mapping_over_every_matrix():
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        ([0, 1], "must be a 1-D int64 tensor, got list"),
+        ([0, 1], "expected a 1-D int64 tensor, got list"),
         (torch.tensor([0.0]), r"got torch.float32 \(1,\)"),
         (torch.tensor([0], dtype=torch.int32), r"got torch.int32"),
         (torch.tensor([[0]]), r"got torch.int64 \(1, 1\)"),
-        (torch.tensor([1, 0]), r"must be ascending, unique and in \[0, 4\)"),
-        (torch.tensor([1, 1]), "must be ascending, unique"),
+        (torch.tensor([1, 0]), r"expected ascending, unique ones in \[0, 4\)"),
+        (torch.tensor([1, 1]), "expected ascending, unique"),
         (torch.tensor([0, 4]), r"in \[0, 4\) for the shape \(2, 2\)"),
         (torch.tensor([-1, 0]), r"in \[0, 4\)"),
     ],
@@ -39,7 +39,7 @@ def test_a_mask_is_a_mapping_over_every_matrix():
 def test_indices_are_checked(indices, message):
     with pytest.raises(MaskError, match=f"w: .*{message}"):
         PruneMask({"w": indices}, {"w": (2, 2)})
-    with pytest.raises(MaskError, match=r"must name the same matrices; odd ones: \['v'\]"):
+    with pytest.raises(MaskError, match=r"expected the same matrices in both, got these in one alone: \['v'\]"):
         PruneMask({"w": torch.tensor([0])}, {"w": (2, 2), "v": (1, 1)})
 
 
@@ -122,10 +122,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         PruneMask.load(path)
     tensors, content = read_artifact(mask.save(path), "mask")
     write_artifact(path, "mask", {**tensors, "b.weight": torch.tensor([999])}, content)
-    with pytest.raises(ArtifactError, match=r"damaged \(.*must be ascending, unique"):
+    with pytest.raises(ArtifactError, match=r"damaged \(.*expected ascending, unique"):
         PruneMask.load(path)
     write_artifact(path, "mask", {"a.weight": tensors["a.weight"]}, content)
-    with pytest.raises(ArtifactError, match=r"damaged \(indices and shapes must name the same"):
+    with pytest.raises(ArtifactError, match=r"damaged \(indices and shapes: expected the same"):
         PruneMask.load(path)
     save_file({"a.weight": torch.tensor([1])}, path)
     with pytest.raises(ArtifactError, match="was not written by fastprune"):

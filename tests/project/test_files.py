@@ -156,7 +156,7 @@ def test_the_loser_of_a_race_for_a_folder_is_told(model, tmp_path: Path) -> None
         fastprune.patch_checkpoint(folder, mask, tmp_path / "out")
     first.communicate(b"\n", timeout=60)
     assert first.returncode == 0 and names(tmp_path) == ["mask", "out"]
-    with pytest.raises(ArgumentError, match="must not exist or be an empty folder"):
+    with pytest.raises(ArgumentError, match="expected a new or an empty folder"):
         fastprune.patch_checkpoint(folder, mask, tmp_path / "out")
 
 
@@ -170,7 +170,7 @@ def test_a_folder_that_somebody_else_fills_meanwhile_stays(model, tmp_path: Path
         return real(*args)
 
     monkeypatch.setattr(patch, "write_undo", meanwhile)
-    with pytest.raises(ArgumentError, match=r"out_dir .* must not exist or be an empty folder"):
+    with pytest.raises(ArgumentError, match=r"out_dir: expected a new or an empty folder"):
         fastprune.patch_checkpoint(folder, mask, tmp_path / "out")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["mine"]
 
