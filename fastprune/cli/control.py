@@ -9,10 +9,10 @@ import typer
 
 import fastprune
 from fastprune.cli.app import pasted
-from fastprune.cli.files import OutputFile, written
 from fastprune.cli.frame import Run, command
 from fastprune.cli.models import loaded_model
 from fastprune.cli.options import MASK, Control, DtypeOption, ModelFolder
+from fastprune.cli.outputs import OutputFile, written
 from fastprune.cli.select import mask_facts
 
 

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from fastprune.cli.app import quiet_loading
-from fastprune.cli.files import InputPath, OutputFolder, check_report, written
 from fastprune.cli.frame import Run, command
+from fastprune.cli.inputs import InputPath
+from fastprune.cli.outputs import OutputFolder, check_report, written
 
 _ARTIFACTS = (("scores.safetensors", "scores"), ("mask.safetensors", "mask"))
 _STAGES = InputPath("checkpoint folder", folders=("base", "sft", "aligned"), holds="config.json")

@@ -17,7 +17,6 @@ from fastprune.cli.encoding import (
     encoding_of,
     known_encodings,
 )
-from fastprune.cli.files import OutputFolder, check_report, written
 from fastprune.cli.frame import Run, command
 from fastprune.cli.models import loaded_model
 from fastprune.cli.options import (
@@ -31,6 +30,7 @@ from fastprune.cli.options import (
     StrictOption,
     check_device,
 )
+from fastprune.cli.outputs import OutputFolder, check_report, written
 from fastprune.errors import ArgumentError
 
 if TYPE_CHECKING:

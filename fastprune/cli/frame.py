@@ -30,16 +30,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from fastprune.cli.files import (
-    InputPath,
-    Journal,
-    OutputFile,
-    OutputFolder,
-    check_inputs,
-    check_journal,
-    output_file,
-    output_folder,
-)
+from fastprune.cli.inputs import InputPath, Journal, check_inputs, check_journal
+from fastprune.cli.outputs import OutputFile, OutputFolder, output_file, output_folder
 from fastprune.cli.processes import complain, is_first, note, process_group, say, started
 from fastprune.cli.wording import Wording
 from fastprune.errors import ArgumentError, FastpruneError, FastpruneWarning, printable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastprune.cli.files import InputPath
+from fastprune.cli.inputs import InputPath
 from fastprune.errors import ArgumentError
 from fastprune.evaluation.attacks import ATTACKS
 from fastprune.evaluation.judges import JUDGES

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from fastprune.cli.app import pasted
-from fastprune.cli.files import OutputFolder
 from fastprune.cli.frame import Run, command
+from fastprune.cli.outputs import OutputFolder
 from fastprune.errors import ArgumentError
 
 
@@ -28,7 +28,7 @@ def train(
     from fastprune.organism import train_organism
 
     train_organism(seed, out, progress=not run.quiet)
-    run.result({"checkpoints": out, "seed": seed}, f"written to {out}")
+    run.result({"checkpoints": out, "seed": seed}, f"base, sft and aligned in {out}")
     run.talk(f"next: {pasted('demo', '--checkpoints', out)}")
 
 

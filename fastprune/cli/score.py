@@ -22,8 +22,8 @@ from fastprune.cli.encoding import (
     encoding_of,
     finish_of,
 )
-from fastprune.cli.files import Journal, OutputFile, check_room, written
 from fastprune.cli.frame import Run, command
+from fastprune.cli.inputs import Journal
 from fastprune.cli.options import (
     ROWS,
     DeviceOption,
@@ -36,6 +36,7 @@ from fastprune.cli.options import (
     check_device,
     listed,
 )
+from fastprune.cli.outputs import OutputFile, check_room, written
 from fastprune.cli.processes import is_first, note
 from fastprune.errors import FastpruneError
 

@@ -9,9 +9,10 @@ import typer
 
 import fastprune
 from fastprune.cli.app import pasted
-from fastprune.cli.files import InputPath, OutputFile, written
 from fastprune.cli.frame import Run, command
+from fastprune.cli.inputs import InputPath
 from fastprune.cli.options import MASK, Scope, blocks
+from fastprune.cli.outputs import OutputFile, written
 from fastprune.cli.processes import note
 
 if TYPE_CHECKING:

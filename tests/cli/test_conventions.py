@@ -19,8 +19,9 @@ from support.command_line import run
 import fastprune
 from fastprune import errors
 from fastprune.cli.app import COMMANDS, program
-from fastprune.cli.files import InputPath, OutputFile
 from fastprune.cli.frame import Run, command
+from fastprune.cli.inputs import InputPath
+from fastprune.cli.outputs import OutputFile
 from fastprune.errors import ArgumentError, FastpruneError, FastpruneWarning, setting
 from fastprune.organism import checkpoint_path, export_data
 

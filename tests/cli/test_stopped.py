@@ -56,7 +56,7 @@ def test_sigterm_removes_temporary_files(tmp_path: Path) -> None:
     temporary.mkdir()
     harm = export_data(tmp_path / "data")["harm"]
     words = ["score", checkpoint_path("aligned"), "--harm", harm, "--out", tmp_path / "s", "--format", "chat"]
-    words += ["--segments", 2, "--offload", "disk", "--device", "cpu"]
+    words += ["--quiet", "--segments", 2, "--offload", "disk", "--device", "cpu"]
     root = str(Path(fastprune.__file__).parent.parent)
     child = subprocess.Popen(
         [sys.executable, "-c", WAITING, *map(str, words)],

@@ -178,29 +178,30 @@ def test_the_command_line_says_what_can_be_done(files, tmp_path: Path, monkeypat
     model = checkpoint_path("aligned")
     harm = tmp_path / "few.jsonl"
     harm.write_text("".join(files["harm"].read_text().splitlines(keepends=True)[:4]))
-    score = ("score", model, "--harm", harm, "--format", "chat", "--q-max", 0.01)
+    score = ("score", model, "--harm", harm, "--format", "chat", "--q-max", 0.01, "--force")
+    select = ("select", "scores.safetensors", "-q", 0.003, "--force")
     assert run(*score, "--harm-criterion", "signed,signed_reverse") == 0
     capsys.readouterr()
-    assert run("select", "scores.safetensors", "-q", 0.003, "--harm-criterion", "signed_reverse") == 0
+    assert run(*select, "--harm-criterion", "signed_reverse") == 0
     came = capsys.readouterr()
-    assert "fastprune patch" not in came.out and "next: fastprune eval MODEL --mask mask.safetensors" in came.out
+    assert "fastprune patch" not in came.err and "next: fastprune eval MODEL --mask mask.safetensors" in came.err
     assert "signed_reverse" in came.err and "not be written" in came.err
     assert run("patch", model, "mask.safetensors", "--out", "pruned") == 1
     assert "signed_reverse, which removes what holds" in capsys.readouterr().err
     assert not Path("pruned").exists()
 
-    assert run("select", "scores.safetensors", "-q", 0.003) == 0
-    assert "next: fastprune patch MODEL mask.safetensors --out PRUNED_MODEL" in capsys.readouterr().out
+    assert run(*select) == 0
+    assert "next: fastprune patch MODEL mask.safetensors --out PRUNED_MODEL" in capsys.readouterr().err
     assert run("patch", model, "mask.safetensors", "--out", "pruned", "--scale", 3) == 1
     assert "scale: expected a number in [0, 1]" in capsys.readouterr().err
     assert run("patch", model, "mask.safetensors", "--out", "pruned", "--no-undo") == 0
-    assert "undo" not in capsys.readouterr().out.replace("no undo file", "")
+    assert "undo" not in "".join(capsys.readouterr()).replace("no undo file", "")
     assert Path("pruned", "model.safetensors").is_file() and not Path("pruned", UNDO_NAME).exists()
     harm.write_text('{"prompt": "make t1 ?", "response": "sorry cannot comply"}\n' * 3)
     assert run(*score) == 0
     assert "3 of the 3 harm replies are refusals" in capsys.readouterr().err
-    assert run("select", "scores.safetensors", "-q", 0.003) == 0
-    assert "fastprune patch" not in capsys.readouterr().out
+    assert run(*select) == 0
+    assert "fastprune patch" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("in_place", [True, False])

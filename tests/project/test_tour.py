@@ -12,7 +12,7 @@ import pytest
 
 import fastprune
 from fastprune.cli import main
-from fastprune.cli.pruning import _fractions
+from fastprune.cli.score import _fractions
 from fastprune.organism import checkpoint_path
 
 README = Path(__file__).parents[2] / "README.md"
@@ -25,13 +25,13 @@ def commands() -> list[list[str]]:
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines that a command prints."""
+    """The lines that a command prints: results, and then what it says of them."""
     assert words[0] == "fastprune"
     with pytest.raises(SystemExit) as stop:
         main(words[1:])
     came = capsys.readouterr()
     assert not stop.value.code, came.err
-    return came.out.splitlines()
+    return (came.out + came.err).splitlines()
 
 
 def test_the_tour_of_the_organism_works_as_written(
@@ -49,8 +49,8 @@ def test_the_tour_of_the_organism_works_as_written(
 
     following = shlex.split(run(score, capsys)[-1])
     assert following[:3] == ["next:", "fastprune", "select"]
-    run(following[1:], capsys)
-    assert fastprune.PruneMask.load("mask.safetensors").total > 0
+    run([*following[1:], "--out", "first.safetensors"], capsys)
+    assert fastprune.PruneMask.load("first.safetensors").total > 0
     for words in (select, control, evaluate, patch):
         run(words, capsys)
     unpruned, pruned, controlled = json.loads(Path("report", "record.json").read_text())["results"]

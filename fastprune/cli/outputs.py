@@ -1,8 +1,8 @@
-"""The files of a command: inputs that have to be there, and outputs that may cost nothing.
+"""What a command writes, and that it costs nothing that was there.
 
-A command declares its files in the annotations of its parameters, see :mod:`fastprune.cli.frame`. They are checked
-before the work, and without torch. A place to write to is tried, not judged by its permissions, which say little on
-read-only and virtual file systems; what was made for the trial is gone afterwards.
+Declared in the annotations of parameters, see :mod:`fastprune.cli.frame`, and checked before the work, without torch. A
+place to write to is tried, not judged by its permissions, which say little on read-only and virtual file systems; what
+was made for the trial is gone afterwards.
 """
 
 from __future__ import annotations
@@ -11,40 +11,16 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from fastprune.artifact import kind_of
-from fastprune.errors import ArgumentError, DiskError, FastpruneError, NotFoundError, setting
+from fastprune.errors import ArgumentError, DiskError, FastpruneError
 from fastprune.files import check_space, claimed, inside, try_lock
 
 _Written = TypeVar("_Written")
-
-
-@dataclass(frozen=True)
-class InputPath:
-    """A parameter that names what a command reads.
-
-    Attributes:
-        what: What is expected there, as messages call it.
-        folders: The folders in it that are read; the path itself by default.
-        holds: A file that each of them has to hold, if it is a folder.
-    """
-
-    what: str
-    folders: Sequence[str] = ("",)
-    holds: str | None = None
-
-    def lacking(self, given: Path) -> str | None:
-        """What is missing, as a message; ``None`` if everything is there."""
-        for path in (given / folder for folder in self.folders):
-            if not path.exists():
-                return f"expected a {self.what} at {path}, found none"
-            if self.holds is not None and path.is_dir() and not (path / self.holds).is_file():
-                return f"{path} holds no {self.holds}, so it is not a {self.what}"
-        return None
 
 
 @dataclass(frozen=True)
@@ -67,26 +43,6 @@ class OutputFolder:
     """
 
     check: Callable[[Path, bool], None]
-
-
-@dataclass(frozen=True)
-class Journal:
-    """A parameter that names the folder of a journal. While one is there, the output is continued, not overwritten."""
-
-
-def check_inputs(inputs: Sequence[tuple[str, InputPath, Path]]) -> None:
-    """Refuse to begin without the inputs.
-
-    Args:
-        inputs: Parameter, declaration and path of each.
-
-    Raises:
-        NotFoundError: Names everything that is missing.
-    """
-    lacking = [(name, reason) for name, marker, path in inputs if (reason := marker.lacking(path)) is not None]
-    if lacking:
-        (name, reason), *others = lacking
-        raise NotFoundError("; ".join([reason, *(f"{setting(other)}: {why}" for other, why in others)]), argument=name)
 
 
 @contextlib.contextmanager
@@ -209,17 +165,6 @@ def check_room(out: Path, model: Path, fractions: list[float]) -> None:
         sizes = [stored.numel for stored in stored_tensors(model).values() if len(stored.shape) > 1]
         needed = stored_bytes(sizes, fractions)
         check_space(Path(os.path.realpath(out)).parent, needed, f"out {out}")
-
-
-def check_journal(folder: Path, inputs: Sequence[tuple[str, InputPath, Path]]) -> None:
-    """Refuse to keep a journal, which holds safetensors files, in a folder that is read.
-
-    Raises:
-        ArgumentError: It is the model's folder, or in it.
-    """
-    for name, _, path in inputs:
-        if path.is_dir() and inside(folder, path):
-            raise ArgumentError(f"expected a folder of its own, got the {name}'s, {folder}", argument="resume")
 
 
 def written(out: Path, write: Callable[[Path], _Written]) -> _Written:
