@@ -90,7 +90,7 @@ class Plan:
             ),
             ("accumulators", human(self.accumulator_bytes)),
             ("activations", human(self.activation_bytes)),
-            ("offload", f"{human(self.boundary_bytes)} on the {self.offload}".replace("the disk", "disk")),
+            ("hidden states", f"{human(self.boundary_bytes)} on the {self.offload}".replace("the disk", "disk")),
             ("kept scores", human(self.kept_bytes)),
             ("peak, device", human(self.device_bytes)),
             ("peak, host", human(self.host_bytes) if self.host_bytes else "(the device's)"),
