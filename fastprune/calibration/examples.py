@@ -171,6 +171,11 @@ def _cheapest_cuts(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int,
     return cuts[::-1]
 
 
+def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions from 0 at the first attended token of each row: int64, the shape of the mask ``(rows, tokens)``."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
 def _pad(examples: Sequence[Example], indices: Sequence[int]) -> MicroBatch:
     chosen = [examples[index] for index in indices]
     lengths = torch.tensor([len(example) for example in chosen], dtype=torch.int64)
@@ -190,7 +195,7 @@ def _pad(examples: Sequence[Example], indices: Sequence[int]) -> MicroBatch:
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=position_ids(attention_mask),
         scored=scored,
         rows_of_scored=rows,
         targets=labels.flatten()[scored + 1],

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastprune.calibration.batch_keys import unread_keys
-from fastprune.calibration.examples import UNSCORED, Example
+from fastprune.calibration.examples import UNSCORED, Example, position_ids
 from fastprune.calibration.sets import CalibrationLoader, CalibrationSet
 from fastprune.errors import CalibrationError, warn
 
@@ -224,7 +224,7 @@ def _check_runs(attended: torch.Tensor, where: str) -> None:
 
 def _check_positions(positions: torch.Tensor, attended: torch.Tensor, where: str) -> None:
     """Refuse positions other than those made from the mask: they are how packed examples are told apart."""
-    expected = (attended.cumsum(1) - 1).clamp(min=0)
+    expected = position_ids(attended)
     if (
         positions.ndim != 2
         or positions.shape[1] != expected.shape[1]

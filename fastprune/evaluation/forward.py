@@ -1,9 +1,7 @@
-"""One forward pass of a causal LM on padded ids, the same for every architecture.
+"""One forward pass of a causal LM on padded ids, with one interface for all architectures.
 
-In: a model and padded ``input_ids`` with their attention mask, on either side. Out: float logits and, if asked, the
-cache. Positions are made from the mask, because some models (GPT-2) count padding as text unless they are told
-otherwise.
-It must not know tokenizers, rows or what the logits are for.
+In: a model and ``input_ids`` with their attention mask, padded on either side. Out: float logits and, on request, the
+cache. Positions are made from the mask, because some models (GPT-2) count padding as text unless they are given them.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastprune.calibration.examples import position_ids
 from fastprune.errors import ArgumentError, ModelError, ScoringError
 from fastprune.model.adapters import unwrap
 from fastprune.model.frozen import frozen_eval, model_lock
@@ -36,8 +35,8 @@ class Forward:
     """
 
     def __init__(self, model: Any) -> None:
-        # Compiled and adapter-wrapped models forward *args, **kwargs; what they wrap says what it takes. An adapter
-        # that puts tokens before the text is refused here: it would do so at every step.
+        # Compiled and adapter-wrapped models forward *args, **kwargs; only the plain model has the signature. unwrap
+        # refuses adapters that put tokens before the text, which they would do at every step.
         self._inner = unwrap(model)
         embedding = model.get_input_embeddings().weight
         if embedding.device.type == "meta":
@@ -49,7 +48,7 @@ class Forward:
         self._takes = inspect.signature(self._inner.forward).parameters
         self._cache = next((name for name in CACHES if name in self._takes), CACHES[-1])
         self._padding_checked = 0
-        self._watched: tuple[int, torch.Tensor] | None = None  # a row, and what it was when it was compared
+        self._watched: tuple[int, torch.Tensor] | None = None  # a compared row, and its ids at that time
 
     def __call__(
         self,
@@ -67,22 +66,22 @@ class Forward:
             input_ids: ``(rows, new_tokens)`` int64 on ``device``.
             attention_mask: ``(rows, past_tokens + new_tokens)`` int64.
             past: The cache of the tokens before, or ``None``.
-            use_cache: Whether to ask for a cache; a model without one gives ``None`` all the same.
-            last: Only the logits of the last token are wanted.
-            ends: ``(rows,)`` int64, tokens of each row when it is over. What comes after, beside rows that go on, stays
-                at its last position: there may be none beyond, and no other row may notice.
+            use_cache: Whether to ask for a cache; a model without one gives ``None``.
+            last: Return only the logits of the last token.
+            ends: ``(rows,)`` int64, tokens of each row at its end. Tokens that follow while other rows go on stay at
+                the last position, as the model may have none beyond.
 
         Returns:
             Logits ``(rows, new_tokens, vocabulary)``, or ``(rows, 1, vocabulary)`` with ``last``, and the cache.
 
         Raises:
-            ModelError: A padded row has other logits alone: its tokens see the padding.
+            ModelError: A padded row has other logits than alone: its tokens see the padding.
         """
         keywords: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         if past is not None:
             keywords[self._cache] = past
         if "position_ids" in self._takes:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            positions = position_ids(attention_mask)
             if ends is not None:
                 positions = torch.minimum(positions, ends[:, None] - 1)
             keywords["position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -93,12 +92,12 @@ class Forward:
         if past is None:
             self._check_padding(input_ids, attention_mask, logits)
         elif self._watched is not None:
-            self._check_cache(input_ids, logits)
+            self._check_cache(*self._watched, input_ids, logits)
         return logits, getattr(output, self._cache, None)
 
     def check_positions(self) -> None:
-        """Raise ModelError if the model's own positions are others than those from 0 on, which rows are given here."""
-        if "position_ids" not in self._takes or not other_tables(self._inner):  # of rotary ones only differences count
+        """Raise ModelError if the model does not count positions from 0 by itself, as the forward here does."""
+        if "position_ids" not in self._takes or not other_tables(self._inner):  # only differences of rotary ones count
             return
         positions = torch.arange(min(2, self.max_tokens or 2), device=self.device).unsqueeze(0)
         ids = positions % self.vocab_size
@@ -108,10 +107,9 @@ class Forward:
             raise other_positions(self._inner, "evaluated")
 
     def _check_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits: torch.Tensor) -> None:
-        """Compare the row that is padded most with itself alone; not every architecture looks at the mask.
+        """Compare the row with the most padding with the same row alone: some architectures ignore the mask.
 
-        The first time that there is padding, and whenever there is twice as much as was looked at: a little may hide in
-        rounding.
+        At the first padding, and again whenever there is twice as much: the effect of a little may hide in rounding.
         """
         self._watched = None
         lengths = attention_mask.sum(1)
@@ -125,11 +123,11 @@ class Forward:
         self._compare(found, self(ids, torch.ones_like(ids), use_cache=False, last=len(found) == 1)[0])
         self._watched = (row, ids)
 
-    def _check_cache(self, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-        """Compare the same row with itself alone, once more: some take padding for text in cached steps."""
-        (row, before), self._watched = self._watched, None
+    def _check_cache(self, row: int, before: torch.Tensor, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Compare that row with the same row alone in a cached step, in which some take padding for text."""
+        self._watched = None
         ids = torch.cat([before, input_ids[row : row + 1]], dim=1)
-        # With a cache of its own: in 16 bits, other products may send a token to other experts.
+        # With a cache of its own: rounding to 16 bits may send a token to other experts.
         _, past = self(before, torch.ones_like(before), use_cache=True, last=True)
         alone, _ = self(ids[:, before.shape[1] :], torch.ones_like(ids), past=past, use_cache=True, last=True)
         self._compare(logits[row, -1:], alone)
@@ -145,7 +143,7 @@ class Forward:
             )
 
     def _tolerance(self, logits: torch.Tensor) -> float:
-        """What rounding may do, in the widest of the dtypes that weights are stored and computed in (autocast)."""
+        """Largest relative error by rounding, in the coarsest dtype of weights and computation (autocast)."""
         dtypes = {logits.dtype, *(parameter.dtype for parameter in self._inner.parameters())}
         if torch.is_autocast_enabled(logits.device.type):
             dtypes.add(torch.get_autocast_dtype(logits.device.type))
@@ -178,7 +176,7 @@ class Forward:
 @contextlib.contextmanager
 def inference(model: Any) -> Iterator[Forward]:
     """Evaluation mode without gradients; every flag of model and config is restored on exit, also after an error."""
-    # no_grad and not inference_mode: a buffer that a model makes in here would be refused by autograd for ever after
+    # no_grad and not inference_mode: autograd would later refuse any buffer that a model makes inside
     inner = unwrap(model) if isinstance(model, torch.nn.Module) else model
     check_causal(inner)
     with model_lock(inner), frozen_eval(model), torch.no_grad():
@@ -188,6 +186,6 @@ def inference(model: Any) -> Iterator[Forward]:
 
 
 def check_finite(values: torch.Tensor, what: str) -> None:
-    """Raise ScoringError if a value is NaN: an argmax over NaN is a token like any other, and it would be judged."""
+    """Raise ScoringError if a value is NaN: an argmax over NaN gives some token, which would be judged as an answer."""
     if bool(values.isnan().any()):
         raise ScoringError(f"{what}: the model's logits are NaN; a broken model's numbers would look like safe ones")

@@ -1,8 +1,8 @@
-"""What has been put around a model: compilation and LoRA adapters (peft).
+"""Wrappers around a model: compilation and LoRA adapters (peft).
 
-In: a module. Out: the model underneath, the names that its weights have without adapters, and which modules are an
-adapter's own. A base weight is scored and pruned with the adapters in the forward pass, unmerged; a mask is the same
-for the wrapped and the plain model. peft is never imported: where it is absent, no model can be wrapped by it.
+In: a module. Out: the plain model, the names of its weights without adapters, and the modules that belong to adapters.
+A base weight is scored and pruned with the adapters in the forward pass, unmerged; a mask fits the wrapped and the
+plain model alike. peft is never imported: a model cannot be wrapped by a package that is not loaded.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _WAY_OUT = "model.merge_and_unload() gives a plain model"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model whose modules have the plain names, out of ``torch.compile`` and ``PeftModel``; the rest as it came.
+    """The plain model inside ``torch.compile`` and ``PeftModel``; any other model is returned as it is.
 
     Raises:
         ModelError: A ``PeftModel`` adds prompts instead of changing layers; they would be lost.
     """
     peft = sys.modules.get("peft")
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         elif peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
             for name, config in model.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):
@@ -41,7 +41,7 @@ def plain_name(name: str) -> str:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether it is what ``torch.compile`` puts around a module, the one below it."""
+    """Whether a module is the wrapper of ``torch.compile`` around another one."""
     return "_orig_mod" in module._modules
 
 
@@ -53,8 +53,8 @@ def adapter_parts(name: str, block: nn.Module) -> list[nn.Module]:
         block: The block.
 
     Raises:
-        ModelError: The adapters change a layer in a way in which the base weight's gradient would not tell the effect
-            of its removal: merged, a variant such as DoRA, no LoRA, or another module in the layer's place.
+        ModelError: The gradient of a base weight would not give the effect of its removal: the adapter is merged, a
+            variant such as DoRA, not LoRA, or another module in the layer's place.
     """
     check_unmerged(block, name)
     parts = []
@@ -80,7 +80,7 @@ def adapter_parts(name: str, block: nn.Module) -> list[nn.Module]:
 
 
 def check_unmerged(module: nn.Module, name: str = "") -> None:
-    """Raise ModelError if an adapter is merged into its base weight: that is then neither model's weight."""
+    """Raise ModelError if an adapter is merged into its base weight, which then belongs to neither model."""
     for path, layer in module.named_modules():
         if _is_adapter(layer) and layer.merged:
             where = ".".join(part for part in (name, path) if part)
@@ -95,7 +95,7 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def adapter_settings(model: nn.Module) -> list[tuple]:
-    """Which adapters of each layer act, and how strongly; their weights are parameters like others."""
+    """The active adapters of each layer and their scaling; the weights of adapters are parameters like others."""
     return [
         (plain_name(path), layer.disable_adapters, list(layer.active_adapters), sorted(layer.scaling.items()))
         for path, layer in model.named_modules()

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model. It is formed once a run and handed on, so that all steps mean the same parts.
+    """The parts of one model, formed once a run and handed on.
 
     Attributes:
         model: The plain model, without compilation and adapters around it.
         block_path: Name of the list of decoder blocks in the model.
-        block_list: The list itself, in which a view puts stubs for a while.
-        blocks: The decoder blocks, whatever is in the list at the moment.
-        matrices: Everything that is scored, in model order.
+        block_list: The list itself, in which a view replaces blocks by stubs.
+        blocks: The decoder blocks, also while stubs are in the list.
+        matrices: All matrices that are scored, in model order.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class Anatomy:
         """Take a model apart.
 
         Args:
-            model: A causal LM, compiled or with adapters too.
+            model: A causal LM; it may be compiled or have adapters.
             allow_meta: Accept weights without values, for planning and for weights that are streamed.
 
         Raises:

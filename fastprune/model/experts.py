@@ -1,9 +1,9 @@
-"""Experts of a mixture run one by one, so that the two products of each can be watched like those of a Linear.
+"""Experts of a mixture run one by one, so that the two products of each can be captured like those of a Linear.
 
-transformers 5 keeps the experts of a block in fused parameters ``(experts, …)`` of one module, which hands its forward
-to a function named in the config. In: the experts modules of a model, and who watches them. Out: inside
-:func:`one_by_one` they run :func:`run_experts`, which computes what the module's own forward computes and shows each
-product with the tokens that were routed to it. Nothing here knows statistics or blocks.
+transformers 5 keeps the experts of a block in fused parameters ``(experts, …)`` of one module, which delegates its
+forward to a function named in the config. In: the experts modules of a model, and their watchers. Out: inside
+:func:`one_by_one` they run :func:`run_experts`, which computes the same as the module's own forward and shows each
+product, with the tokens that were routed to it, to the watcher.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import nn
 from fastprune.errors import ModelError
 from fastprune.model.frozen import Changes
 
-# What `use_experts_implementation` (transformers 5.17 … 5.23) sets on a module and its class: enough to run it.
+# Attributes that `use_experts_implementation` (transformers 5.17 … 5.23) sets on a module and its class.
 _INTERFACE = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 _SWITCH = "_experts_implementation_internal"  # the config's own property also writes to its sub-configs
 
@@ -37,7 +37,7 @@ class ExpertTokens:
         indices: int64 ``(n_tokens,)`` on the model's device, ascending: row of the micro-batch times padded length plus
             position.
         starts: int64 ``(rows,)`` on the CPU: where each row's tokens begin in ``indices``.
-        lengths: int64 ``(rows,)`` on the CPU: how many there are, padding included.
+        lengths: int64 ``(rows,)`` on the CPU: number of each row's tokens, padding included.
     """
 
     indices: torch.Tensor
@@ -61,7 +61,7 @@ _watchers: dict[nn.Module, Watcher] = {}
 
 
 def follows_interface(module: nn.Module) -> bool:
-    """Whether a module holds fused experts and hands its forward to the function that its config names."""
+    """Whether a module holds fused experts and delegates its forward to the function that its config names."""
     return all(hasattr(module, name) for name in _INTERFACE)
 
 
@@ -81,7 +81,7 @@ def watched(module: nn.Module, watcher: Watcher) -> Iterator[None]:
 
 
 def one_by_one(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
-    """Run experts modules by :func:`run_experts`; the implementation that their configs named comes back on exit.
+    """Run experts modules by :func:`run_experts` in a ``with`` block; on exit their configs are restored.
 
     Raises:
         ModelError: This version of transformers lacks a part of the interface; the message names it.
@@ -121,12 +121,12 @@ def run_experts(
 ) -> torch.Tensor:
     """The forward of an experts module: each expert in turn on its tokens, which stay in ascending order.
 
-    Same bits from run to run, watched or not; waits for the device once.
+    Runs are bit-identical, watched or not. It synchronizes with the device once.
 
     Args:
         module: The experts module.
         hidden_states: ``(n_tokens, hidden)``.
-        top_k_index: int64 ``(n_tokens, k)``, the experts of each token; the number of experts stands for none.
+        top_k_index: int64 ``(n_tokens, k)``, the experts of each token; the number of experts means none.
         top_k_weights: ``(n_tokens, k)``, float.
 
     Returns:
@@ -135,7 +135,7 @@ def run_experts(
     watcher = _watchers.get(module)
     n_tokens, width = hidden_states.shape
     n_rows = watcher.called(module, n_tokens) if watcher is not None else 1
-    n_experts, top_k = len(module.down_proj), top_k_index.shape[-1]
+    n_experts, top_k = len(module.get_parameter("down_proj")), top_k_index.shape[-1]
     expert_of = top_k_index.reshape(-1)
     order = expert_of.argsort(stable=True)  # by expert, then by token: the tokens of one example stay together
     tokens = order // top_k
@@ -157,8 +157,8 @@ def run_experts(
             if watcher is not None:
                 watcher.product(module, attribute, expert, state, product, of_expert)
             state = product if attribute == "down_proj" else _activation(module, product)
-        outputs.append(module.post_expert_norm(state) if getattr(module, "has_post_expert_norm", False) else state)
-    # What was routed to no expert is last.
+        outputs.append(_normed(module, state))
+    # Copies that were routed to no expert come last.
     joined = torch.cat([*outputs, hidden_states.new_zeros(sizes[-1], width)])
     weighted = joined * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
     by_token = weighted.index_select(0, order.argsort()).view(n_tokens, top_k, width)
@@ -182,4 +182,8 @@ def _product(module: nn.Module, attribute: str, expert: int, x: torch.Tensor) ->
 
 
 def _activation(module: nn.Module, product: torch.Tensor) -> torch.Tensor:
-    return module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    return cast("Callable", module._apply_gate if module.has_gate else module.act_fn)(product)
+
+
+def _normed(module: nn.Module, state: torch.Tensor) -> torch.Tensor:
+    return cast("Callable", module.post_expert_norm)(state) if getattr(module, "has_post_expert_norm", False) else state

@@ -1,8 +1,8 @@
-"""Which weights are scored: the matrices of every Linear and every expert inside the decoder blocks.
+"""The weights that are scored: the matrices of every Linear and every expert inside the decoder blocks.
 
 In: a causal LM. Out: :class:`Matrix` records in model order. Embeddings, head, norms, biases, routers, the indexers of
-sparse attention, which have no gradient, and matrices of no weights are left out; a weight that ought to be scored but
-that no hook could see is an error, never skipped.
+sparse attention, which have no gradient, and empty matrices are left out. An eligible weight that hooks cannot reach is
+an error; it is never skipped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
 from fastprune.model.experts import follows_interface, fused_weights
 from fastprune.model.quirks import ALWAYS_ROUTERS, CHOOSER_CLASSES, EXPERT_COUNTS, ROUTERS, SHARED_EXPERT_GATES
 from fastprune.model.supported import check_causal, check_not_quantised, check_resident, check_stored
+from fastprune.model.vocabulary import config_of
 from fastprune.ops.validate import FLOAT_DTYPES
 
 
@@ -55,7 +56,7 @@ class Matrix:
         return self.part_of(self.parameter.detach())
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What belongs to this matrix in a tensor of its parameter's shape, such as a gradient; a view."""
+        """The part of this matrix in a tensor of its parameter's shape, such as a gradient; a view."""
         return tensor if self.expert is None else tensor[self.expert]
 
 
@@ -79,7 +80,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"model: {type(model).__name__} says it has {n_layers} layers, but no module list has that many entries "
             f"(module lists found: {found})"
         )
-    # A vision tower may have the same depth, but is a model of its own with another config; or else it is smaller.
+    # A vision tower of the same depth is a model of its own with another config, or else it is smaller.
     of_text = [item for item in fitting if _innermost_config(model, item[0]) is type(config.get_text_config())]
     name, blocks = max(of_text or fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     parent = name.rpartition(".")[0]
@@ -100,7 +101,7 @@ def eligible_matrices(
     Args:
         model: A causal LM.
         allow_meta: Accept weights without values, for planning.
-        blocks: What :func:`decoder_blocks` found, where that is known.
+        blocks: The result of :func:`decoder_blocks`, if it is known.
 
     Raises:
         ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
@@ -117,14 +118,14 @@ def eligible_matrices(
         owned = set(not_scored)
         for path, module in block.named_modules():
             stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
-            # What is around a compiled module has all of its attributes, and is not it.
+            # The wrapper of a compiled module has all of its attributes, but is another module.
             if is_compiled(module) or id(module._parameters.get("weight")) in not_scored:
                 continue
             if _is_linear(module):
                 check_stored(module, "weight", f"{stem}.weight")
                 owned.add(id(module.weight))
-                _check_weight(f"{stem}.weight", module.weight, 2, allow_meta)
-                # Nothing can be pruned where there are no weights, and no token rows be counted where a row is empty.
+                _checked_weight(f"{stem}.weight", module.weight, 2, allow_meta)
+                # An empty matrix has nothing to prune, and with empty rows tokens could not be counted.
                 if module.weight.numel() and not _is_router(model, path, module):
                     matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
             elif _has_no_matrix(module):
@@ -132,9 +133,8 @@ def eligible_matrices(
             elif follows_interface(module):
                 for attribute in fused_weights(module):
                     check_stored(module, attribute, f"{stem}.{attribute}")
-                    weight, bias = (getattr(module, name, None) for name in (attribute, f"{attribute}_bias"))
-                    owned |= {id(weight), id(bias)}
-                    _check_weight(f"{stem}.{attribute}", weight, 3, allow_meta)
+                    owned |= {id(getattr(module, name, None)) for name in (attribute, f"{attribute}_bias")}
+                    weight = _checked_weight(f"{stem}.{attribute}", getattr(module, attribute, None), 3, allow_meta)
                     matrices.extend(
                         Matrix(f"{stem}.{attribute}[{expert}]", index, module, module.is_transposed, attribute, expert)
                         for expert in range(len(weight) if weight.numel() else 0)
@@ -170,7 +170,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta: bool) -> None:
+def _checked_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta: bool) -> torch.Tensor:
     if weight is None:
         raise ModelError(f"model: there is no {name}, although its module follows transformers' experts interface")
     if weight.device.type == "meta" and not allow_meta:
@@ -183,6 +183,7 @@ def _check_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta:
             f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
             "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
         )
+    return weight
 
 
 def _is_chooser(module: nn.Module) -> bool:
@@ -203,7 +204,7 @@ def _is_matrix(path: str, parameter: torch.Tensor) -> bool:
 
 
 def _n_experts(model: nn.Module) -> set[int]:
-    config = model.config.get_text_config()
+    config = config_of(model).get_text_config()
     found = [getattr(config, name, None) for name in EXPERT_COUNTS]
     return {count for value in found for count in (value if isinstance(value, list) else [value]) if count}
 
@@ -212,7 +213,7 @@ def _is_router(model: nn.Module, path: str, module: nn.Module) -> bool:
     (*above, last), width = plain_name(path).split("."), getattr(module, "out_features", None)
     if last in SHARED_EXPERT_GATES and width == 1:
         return True
-    # A router may be a module with Linears of its own; what is called a gate may also gate features.
+    # A router may be a module with Linears of its own; a gate may also gate features.
     if not ALWAYS_ROUTERS.isdisjoint(above):
         return True
     return not ROUTERS.isdisjoint((*above, last)) and width in _n_experts(model)
@@ -226,8 +227,8 @@ def _is_router_weight(model: nn.Module, path: str, parameter: torch.Tensor) -> b
 def _check_unshared(matrices: list[Matrix]) -> None:
     seen: dict[tuple[int, int, int | None], str] = {}
     for matrix in matrices:
-        # By its memory, which two parameters may share; a weight without values, on meta or fake, has no address.
-        place = matrix.parameter.untyped_storage()._cdata, matrix.parameter.storage_offset()
+        # By storage, which two parameters may share; a weight without values, on meta or fake, has no address.
+        place = matrix.parameter.untyped_storage()._cdata, int(matrix.parameter.storage_offset())
         first = seen.setdefault((*place, matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(

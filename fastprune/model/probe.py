@@ -1,7 +1,7 @@
 """The short rows on which a model is checked before the pass.
 
-In: a view, and the examples of the pass. Out: batches of fixed pseudo-random tokens that the model knows,
-padded as the engine pads them.
+In: a view, and the examples of the pass. Out: batches of fixed pseudo-random tokens of the model's vocabulary, padded
+as the engine pads them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fastprune.model.block_view import View
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 
 LENGTHS = (4, 6)
-LOUD = 1  # the row that the loss is of; the other one's gradients are zero unless rows are mixed
-EARLY = 3  # tokens of that row that the loss is of: what it depends on behind them is another token's answer
-_FEW = 8  # kinds of tokens in the examples, below which others are taken too
+LOUD = 1  # the row whose loss is taken; gradients of the other row are zero unless rows are mixed
+EARLY = 3  # tokens of that row whose loss is taken; it must not depend on later ones
+_FEW = 8  # with fewer distinct tokens in the examples, others are used too
 
 
 def tokens_of(view: View, examples: Sequence[Example]) -> torch.Tensor:
-    """Ids that can be read and asked for; those of the examples, unless they are of too few kinds."""
+    """Ids that the model can read and predict: those of the examples, unless these are too few."""
     known = min(readable_tokens(view.model), predictable_tokens(view.model))
     used = sorted({token for example in examples for token in example.input_ids if token < known})
     return torch.tensor(used) if len(used) >= min(_FEW, known) else torch.arange(known)
@@ -41,7 +41,7 @@ def batch_of(view: View, rows: Sequence[Sequence[int]]) -> MicroBatch:
 
 
 def probe(view: View, tokens: torch.Tensor) -> tuple[MicroBatch, MicroBatch]:
-    """Two short rows, and the longer one of them alone. The loss is of the first tokens of that one."""
+    """Two short rows, and the longer one alone. The loss is that of the first tokens of the longer one."""
     rows = [draw(tokens, length) for length in LENGTHS]
     batch, alone = batch_of(view, rows), batch_of(view, rows[LOUD:])
     places = batch.scored - LOUD * batch.input_ids.shape[1]
@@ -50,11 +50,11 @@ def probe(view: View, tokens: torch.Tensor) -> tuple[MicroBatch, MicroBatch]:
 
 
 def padded_otherwise(batch: MicroBatch) -> MicroBatch:
-    """The same rows, with other tokens in the place of the padding."""
+    """The same rows, with other tokens as padding."""
     ids = torch.where(batch.attention_mask.bool(), batch.input_ids, batch.input_ids.flip(1))
     return dataclasses.replace(batch, input_ids=ids)
 
 
 def other_padding(hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Hidden states between blocks, with those of other tokens in the place of the padding."""
+    """Hidden states between blocks, with the padding's replaced by those of other tokens."""
     return torch.where(attended.to(hidden.device).unsqueeze(-1), hidden, hidden.flip(1))

@@ -1,7 +1,7 @@
-"""What architectures call their parts: the tables that everything else reads.
+"""Peculiarities of architectures, as tables: the names of their parts, and the switches of their configs.
 
-Most models need none of this. Where one goes by another name for a part that is known already, such as its router or
-its sliding window, a word in one of these tables is the whole change. Names are those of transformers 5.
+Most models need no entry. One that has another name for a known part, such as its router or its sliding window, needs
+one word in one of these tables. Names are those of transformers 5.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORED_EXPERT = re.compile(r"(?P<layer>.+)\.\w+\.experts\.(?P<expert>\d+)\.(?P<p
 WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size", "local_attention")
 """Keys of a config for the number of tokens that local attention sees, or for the length of its chunks."""
 LAYER_INDICES = ("layer_idx", "layer_id", "layer_number", "layer_index")
-"""What a block calls its own index, the one attribute in which blocks of a kind differ."""
+"""Attributes of a block for its own index, the only one in which blocks of a kind differ."""
 EXTRA_POSITIONS = 2
 """Rows that a table of learned positions may have beyond the longest text (OPT)."""
 

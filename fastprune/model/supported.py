@@ -1,17 +1,15 @@
-"""Models that cannot be scored as they are: quantised and offloaded ones, and weights that are formed in each forward.
+"""Refusal of models that cannot be scored as they are, with the way out.
 
-Every error says the way out.
-
-In: a config, or a resident model. Out: nothing, or an error. No quantisation package is imported: what they leave in a
-config, in names and in dtypes is enough to know them. A quantised weight has no gradient, and zeroing it means
-something else in each format.
+These are quantised and offloaded models, and weights that are formed in each forward. In: a config, or a model in
+memory. Out: nothing, or an error. No quantisation package is imported: traces in the config, in names and in dtypes
+show them. A quantised weight has no gradient, and zeroing it means something else in each format.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +25,7 @@ def check_config(config: Any, what: str) -> None:
 
     Args:
         config: A Hugging Face config, or the dict of a ``config.json``.
-        what: Whose config, for the message.
+        what: Owner of the config, for the message.
     """
     quantisation = _value(config, "quantization_config")
     quantisation = quantisation or _value(_value(config, "text_config"), "quantization_config")
@@ -61,9 +59,9 @@ def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleLis
 
 
 def check_causal(model: Any) -> None:
-    """Raise ModelError unless a model is a causal language model with its head, by what its class and config say."""
+    """Raise ModelError unless a model is a causal language model with its head, by its class and config."""
     head = getattr(model, "get_output_embeddings", lambda: None)
-    generates = getattr(model, "can_generate", lambda: head() is not None)  # transformers' word for both
+    generates = getattr(model, "can_generate", lambda: head() is not None)  # true of causal models with a head
     if (
         not isinstance(model, nn.Module)
         or not generates()
@@ -93,7 +91,7 @@ def check_resident(model: nn.Module) -> None:
 
 
 def check_stored(module: nn.Module, attribute: str, name: str) -> None:
-    """Raise ModelError if a module forms a weight anew in each forward: what is written to it would be lost.
+    """Raise ModelError if a module forms a weight anew in each forward: writes to it would be lost.
 
     Args:
         module: The module that multiplies by the weight.
@@ -104,7 +102,8 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
         return
     what, way_out = "no parameter of its module, but formed by its code", "make it an nn.Parameter"
     if parametrize.is_parametrized(module, attribute):
-        what = f"parametrized ({', '.join(type(each).__name__ for each in module.parametrizations[attribute])})"
+        applied = cast("nn.ModuleDict", module.parametrizations)[attribute]
+        what = f"parametrized ({', '.join(type(each).__name__ for each in applied.children())})"
         way_out = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
     for hook in module._forward_pre_hooks.values():
         if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != attribute:

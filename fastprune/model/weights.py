@@ -1,8 +1,8 @@
-"""Where the weights of a part of the model come from while it is needed.
+"""Access to the weights of parts of a model.
 
-In: a model in memory, or a checkpoint folder. Out: an object whose ``held`` context makes sure that some groups of
-weights are there: ``"embedding"``, ``"head"``, and blocks by their index. :class:`Resident` has everything at all
-times; :class:`fastprune.checkpoint.streamed.Streamed` reads groups as they are needed.
+In: a model in memory, or a checkpoint folder. Out: an object whose ``held`` context has some groups of weights in
+memory: ``"embedding"``, ``"head"``, and blocks by their index. :class:`Resident` has all of them at all times;
+:class:`fastprune.checkpoint.streamed.Streamed` reads groups as they are needed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.identity import identity_of
+from fastprune.model.vocabulary import input_embedding
 
 Group = int | str
 EMBEDDING, HEAD = "embedding", "head"
@@ -37,36 +38,36 @@ class Weights(abc.ABC):
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:
-        """The model taken apart, when it is first asked for.
+        """The parts of the model, formed at the first access.
 
         Raises:
-            ModelError: It holds weights that cannot be scored.
+            ModelError: The model holds weights that cannot be scored.
         """
         return Anatomy.of(self.model, allow_meta=self.streamed)
 
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device of token ids."""
 
     @abc.abstractmethod
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
-        """Have some groups in memory for the length of a ``with`` block; ``then`` is what the next call will need."""
+        """Have some groups in memory for the length of a ``with`` block; ``then`` are those of the next call."""
 
     @abc.abstractmethod
     def identity(self) -> str:
-        """A hash over the weights; tells a model from another one."""
+        """A hash over the weights, which differs between models."""
 
     def files(self) -> list[list[Any]]:
         """Name, size and time of change of each file that is read."""
         return []
 
     def close(self) -> None:  # noqa: B027 -- nothing to do for a model in memory
-        """Drop what is still in memory."""
+        """Free the weights."""
 
 
 class Resident(Weights):
-    """The weights of a model in memory; its input embedding's device is where token ids go."""
+    """The weights of a model in memory; token ids go to the device of its input embedding."""
 
     streamed = False
 
@@ -75,13 +76,13 @@ class Resident(Weights):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        """The device of token ids."""
+        return input_embedding(self.model).weight.device
 
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
-        """All are there at all times."""
+        """All groups are in memory at all times."""
         return contextlib.nullcontext()
 
     def identity(self) -> str:
-        """A hash over all that the model holds, each bit of which counts; tells a model from a pruned one."""
+        """A hash over every bit that the model holds, which differs between a model and a pruned one."""
         return identity_of(self.model)

@@ -1,1 +1,1 @@
-"""What a result can be checked against: the float64 oracle."""
+"""References to check results against: the float64 oracle."""

@@ -1,8 +1,7 @@
-"""The truth: statistics in float64, one example at a time, plain autograd, no batching, no hooks on gradients.
+"""The oracle: statistics in float64, one example at a time, by plain autograd without batches or hooks on gradients.
 
-In: a causal LM and tokenised examples. Out: every statistic of every eligible weight, and dense scores formed from
-them. It is short so that it can be checked by eye, slow, and shares nothing with the engine but the list of eligible
-weights.
+In: a causal LM and tokenized examples. Out: every statistic of every eligible weight, and dense scores formed from
+them. It is slow, short enough to be checked by eye, and shares only the list of eligible weights with the engine.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastprune.model.adapters import unwrap
 from fastprune.model.matrices import eligible_matrices
+from fastprune.model.vocabulary import config_of
 
 
 class StayDouble(TorchFunctionMode):
@@ -70,7 +70,7 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         shape = (matrix.weight.shape[0], 1) if matrix.input_major else (matrix.weight.shape[1],)
         total = result[matrix.name]["act_sq_sum"] = matrix.weight.new_zeros(shape)
         if matrix.expert is not None:
-            matrix.module.config._experts_implementation_internal = "eager"  # the model's own code and no kernel
+            config_of(matrix.module)._experts_implementation_internal = "eager"  # the model's own code and no kernel
         hook = functools.partial(_add_inputs if matrix.expert is None else _add_expert_inputs, matrix, total)
         matrix.module.register_forward_pre_hook(hook)
     for example in examples:
