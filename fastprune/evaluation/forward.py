@@ -93,7 +93,7 @@ class Forward:
         if past is None:
             self._check_padding(input_ids, attention_mask, logits)
         elif self._watched is not None:
-            self._check_cache(input_ids, logits)
+            self._check_cache(*self._watched, input_ids, logits)
         return logits, getattr(output, self._cache, None)
 
     def check_positions(self) -> None:
@@ -125,9 +125,9 @@ class Forward:
         self._compare(found, self(ids, torch.ones_like(ids), use_cache=False, last=len(found) == 1)[0])
         self._watched = (row, ids)
 
-    def _check_cache(self, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+    def _check_cache(self, row: int, before: torch.Tensor, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
         """Compare the same row with itself alone, once more: some take padding for text in cached steps."""
-        (row, before), self._watched = self._watched, None
+        self._watched = None
         ids = torch.cat([before, input_ids[row : row + 1]], dim=1)
         # With a cache of its own: in 16 bits, other products may send a token to other experts.
         _, past = self(before, torch.ones_like(before), use_cache=True, last=True)

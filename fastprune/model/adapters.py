@@ -8,6 +8,7 @@ for the wrapped and the plain model. peft is never imported: where it is absent,
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 from torch import nn
 
@@ -25,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     peft = sys.modules.get("peft")
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
             for name, config in model.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,7 @@ def run_experts(
     watcher = _watchers.get(module)
     n_tokens, width = hidden_states.shape
     n_rows = watcher.called(module, n_tokens) if watcher is not None else 1
-    n_experts, top_k = len(module.down_proj), top_k_index.shape[-1]
+    n_experts, top_k = len(cast(torch.Tensor, module.down_proj)), top_k_index.shape[-1]
     expert_of = top_k_index.reshape(-1)
     order = expert_of.argsort(stable=True)  # by expert, then by token: the tokens of one example stay together
     tokens = order // top_k
@@ -157,7 +157,9 @@ def run_experts(
             if watcher is not None:
                 watcher.product(module, attribute, expert, state, product, of_expert)
             state = product if attribute == "down_proj" else _activation(module, product)
-        outputs.append(module.post_expert_norm(state) if getattr(module, "has_post_expert_norm", False) else state)
+        if getattr(module, "has_post_expert_norm", False):
+            state = cast(nn.Module, module.post_expert_norm)(state)
+        outputs.append(state)
     # What was routed to no expert is last.
     joined = torch.cat([*outputs, hidden_states.new_zeros(sizes[-1], width)])
     weighted = joined * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
@@ -182,4 +184,5 @@ def _product(module: nn.Module, attribute: str, expert: int, x: torch.Tensor) ->
 
 
 def _activation(module: nn.Module, product: torch.Tensor) -> torch.Tensor:
-    return module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    activation = module._apply_gate if module.has_gate else module.act_fn
+    return cast(Callable[[torch.Tensor], torch.Tensor], activation)(product)

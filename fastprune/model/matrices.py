@@ -8,10 +8,11 @@ that no hook could see is an error, never skipped.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastprune.errors import ModelError
@@ -132,8 +133,8 @@ def eligible_matrices(
             elif follows_interface(module):
                 for attribute in fused_weights(module):
                     check_stored(module, attribute, f"{stem}.{attribute}")
-                    weight, bias = (getattr(module, name, None) for name in (attribute, f"{attribute}_bias"))
-                    owned |= {id(weight), id(bias)}
+                    weight: torch.Tensor = getattr(module, attribute)
+                    owned |= {id(weight), id(getattr(module, f"{attribute}_bias", None))}
                     _check_weight(f"{stem}.{attribute}", weight, 3, allow_meta)
                     matrices.extend(
                         Matrix(f"{stem}.{attribute}[{expert}]", index, module, module.is_transposed, attribute, expert)
@@ -203,7 +204,7 @@ def _is_matrix(path: str, parameter: torch.Tensor) -> bool:
 
 
 def _n_experts(model: nn.Module) -> set[int]:
-    config = model.config.get_text_config()
+    config = cast(PreTrainedConfig, model.config).get_text_config()
     found = [getattr(config, name, None) for name in EXPERT_COUNTS]
     return {count for value in found for count in (value if isinstance(value, list) else [value]) if count}
 
@@ -227,7 +228,7 @@ def _check_unshared(matrices: list[Matrix]) -> None:
     seen: dict[tuple[int, int, int | None], str] = {}
     for matrix in matrices:
         # By its memory, which two parameters may share; a weight without values, on meta or fake, has no address.
-        place = matrix.parameter.untyped_storage()._cdata, matrix.parameter.storage_offset()
+        place = matrix.parameter.untyped_storage()._cdata, int(matrix.parameter.storage_offset())
         first = seen.setdefault((*place, matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,7 +104,8 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
         return
     what, way_out = "no parameter of its module, but formed by its code", "make it an nn.Parameter"
     if parametrize.is_parametrized(module, attribute):
-        what = f"parametrized ({', '.join(type(each).__name__ for each in module.parametrizations[attribute])})"
+        parts = cast(dict[str, nn.ModuleList], module.parametrizations)[attribute]
+        what = f"parametrized ({', '.join(type(part).__name__ for part in parts)})"
         way_out = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
     for hook in module._forward_pre_hooks.values():
         if getattr(hook, "_tensor_name", getattr(hook, "name", None)) != attribute:

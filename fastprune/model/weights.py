@@ -12,13 +12,16 @@ import contextlib
 import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.identity import identity_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Group = int | str
 EMBEDDING, HEAD = "embedding", "head"
@@ -76,7 +79,8 @@ class Resident(Weights):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        embedding = cast("PreTrainedModel", self.model).get_input_embeddings()
+        return cast(torch.Tensor, embedding.weight).device
 
     def held(self, groups: Iterable[Group], then: Iterable[Group] = ()) -> AbstractContextManager[None]:
         """All are there at all times."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
 
 from fastprune.model.adapters import unwrap
 from fastprune.model.matrices import eligible_matrices
@@ -70,7 +72,8 @@ def oracle_statistics(model: torch.nn.Module, examples: Iterable) -> dict[str, d
         shape = (matrix.weight.shape[0], 1) if matrix.input_major else (matrix.weight.shape[1],)
         total = result[matrix.name]["act_sq_sum"] = matrix.weight.new_zeros(shape)
         if matrix.expert is not None:
-            matrix.module.config._experts_implementation_internal = "eager"  # the model's own code and no kernel
+            config = cast(PreTrainedConfig, matrix.module.config)
+            config._experts_implementation_internal = "eager"  # the model's own code and no kernel
         hook = functools.partial(_add_inputs if matrix.expert is None else _add_expert_inputs, matrix, total)
         matrix.module.register_forward_pre_hook(hook)
     for example in examples:
