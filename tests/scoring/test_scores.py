@@ -323,7 +323,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastprune.artifact.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         make_scores(1.0).save(path)
     assert path.read_bytes() == before
