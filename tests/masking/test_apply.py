@@ -310,7 +310,7 @@ def test_the_fingerprint_is_that_of_the_weights_whatever_holds_them():
     assert len({fingerprint({"a": nan[None]}) for nan in nans}) == 1
     samples = {n: (tuple(w.shape), w.view(-1)[sample_positions(w.numel())]) for n, w in weights.items()}
     assert fingerprint_of_samples(samples) == plain
-    with pytest.raises(ModelError, match="^a: expected a weight with values, got one on the meta device"):
+    with pytest.raises(ModelError, match=r"^a: expected a weight with values, got one on the meta device"):
         fingerprint({"a": torch.empty(2, 2, device="meta")})
 
 
