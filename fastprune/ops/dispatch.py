@@ -8,6 +8,7 @@ an extension.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable
 
 import torch
@@ -38,7 +39,7 @@ def status(backend: str) -> str:
     match backend:
         case "cpp":
             try:
-                from fastprune import _cpp  # noqa: F401
+                importlib.import_module("fastprune._cpp")
             except ImportError as error:
                 return f"the C++ extension was {_ABSENT} ({error}); installing with a compiler builds it"
         case "triton":
@@ -49,7 +50,7 @@ def status(backend: str) -> str:
             return "available" if triton.INTERPRETED else _devices()
         case "cuda":
             try:
-                from fastprune import _cuda  # noqa: F401
+                importlib.import_module("fastprune._cuda")
             except ImportError as error:
                 return f"the CUDA extension was {_ABSENT} ({error}); installing with nvcc on PATH builds it"
             return _devices()

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map_only
 
-import fastprune
 from fastprune.checkpoint.streamed import Streamed
 from fastprune.masking import apply
 from fastprune.ops import dispatch, memory, reference, triton
@@ -246,7 +245,6 @@ def _patch(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> list[str]:
     functions = {name: noted(name, value) for name, value in vars(extension).items() if callable(value)}
     stand_in = SimpleNamespace(**vars(extension) | functions)
     monkeypatch.setitem(sys.modules, "fastprune._cuda", stand_in)
-    monkeypatch.setattr(fastprune, "_cuda", stand_in, raising=False)
     for kind in (nn.Module, transformers.PreTrainedModel):
         monkeypatch.setattr(kind, "to", _module_to)
     kinds = {DeviceTensor: Tensor}  # a mask is applied to plain tensors only
