@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -38,7 +38,8 @@ class Control(StrEnum):
 
 
 if TYPE_CHECKING:
-    AttackName = JudgeName = str
+    AttackName: TypeAlias = str
+    JudgeName: TypeAlias = str
 else:  # typer offers the members of an enum as choices
     AttackName = StrEnum("AttackName", {name: name for name in ATTACKS})
     JudgeName = StrEnum("JudgeName", {name: name for name in JUDGES})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -77,13 +77,14 @@ def patch(
         fastprune.undo_patch(model)
         run.result({"model": model, "undone": True}, f"{model} has its original weights again")
         return
-    chosen, factor = fastprune.PruneMask.load(mask), scale or 0.0
+    # The check of the options has seen to it that there is a mask, and either --out or --in-place.
+    chosen, factor = fastprune.PruneMask.load(cast(Path, mask)), scale or 0.0
+    target = model if in_place else cast(Path, out)
     if in_place:
         fastprune.patch_in_place(model, chosen, backup=backup, scale=factor, strict=strict, undo=not no_undo)
     else:
-        fastprune.patch_checkpoint(model, chosen, out, scale=factor, strict=strict, undo=not no_undo)
+        fastprune.patch_checkpoint(model, chosen, target, scale=factor, strict=strict, undo=not no_undo)
     done = "zeroed" if factor == 0 else f"scaled by {factor:g}"
-    target = model if in_place else out
     run.result(
         {"model": target, "undone": False, "weights": chosen.total, "scale": factor, "undo_file": not no_undo},
         f"{chosen.total:,} weights {done}; pruned model in {target}",

@@ -112,8 +112,10 @@ def score(
             check_room(out, model, [limits[role] for role in sets for _ in criteria[role]])
         scores = fastprune.score(
             model,
-            *(sets[role].loader(batch_tokens) if role in sets else None for role in criteria),
-            **criteria,
+            sets["harm"].loader(batch_tokens),
+            sets["benign"].loader(batch_tokens) if "benign" in sets else None,
+            harm=criteria["harm"],
+            benign=criteria["benign"],
             p_max=p_max,
             q_max=q_max,
             memory=memory,

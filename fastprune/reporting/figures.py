@@ -19,11 +19,12 @@ from fastprune.reporting.palette import LIGHT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 WIDE = 10.0  # inches; at 96 CSS pixels per inch the type of an SVG has its nominal size
 TEXT, HEAD = 8.5, 10.0  # points
 
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same widths on every machine
     "font.size": TEXT,
     "text.color": LIGHT["ink"],
@@ -111,10 +112,10 @@ def _style(salt: str) -> Iterator[None]:
 
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.06)
-    return figure
+    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04, hspace=0.06)
+    return Figure(figsize=(width, height), layout=engine)
 
 
 def _printed(figure: Figure, backend: str, kind: str, metadata: dict[str, Any]) -> bytes:
