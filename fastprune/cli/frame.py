@@ -195,6 +195,6 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    if hasattr(value, "item"):  # a number of NumPy or torch
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
