@@ -131,12 +131,12 @@ class FastpruneWarning(_Message, UserWarning):
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
-def warn(message: str) -> None:
+def warn(message: str, *, argument: str | None = None) -> None:
     """Issue a FastpruneWarning that names the line outside of this package that the call came from."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, FastpruneWarning, stacklevel=level)
+    warnings.warn(FastpruneWarning(message, argument=argument), stacklevel=level)
 
 
 def positive_integer(argument: str, value: object, *, optional: bool = False) -> None:

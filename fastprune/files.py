@@ -30,7 +30,7 @@ def as_path(value: object, argument: str) -> Path:
         ArgumentError: It is neither a string nor a path, holds a NUL, or is empty, which would be the current folder.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in os.fsdecode(value):
-        raise ArgumentError(f"{argument}: expected a path, got {value!r}")
+        raise ArgumentError(f"expected a path, got {value!r}", argument=argument)
     return Path(value)
 
 
@@ -158,8 +158,9 @@ def claimed(path: Path, argument: str) -> Iterator[None]:
         if not try_lock(handle):
             os.close(handle)
             raise ArgumentError(
-                f"{argument}: expected a name that nobody else is writing to, got {path}, which another process is "
-                "writing now; wait for its end, or name another"
+                f"expected a name that nobody else is writing to, got {path}, which another process is "
+                "writing now; wait for its end, or name another",
+                argument=argument,
             )
         if _is_still(lock, handle):
             break

@@ -26,7 +26,7 @@ from fastprune.calibration.template_turns import (
     quoted,
 )
 from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, setting
 
 
 class ChatTemplate:
@@ -64,7 +64,7 @@ class ChatTemplate:
     ) -> None:
         check_tokenizer(tokenizer)
         if system is not None and not isinstance(system, str):
-            raise ArgumentError(f"system: expected text or None, got {type(system).__name__}")
+            raise ArgumentError(f"expected text or None, got {type(system).__name__}", argument="system")
         source = TemplateSource(template_text(tokenizer))
         arguments = source.check_arguments(template_args)
         self._render = Renderer(tokenizer, source.frozen, arguments, system)
@@ -103,7 +103,8 @@ class ChatTemplate:
         if head + middle + generation != text or (middle != prompt and middle.split() != prompt.split()):
             raise CalibrationError(
                 "chat template: expected the same text around every prompt and the prompt as it is, got a prompt that "
-                "the template changes or takes for an instruction to itself; leave it out, or use format='raw'"
+                "the template changes or takes for an instruction to itself; leave it out, or use "
+                f"{setting('format', 'raw')}"
             )
         return text
 
@@ -122,7 +123,7 @@ class ChatTemplate:
             CalibrationError: The text is refused.
         """
         expected = f"{where}: {what}: expected"
-        way_out = "take it out, or use format='raw' for rows that are already rendered"
+        way_out = f"take it out, or use {setting('format', 'raw')} for rows that are already rendered"
         if (control := self._markers.control(text)) is not None:
             raise CalibrationError(f"{expected} text without control tokens, got {control!r} in it; {way_out}")
         if (header := self._markers.header(text)) is not None:
@@ -133,7 +134,8 @@ class ChatTemplate:
         if what != "prompt" and self._turns.ends_thought and begins_thought(text):
             raise CalibrationError(
                 f"{expected} a reply without a thought, since the chat template ends the thinking block before it, got "
-                "one that opens another; take the thought out, or tell the template to think with template_args="
+                "one that opens another; take the thought out, or tell the template to think with "
+                f"{setting('template_args')}"
             )
 
 
@@ -147,8 +149,9 @@ def _check_system(render: Renderer) -> None:
         reason = str(error)
     find_turns(replace(render, system=None))  # raises the error of a template that fails without a system text, too
     raise ArgumentError(
-        f"system: expected None for a chat template without a system turn, got text ({reason}); "
-        "write it at the beginning of each prompt instead"
+        f"expected None for a chat template without a system turn, got text ({reason}); "
+        "write it at the beginning of each prompt instead",
+        argument="system",
     )
 
 

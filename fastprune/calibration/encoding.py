@@ -17,7 +17,7 @@ from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
 from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, setting
 
 FORMATS = ("raw", "chat")
 
@@ -61,10 +61,10 @@ class Encoder:
         system: str | None = None,
     ) -> None:
         if format not in FORMATS:
-            raise ArgumentError(f"format: expected one of {FORMATS}, got {format!r}")
+            raise ArgumentError(f"expected one of {FORMATS}, got {format!r}", argument="format")
         check_tokenizer(tokenizer)
         if not (isinstance(bos, bool) or bos == "auto"):
-            raise ArgumentError(f'bos: expected "auto", True or False, got {bos!r}')
+            raise ArgumentError(f'expected "auto", True or False, got {bos!r}', argument="bos")
         self.tokenizer, self.format = tokenizer, format
         self._template: ChatTemplate | None = None
         self._prefix: list[int] = []
@@ -73,7 +73,9 @@ class Encoder:
         if format == "chat":
             if bos != "auto":
                 raise ArgumentError(
-                    f'bos: expected "auto" with format="chat", whose template writes the BOS or not, got {bos!r}'
+                    f"expected 'auto' with {setting('format', 'chat')}, whose template writes the BOS or not, "
+                    f"got {bos!r}",
+                    argument="bos",
                 )
             self._template = ChatTemplate(tokenizer, system=system, template_args=template_args)
             # ordinary text with which a template may close a turn (a line break) does not end a reply
@@ -82,7 +84,10 @@ class Encoder:
             return
         for name, value in (("template_args", template_args), ("system", system)):
             if value is not None:
-                raise ArgumentError(f'{name}: expected format="chat", got format="raw", which uses no template')
+                raise ArgumentError(
+                    f"expected {setting('format', 'chat')}, got {setting('format', 'raw')}, which uses no template",
+                    argument=name,
+                )
         self._prefix = _bos(tokenizer, bos)
         self.facts = {"format": format, "bos": {"rule": bos, "ids": self._prefix}, "template": None}
 
@@ -164,7 +169,7 @@ class Encoder:
 def check_finish(finish: object) -> None:
     """Raise ArgumentError unless ``finish`` is one of :data:`FINISHES` or None."""
     if finish is not None and finish not in FINISHES:
-        raise ArgumentError(f"finish: expected one of {FINISHES} or None, got {finish!r}")
+        raise ArgumentError(f"expected one of {FINISHES} or None, got {finish!r}", argument="finish")
 
 
 def control_texts(tokenizer: Any) -> list[str]:
@@ -193,7 +198,8 @@ def _bos(tokenizer: Any, rule: str | bool) -> list[int]:
         return default[:begin]
     if tokenizer.bos_token_id is None:
         raise ArgumentError(
-            f"bos: expected a tokenizer with a BOS token, got a {type(tokenizer).__name__} without one; "
-            'use bos="auto", which adds what the tokenizer adds by default'
+            f"expected a tokenizer with a BOS token, got a {type(tokenizer).__name__} without one; "
+            f"use {setting('bos', 'auto')}, which adds what the tokenizer adds by default",
+            argument="bos",
         )
     return [tokenizer.bos_token_id]

@@ -15,7 +15,7 @@ from fastprune.calibration.template_render import Renderer
 from fastprune.calibration.template_source import TemplateSource
 from fastprune.calibration.template_turns import Difference, Turns, compare, completions, quoted, quoted_after_prompt
 from fastprune.calibration.tokens import encode
-from fastprune.errors import CalibrationError, warn
+from fastprune.errors import CalibrationError, setting, warn
 
 # Variables by which a template may be told not to think, and the values that tell it so.
 _SWITCH = re.compile("think|reason", re.IGNORECASE)
@@ -73,9 +73,10 @@ def _argument_fixes(render: Renderer, switches: list[str], difference: Differenc
         for value in _OFF:
             turns = render.variant(arguments={name: value})
             if _fixes(turns, difference):
-                yield f"pass template_args={render.arguments | {name: value}!r}"
+                yield f"pass {setting('template_args', render.arguments | {name: value})}"
                 if difference.missing_thought and not thinks:
-                    yield f"template_args={render.arguments | {name: True}!r} for responses that hold their thoughts"
+                    thinking = setting("template_args", render.arguments | {name: True})
+                    yield f"{thinking} for responses that hold their thoughts"
                 break
 
 

@@ -202,15 +202,19 @@ def _check_yields_rows(source: Any) -> None:
     """Refuse objects whose iteration yields names of columns or splits instead of rows."""
     if isinstance(source, Mapping):
         raise CalibrationError(
-            f"rows: expected an iterable of mappings, got one {type(source).__name__} with the keys "
-            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows"
+            f"expected an iterable of mappings, got one {type(source).__name__} with the keys "
+            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows",
+            argument="rows",
         )
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
         raise CalibrationError(
-            f"rows: expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')"
+            f"expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')",
+            argument="rows",
         )
     if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
-        raise CalibrationError(f"rows: expected a path or an iterable of mappings, got {type(source).__name__}")
+        raise CalibrationError(
+            f"expected a path or an iterable of mappings, got {type(source).__name__}", argument="rows"
+        )
 
 
 def _check_columns(columns: list[str], where: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, count_holding
 from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
 from fastprune.calibration.rows import FINISHES, Row, Rows, describe, read_rows
-from fastprune.errors import CalibrationError, positive_integer, warn
+from fastprune.errors import CalibrationError, positive_integer, setting, warn
 
 # Shorter replies often have one length by nature: a word, a number, a line of a table.
 _SHORT = 8
@@ -44,7 +44,7 @@ class CalibrationSet:
     ) -> None:
         self.examples: tuple[Example, ...] = tuple(examples)
         if not self.examples:
-            raise CalibrationError("examples: expected at least one, got none")
+            raise CalibrationError("expected at least one, got none", argument="examples")
         self.counts: dict[str, int] = dict(counts) if counts is not None else {"kept": len(self.examples)}
         self.encoding: dict[str, Any] | None = None if encoding is None else dict(encoding)
         self.prefilled = prefilled
@@ -85,7 +85,7 @@ class CalibrationSet:
         chosen = [example for example in self.examples if example.category in wanted]
         if not chosen:
             known = sorted({str(example.category) for example in self.examples})
-            raise CalibrationError(f"category: expected one of {known}, got {sorted(map(str, wanted))}")
+            raise CalibrationError(f"expected one of {known}, got {sorted(map(str, wanted))}", argument="category")
         return CalibrationSet(chosen, encoding=self.encoding)
 
     def __len__(self) -> int:
@@ -198,9 +198,11 @@ def load_calibration(
             kept.append(example)
             rows.append(row)
     if not kept:
-        raise CalibrationError(f"{source}: all {too_long} rows are longer than max_length={max_length} tokens")
+        raise CalibrationError(
+            f"{source}: all {too_long} rows are longer than {setting('max_length', max_length)} tokens"
+        )
     if too_long:
-        limit = f"longer than max_length={max_length} tokens"
+        limit = f"longer than {setting('max_length', max_length)} tokens"
         warn(f"{source}: left out {too_long} of {len(kept) + too_long} rows, {limit}")
     for message in (_one_length(kept), _control_tokens(encoder, rows)):
         if message is not None:
@@ -224,7 +226,8 @@ def _one_length(examples: Sequence[Example]) -> str | None:
         return None
     return (
         f"{count} of {len(unknown)} replies have exactly {length} tokens, as if they had been cut there, and the end "
-        'of turn after each is scored; give finish="length" (or a column finish) if they were cut, else finish="stop"'
+        f"of turn after each is scored; give {setting('finish', 'length')} (or a column finish) if they were cut, "
+        f"else {setting('finish', 'stop')}"
     )
 
 
@@ -238,5 +241,5 @@ def _control_tokens(encoder: Encoder, rows: Sequence[Row]) -> str | None:
         return None
     return (
         f"{found} of {len(rows)} rows hold special tokens as text, which are read as such tokens; in the raw format "
-        'nothing else marks the turns of a conversation (format="chat" renders them from plain text)'
+        f"nothing else marks the turns of a conversation ({setting('format', 'chat')} renders them from plain text)"
     )

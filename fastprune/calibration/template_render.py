@@ -11,7 +11,7 @@ from typing import Any
 
 from fastprune.calibration.template_source import template_error
 from fastprune.calibration.template_turns import Turns, find_turns
-from fastprune.errors import CalibrationError
+from fastprune.errors import CalibrationError, setting
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def template_text(tokenizer: Any) -> str:
     templates = getattr(tokenizer, "chat_template", None)
     if templates is None:
         raise CalibrationError(
-            f"format='chat' needs a chat template and this {type(tokenizer).__name__} has none; "
-            "use format='raw' or set tokenizer.chat_template"
+            f"{setting('format', 'chat')} needs a chat template and this {type(tokenizer).__name__} has none; "
+            f"use {setting('format', 'raw')} or set tokenizer.chat_template"
         )
     try:
         return tokenizer.get_chat_template()

@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fastprune.errors import ArgumentError, CalibrationError
+from fastprune.errors import ArgumentError, CalibrationError, setting
 
 FROZEN_DATE = datetime.date(2024, 7, 26)
 """The date, at midnight, that every template gets from its clock.
@@ -100,21 +100,24 @@ class TemplateSource:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
-            raise ArgumentError(f"template_args: expected a mapping of names to values, got {type(given).__name__}")
+            raise ArgumentError(
+                f"expected a mapping of names to values, got {type(given).__name__}", argument="template_args"
+            )
         return {name: self._check_argument(name, value) for name, value in given.items()}
 
     def _check_argument(self, name: Any, value: Any) -> Any:
         if name in _RESERVED:
             raise ArgumentError(
-                f"template_args: expected {_listed(self.arguments)}, got {name!r}, which is set by fastprune or by "
-                "transformers; leave it out (a system text is given as system=)"
+                f"expected {_listed(self.arguments)}, got {name!r}, which is set by fastprune or by "
+                f"transformers; leave it out (a system text is given as {setting('system')})",
+                argument="template_args",
             )
         if name not in self.arguments:
             near = difflib.get_close_matches(str(name), self.arguments, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else "; leave it out"
             raise ArgumentError(
-                f"template_args: expected {_listed(self.arguments)}, got {name!r}, which the chat template does not "
-                f"read{hint}"
+                f"expected {_listed(self.arguments)}, got {name!r}, which the chat template does not read{hint}",
+                argument="template_args",
             )
         if isinstance(value, str) and value.strip().lower() in ("true", "false", "none", "null"):
             # in a template every text that is not empty is true

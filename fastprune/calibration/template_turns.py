@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastprune.errors import CalibrationError
+from fastprune.errors import CalibrationError, setting
 
 Render = Callable[..., str]
 """``render(*contents, open=bool)``: contents of user and assistant in turn; ``open`` adds the generation prompt."""
@@ -252,5 +252,5 @@ def _refuse_parts(render: Render) -> None:
 def _unfit(expected: str, what: str, text: str) -> CalibrationError:
     return CalibrationError(
         f"chat template: expected one that {expected}, got one that {what}; it gives {quoted(text)}. Set "
-        "tokenizer.chat_template to another one, or use format='raw'"
+        f"tokenizer.chat_template to another one, or use {setting('format', 'raw')}"
     )

@@ -11,7 +11,7 @@ from fastprune.errors import ArgumentError
 def check_tokenizer(tokenizer: object) -> None:
     """Raise ArgumentError unless ``tokenizer`` can be one of Hugging Face's."""
     if not callable(tokenizer):
-        raise ArgumentError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
+        raise ArgumentError(f"expected a Hugging Face tokenizer, got {type(tokenizer).__name__}", argument="tokenizer")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

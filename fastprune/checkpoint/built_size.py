@@ -66,9 +66,10 @@ class _Counted(TorchFunctionMode):
         self.tensors, self.weights = self.tensors + 1, self.weights + parameter.numel()
         if self.tensors > self.max_tensors or self.weights > self.max_weights:
             raise ModelError(
-                f"model: the config asks for more weights than it can have here (stopped at {self.tensors:,} tensors "
+                f"the config asks for more weights than it can have here (stopped at {self.tensors:,} tensors "
                 f"with {self.weights:,} numbers, the last of the shape {tuple(parameter.shape)}); does config.json "
-                "belong to the weights?"
+                "belong to the weights?",
+                argument="model",
             )
 
 
@@ -84,6 +85,7 @@ def check_size(config: object, stored: Mapping[str, Stored], folder: str | Path)
     if sum(table.nbytes for table in tables.values()) > max(_MAX_BUFFER_BYTES, 4 * stored_weights):
         name, largest = max(tables.items(), key=lambda entry: entry[1].nbytes)
         raise ModelError(
-            f"model: the config of {folder} asks for tables that no file holds, the largest is {name} of the shape "
-            f"{tuple(largest.shape)}; is its number of positions right?"
+            f"the config of {folder} asks for tables that no file holds, the largest is {name} of the shape "
+            f"{tuple(largest.shape)}; is its number of positions right?",
+            argument="model",
         )

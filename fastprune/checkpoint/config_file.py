@@ -84,7 +84,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
             raise ValueError(f"expected an object, got a {type(config).__name__}")
         entries = list(_entries(config))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"model: {file} cannot be read as a config: {error}") from error
+        raise ModelError(f"{file} cannot be read as a config: {error}", argument="model") from error
     for place, key, value in entries:
         _check_entry(f"{file}: {place}", key, value)
     for key in _ELSEWHERE:

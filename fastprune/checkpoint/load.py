@@ -39,7 +39,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
     try:
         check_size(config, stored_tensors(Path(path)), path)
     except ArtifactError as error:
-        raise ModelError(f"model: the weights in {path} are truncated or no safetensors files ({error})") from error
+        raise ModelError(
+            f"the weights in {path} are truncated or no safetensors files ({error})", argument="model"
+        ) from error
     from transformers import AutoModelForCausalLM
 
     with refused(f"model: {path} cannot be loaded as a causal language model"):
@@ -56,8 +58,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
         raise ModelError(
-            f"model: {path} lacks {len(random)} of the weights of a {type(model).__name__}, or has them in another "
-            f"shape, the first is {random[0]}; is the folder whole, and does config.json belong to the weights?"
+            f"{path} lacks {len(random)} of the weights of a {type(model).__name__}, or has them in another "
+            f"shape, the first is {random[0]}; is the folder whole, and does config.json belong to the weights?",
+            argument="model",
         )
     return model.eval()
 
@@ -101,21 +104,23 @@ def _check_folder(path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         raise NotFoundError(
-            f"model: expected a checkpoint folder, found none at {path} (nothing is fetched from a hub)"
+            f"expected a checkpoint folder, found none at {path} (nothing is fetched from a hub)", argument="model"
         )
     if not (folder / "config.json").is_file():
-        raise NotFoundError(f"model: {path} holds no config.json, so it is not a checkpoint folder")
+        raise NotFoundError(f"{path} holds no config.json, so it is not a checkpoint folder", argument="model")
 
 
 def _check_plain(folder: Path) -> None:
     """Refuse folders of which transformers would load other weights than those that are streamed and patched."""
     if (folder / "adapter_config.json").exists():
         raise ModelError(
-            f"model: {folder} holds adapters (adapter_config.json), which are not part of its weights; merge them "
-            "(peft: merge_and_unload, save_pretrained), move the file away, or load the model yourself and pass it"
+            f"{folder} holds adapters (adapter_config.json), which are not part of its weights; merge them "
+            "(peft: merge_and_unload, save_pretrained), move the file away, or load the model yourself and pass it",
+            argument="model",
         )
     if found := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.match(path.name)):
         raise ModelError(
-            f"model: {folder} holds a distributed checkpoint ({found[0]}); load it with transformers and write it "
-            "with save_pretrained"
+            f"{folder} holds a distributed checkpoint ({found[0]}); load it with transformers and write it "
+            "with save_pretrained",
+            argument="model",
         )

@@ -79,12 +79,16 @@ def patch_checkpoint(
     scale = checked_stored_scale(scale)
     check_folder("in_dir", source)
     if not target.absolute().parent.is_dir():
-        raise NotFoundError(f"out_dir {target}: the folder {target.absolute().parent} does not exist")
+        raise NotFoundError(
+            f"the folder {target.absolute().parent} does not exist; make it, or name another", argument="out_dir"
+        )
     if target.is_symlink() or target.resolve() == Path.cwd():
-        raise ArgumentError(f"out_dir {target}: expected the name of a new folder, got a link or the current folder")
+        raise ArgumentError(
+            f"expected the name of a new folder, got {target}, a link or the current folder", argument="out_dir"
+        )
     _check_empty(target)
     if inside(target, source):
-        raise ArgumentError(f"out_dir: expected a folder outside of in_dir {source}, got {target}")
+        raise ArgumentError(f"expected a folder outside of in_dir {source}, got {target}", argument="out_dir")
     shards = shard_names(source)
     changes = changes_of(mask, stored_tensors(source), source, strict)
     check_whole(source)
@@ -158,7 +162,9 @@ def patch_in_place(
     _check_mask(mask)
     scale = checked_stored_scale(scale)
     if backup and not undo:
-        raise ArgumentError("backup: expected no backup with undo=False, which leaves nothing of the old weights")
+        raise ArgumentError(
+            "expected no backup with undo=False, which leaves nothing of the old weights", argument="backup"
+        )
     check_folder("folder", folder)
     with alone(folder):
         if (folder / UNDO_NAME).exists():
@@ -207,14 +213,14 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
 
 def _check_empty(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArgumentError(f"out_dir: expected a new or an empty folder, got {target}, which is neither")
+        raise ArgumentError(f"expected a new or an empty folder, got {target}, which is neither", argument="out_dir")
 
 
 def _check_mask(mask: PruneMask) -> None:
     if not isinstance(mask, PruneMask):
         is_path = isinstance(mask, str | os.PathLike)
         way_out = f"; fastprune.PruneMask.load({os.fspath(mask)!r}) reads one" if is_path else ""
-        raise ArgumentError(f"mask: expected a PruneMask, got {type(mask).__name__}{way_out}")
+        raise ArgumentError(f"expected a PruneMask, got {type(mask).__name__}{way_out}", argument="mask")
     check_storable(mask.metadata)
 
 
@@ -222,7 +228,7 @@ def _back_up(path: Path, original: str) -> None:
     target = path.with_name(path.name + _BACKUP)
     if target.exists():  # from an earlier run that was stopped or undone
         if not target.is_file() or sha256(target) != original:
-            raise ArgumentError(f"backup: {target} exists and is no copy of {path.name}; move it away")
+            raise ArgumentError(f"{target} exists and is no copy of {path.name}; move it away", argument="backup")
         return
     with replacing(target, durable=True) as temporary:
         shutil.copyfile(path, temporary)

@@ -78,13 +78,16 @@ class Recipe:
         tensors.clear()
         made = converter.convert(self.name, model=model, config=model.config)
         if self.name not in made:
-            raise ModelError(f"model: transformers' conversion makes {', '.join(made)} where {self.name} is needed")
+            raise ModelError(
+                f"transformers' conversion makes {', '.join(made)} where {self.name} is needed", argument="model"
+            )
         tensor = made[self.name]
         tensor = (tensor[0] if isinstance(tensor, list) else tensor).to(self.dtype).contiguous()
         if tuple(tensor.shape) != self.shape:
             raise ModelError(
-                f"model: {self.name} should have the shape {self.shape}; the {len(stored)} "
-                f"pieces stored of it make {tuple(tensor.shape)}, so some are missing"
+                f"{self.name} should have the shape {self.shape}; the {len(stored)} "
+                f"pieces stored of it make {tuple(tensor.shape)}, so some are missing",
+                argument="model",
             )
         return tensor
 
@@ -163,15 +166,17 @@ def _recipes(
         if recipe.converter is None and len(recipe.sources) > 1:
             first, second = list(recipe.sources)[:2]
             raise ModelError(
-                f"model: {folder} holds both {first} and {second}, each of which is {recipe.name} of the model; remove "
-                "one of them"
+                f"{folder} holds both {first} and {second}, each of which is {recipe.name} of the model; remove "
+                "one of them",
+                argument="model",
             )
         if recipe.converter is None and [part.shape for part in next(iter(recipe.sources.values()))] != [
             tuple(in_memory[recipe.name].shape)
         ]:
             raise ModelError(
-                f"model: {recipe.name} should have the shape {tuple(in_memory[recipe.name].shape)}; {folder} holds "
-                f"{[part.shape for part in next(iter(recipe.sources.values()))]}"
+                f"{recipe.name} should have the shape {tuple(in_memory[recipe.name].shape)}; {folder} holds "
+                f"{[part.shape for part in next(iter(recipe.sources.values()))]}",
+                argument="model",
             )
     _part_unequal(model, recipes)
     in_memory = model.state_dict(keep_vars=True)
@@ -179,8 +184,9 @@ def _recipes(
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
     if missing:
         raise ModelError(
-            f"model: {folder} lacks {len(missing)} of the weights of {type(model).__name__}, the first is "
-            f"{missing[0]}; names on disk that transformers does not convert cannot be streamed"
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, the first is "
+            f"{missing[0]}; names on disk that transformers does not convert cannot be streamed",
+            argument="model",
         )
     return recipes
 

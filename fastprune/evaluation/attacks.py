@@ -152,7 +152,7 @@ def attack(name: str | Attack, **options: Any) -> Attack:
     if isinstance(name, str) and name in ATTACKS:
         known = [field.name for field in fields(ATTACKS[name])]
     elif not isinstance(name, Attack):
-        raise ArgumentError(f"attack: expected one of {sorted(ATTACKS)} or an Attack, got {name!r}")
+        raise ArgumentError(f"expected one of {sorted(ATTACKS)} or an Attack, got {name!r}", argument="attack")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ArgumentError(f"attack {name!r} takes {known or 'no options'}, got {unknown}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastprune.calibration.examples import position_ids
-from fastprune.errors import ArgumentError, ModelError, ScoringError
+from fastprune.errors import ArgumentError, ModelError, ScoringError, setting
 from fastprune.model.adapters import unwrap
 from fastprune.model.frozen import frozen_eval, model_lock
 from fastprune.model.module_check import TOLERANCE, relative_error
@@ -40,7 +40,7 @@ class Forward:
         self._inner = unwrap(model)
         embedding = model.get_input_embeddings().weight
         if embedding.device.type == "meta":
-            raise ModelError("model: expected weights in memory, got a model on the meta device")
+            raise ModelError("expected weights in memory, got a model on the meta device", argument="model")
         self.device = embedding.device
         self.vocab_size = embedding.shape[0]
         self.max_tokens = trained_length(model)
@@ -138,8 +138,9 @@ class Forward:
         error = relative_error(found[some], alone[0][some])
         if error > self._tolerance(found):
             raise ModelError(
-                f"model: padding changes the logits of {type(self._inner).__name__} by {error:.1e} (relative), so rows "
-                "of different lengths cannot go through it together; batch_size=1 lets each go alone"
+                f"padding changes the logits of {type(self._inner).__name__} by {error:.1e} (relative), so rows "
+                f"of different lengths cannot go through it together; {setting('batch_size', 1)} lets each go alone",
+                argument="model",
             )
 
     def _tolerance(self, logits: torch.Tensor) -> float:
@@ -154,8 +155,9 @@ class Forward:
         for sequence, new, name in zip(sequences, budgets, names, strict=True):
             if max(sequence) >= self.vocab_size:
                 raise ArgumentError(
-                    f"tokenizer: {name} has token id {max(sequence)}, the model has {self.vocab_size}; "
-                    "is it the tokenizer of another model?"
+                    f"{name} has token id {max(sequence)}, the model has {self.vocab_size}; "
+                    "is it the tokenizer of another model?",
+                    argument="tokenizer",
                 )
             if self.max_tokens is not None and len(sequence) + new > self.max_tokens:
                 raise ArgumentError(

@@ -64,7 +64,7 @@ def generate(
     if prefill is not None:
         prefills = [prefill] * len(rows) if isinstance(prefill, str) else list(prefill)
         if len(prefills) != len(rows):
-            raise ArgumentError(f"prefill: expected one string or {len(rows)}, got {len(prefills)}")
+            raise ArgumentError(f"expected one string or {len(rows)}, got {len(prefills)}", argument="prefill")
         rows = [replace(row, prefill=text) for row, text in zip(rows, prefills, strict=True)]
     positive_integer("max_new_tokens", max_new_tokens)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)

@@ -37,7 +37,7 @@ def exact_match(row: Row, completion: str) -> float:
         CalibrationError: The row has no response to compare with.
     """
     if not row.response.strip():
-        raise CalibrationError("response: expected a reference for exact_match, got an empty column")
+        raise CalibrationError("expected a reference for exact_match, got an empty column", argument="response")
     return float(begins_with(completion, row.response))
 
 
@@ -77,10 +77,12 @@ def keyword_refusal(phrases: Iterable[str] = REFUSAL_PHRASES, *, extra: Iterable
         ArgumentError: No phrases, or one that is empty or not text.
     """
     if isinstance(phrases, str) or isinstance(extra, str):
-        raise ArgumentError("keyword_refusal: phrases and extra: expected sequences of strings, got one string")
+        raise ArgumentError(
+            "phrases and extra: expected sequences of strings, got one string", argument="keyword_refusal"
+        )
     wanted = [*phrases, *extra]
     if not wanted or not all(isinstance(phrase, str) and phrase.strip() for phrase in wanted):
-        raise ArgumentError(f"keyword_refusal: phrases: expected texts that are not empty, got {wanted!r}")
+        raise ArgumentError(f"phrases: expected texts that are not empty, got {wanted!r}", argument="keyword_refusal")
     refuses = refusal_matcher(wanted)
 
     def judge(row: Row, completion: str) -> float:

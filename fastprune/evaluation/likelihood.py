@@ -122,17 +122,21 @@ def perplexity(
         ScoringError: The model's logits are NaN.
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
-        raise ArgumentError(f"window: expected an integer of at least 2 tokens or None, got {window!r}")
+        raise ArgumentError(f"expected an integer of at least 2 tokens or None, got {window!r}", argument="window")
     positive_integer("batch_tokens", batch_tokens)
     check_finish(finish)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     items = read_texts_or_rows(texts_or_rows)
     if isinstance(items[0], str):
         if format != "raw":
-            raise ArgumentError(f'format: expected "raw" for plain texts, which are no turns of a chat, got {format!r}')
+            raise ArgumentError(
+                f'expected "raw" for plain texts, which are no turns of a chat, got {format!r}', argument="format"
+            )
         examples = [example for index, text in enumerate(items) for example in _windows(encoder, index, text, window)]
     elif window is not None:
-        raise ArgumentError("window: expected None for rows, which are scored as a whole; windows are for plain texts")
+        raise ArgumentError(
+            "expected None for rows, which are scored as a whole; windows are for plain texts", argument="window"
+        )
     else:
         examples = [encoder.example(row, where=f"row {index}", finish=finish) for index, row in enumerate(items)]
     sums = log_probabilities(model, micro_batches(examples, batch_tokens), progress=progress)

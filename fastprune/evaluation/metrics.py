@@ -266,7 +266,7 @@ def skill_tasks(
     skills = _by_skill(rows)
     unknown = sorted(set(judges) - set(skills))
     if unknown:
-        raise ArgumentError(f"judges: expected names of skills {sorted(skills)}, got {unknown}")
+        raise ArgumentError(f"expected names of skills {sorted(skills)}, got {unknown}", argument="judges")
     return [
         Task.prepare(skill, part, encoder, judge=judges.get(skill, exact_match), max_new_tokens=max_new_tokens)
         for skill, part in skills.items()
@@ -276,7 +276,7 @@ def skill_tasks(
 def _by_skill(rows: Rows | Mapping[str, Rows]) -> dict[str, list[Row]]:
     if isinstance(rows, Mapping):
         if not rows:
-            raise CalibrationError("skills: expected rows of at least one skill, got none")
+            raise CalibrationError("expected rows of at least one skill, got none", argument="skills")
         return {skill: read_rows(part) for skill, part in rows.items()}
     skills: dict[str, list[Row]] = {}
     for index, row in enumerate(read_rows(rows)):

@@ -95,7 +95,7 @@ def recognition(
         ScoringError: The model's logits are NaN.
     """
     if by not in BY:
-        raise ArgumentError(f"by: expected one of {BY}, got {by!r}")
+        raise ArgumentError(f"expected one of {BY}, got {by!r}", argument="by")
     positive_integer("batch_size", batch_size)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     questions = Questions.prepare(encoder, read_rows(rows), answers=answers)
@@ -180,13 +180,16 @@ class Questions:
 def _candidates(encoder: Encoder, answers: tuple[str, str]) -> list[list[int]]:
     texts = isinstance(answers, Sequence) and all(isinstance(answer, str) for answer in answers)
     if isinstance(answers, str) or not texts or len(answers) != 2:
-        raise ArgumentError(f"answers: expected two strings, for harmful and for benign requests, got {answers!r}")
+        raise ArgumentError(
+            f"expected two strings, for harmful and for benign requests, got {answers!r}", argument="answers"
+        )
     first, second = (encoder.tokens(answer) for answer in answers)
     shorter = min(len(first), len(second))
     # if one answer begins with the other, the longer is never the more probable
     if first[:shorter] == second[:shorter]:
         raise ArgumentError(
-            f"answers: expected two of which neither begins with the other, got {answers!r} (tokens {first}, {second})"
+            f"expected two of which neither begins with the other, got {answers!r} (tokens {first}, {second})",
+            argument="answers",
         )
     return [first, second]
 

@@ -145,15 +145,17 @@ class EvaluationSuite:
             self._skills = [task.name for task in skills]
             if not _RESERVED.isdisjoint(self._skills):
                 raise ArgumentError(
-                    f"skill_rows: a skill cannot be called {sorted(_RESERVED.intersection(self._skills))}"
+                    f"a skill cannot be called {sorted(_RESERVED.intersection(self._skills))}", argument="skill_rows"
                 )
             self._tasks.update({f"skill {task.name}": task for task in skills})
         elif chosen:
             raise ArgumentError(
-                f"judges: expected 'harm', 'refusal' or a skill, got {sorted(chosen)} without skill_rows"
+                f"expected 'harm', 'refusal' or a skill, got {sorted(chosen)} without skill_rows", argument="judges"
             )
         if neighbour_skill is not None and neighbour_skill not in self._skills:
-            raise ArgumentError(f"neighbour_skill: expected one of the skills {self._skills}, got {neighbour_skill!r}")
+            raise ArgumentError(
+                f"expected one of the skills {self._skills}, got {neighbour_skill!r}", argument="neighbour_skill"
+            )
         self._neighbour = neighbour_skill
         self._questions = None
         if recognition_rows is not None:

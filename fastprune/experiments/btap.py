@@ -82,7 +82,9 @@ def measure_each(
         MaskError: A mask does not fit the model, or (``strict``) was made for a model of other weights.
     """
     if "none" in masks:
-        raise ArgumentError('masks: "none" is the name of the unpruned model, expected another one for a mask')
+        raise ArgumentError(
+            '"none" is the name of the unpruned model, expected another one for a mask', argument="masks"
+        )
     for mask in masks.values():
         with mask.applied(model, strict=strict):
             pass
@@ -198,7 +200,7 @@ def transfer(
     before = measure(model, suite, None).details.harm
     if before is None:
         raise ArgumentError(
-            "suite: expected one with harm_rows, which tell how much of each harm type is left, got none"
+            "expected one with harm_rows, which tell how much of each harm type is left, got none", argument="suite"
         )
     names = list(harm_by_category)
     masks = [

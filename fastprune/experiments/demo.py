@@ -80,15 +80,16 @@ class DemoSettings:
         for name, value in (("p", self.p), ("q", self.q), *(("sweep_q", q) for q in self.sweep_q)):
             if not _LEAST <= value <= _MOST:
                 raise ArgumentError(
-                    f"{name}: expected a fraction from {_LEAST:.2g} (one weight of the organism's largest matrix) to "
-                    f"{_MOST}, got {value!r}"
+                    f"expected a fraction from {_LEAST:.2g} (one weight of the organism's largest matrix) to {_MOST}, "
+                    f"got {value!r}",
+                    argument=name,
                 )
         if not 0 <= self.seed < 2**32:
-            raise ArgumentError(f"seed: expected an integer from 0 to 2**32 - 1, got {self.seed!r}")
+            raise ArgumentError(f"expected an integer from 0 to 2**32 - 1, got {self.seed!r}", argument="seed")
         for stage in STAGES:
             if self.checkpoints is not None and not (self.checkpoints / stage / "config.json").is_file():
                 raise NotFoundError(
-                    f"checkpoints: expected a checkpoint folder at {self.checkpoints / stage}, found none"
+                    f"expected a checkpoint folder at {self.checkpoints / stage}, found none", argument="checkpoints"
                 )
 
 

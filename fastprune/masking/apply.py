@@ -51,7 +51,7 @@ class Undo:
         """
         model = unwrap(model)
         if self._model() is not model:
-            raise MaskError("model: expected the model that the mask was applied to, got another one")
+            raise MaskError("expected the model that the mask was applied to, got another one", argument="model")
         if not self.live:
             raise MaskError("this mask is not on the model any more; an undo works once")
         records = _live[model]
@@ -167,7 +167,7 @@ def matrices_of(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders"
+            f"expected a torch.nn.Module, got {type(model).__name__}; patch_checkpoint takes folders", argument="model"
         )
     check_unmerged(model)
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}

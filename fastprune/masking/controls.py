@@ -44,9 +44,9 @@ def random_mask(model: torch.nn.Module, like: PruneMask, seed: int = 0, match: s
         ModelError: A weight is not there to be read.
     """
     if not isinstance(match, str) or match not in MATCHES:
-        raise ArgumentError(f"match: expected one of {MATCHES}, got {match!r}")
+        raise ArgumentError(f"expected one of {MATCHES}, got {match!r}", argument="match")
     if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise ArgumentError(f"seed: expected an integer, got {seed!r}")
+        raise ArgumentError(f"expected an integer, got {seed!r}", argument="seed")
     seed = int(seed)  # integers of NumPy cannot be written as JSON
 
     def draw(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _control(
     facts: Mapping[str, object],
 ) -> PruneMask:
     if not isinstance(like, PruneMask):
-        raise MaskError(f"like: expected a PruneMask, got {type(like).__name__}")
+        raise MaskError(f"expected a PruneMask, got {type(like).__name__}", argument="like")
     weights = matrices_of(unwrap(model), like.shapes)
     indices = {
         name: draw(name, weight).sort().values if len(like[name]) else torch.empty(0, dtype=torch.int64)

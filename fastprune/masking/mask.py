@@ -53,7 +53,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
             ("metadata", {} if metadata is None else metadata),
         ):
             if not isinstance(given, Mapping):
-                raise MaskError(f"{argument}: expected a mapping, got {type(given).__name__}")
+                raise MaskError(f"expected a mapping, got {type(given).__name__}", argument=argument)
         if set(indices) != set(shapes):
             unmatched = sorted(set(indices) ^ set(shapes), key=str)
             raise MaskError(
@@ -91,7 +91,9 @@ class PruneMask(Mapping[str, torch.Tensor]):
         """
         size = sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else 0
         if not size:
-            raise ArgumentError(f"model: expected a torch.nn.Module with parameters, got {type(model).__name__}")
+            raise ArgumentError(
+                f"expected a torch.nn.Module with parameters, got {type(model).__name__}", argument="model"
+            )
         return self.total / size
 
     @cached_property
@@ -167,13 +169,14 @@ class PruneMask(Mapping[str, torch.Tensor]):
     def check_shapes(self, other: PruneMask) -> None:
         """Raise MaskError unless the other mask is over the same matrices with the same shapes."""
         if not isinstance(other, PruneMask):
-            raise MaskError(f"other: expected a PruneMask, got {type(other).__name__}")
+            raise MaskError(f"expected a PruneMask, got {type(other).__name__}", argument="other")
         if self.shapes != other.shapes:
             names = [n for n in {**self.shapes, **other.shapes} if self.shapes.get(n) != other.shapes.get(n)]
             ours, theirs = self.shapes.get(names[0]), other.shapes.get(names[0])
             raise MaskError(
-                f"other: expected a mask over the same matrices, got one in which shapes differ: {names[0]} has the "
-                f"shape {ours} in one and {theirs} in the other"
+                f"expected a mask over the same matrices, got one in which shapes differ: {names[0]} has the "
+                f"shape {ours} in one and {theirs} in the other",
+                argument="other",
             )
 
     def _combine(self, other: PruneMask, operation: str, combine: Callable[..., torch.Tensor]) -> PruneMask:
@@ -221,7 +224,7 @@ class PruneMask(Mapping[str, torch.Tensor]):
 
 def _checked_shape(name: object, shape: object) -> tuple[int, ...]:
     if not isinstance(name, str):
-        raise MaskError(f"shapes: expected names of parameters, got {name!r}")
+        raise MaskError(f"expected names of parameters, got {name!r}", argument="shapes")
     if isinstance(shape, str) or not isinstance(shape, Sequence):
         raise MaskError(f"{name}: expected a shape, a tuple of integers, got {shape!r}")
     return tuple(_whole_number(f"{name}: shape", size) for size in shape)
@@ -230,7 +233,7 @@ def _checked_shape(name: object, shape: object) -> tuple[int, ...]:
 def _whole_number(argument: str, value: object) -> int:
     """An integer of 0 or more, also of NumPy, as an ``int`` that can be written as JSON."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise MaskError(f"{argument}: expected an integer of 0 or more, got {value!r}")
+        raise MaskError(f"expected an integer of 0 or more, got {value!r}", argument=argument)
     return int(value)
 
 

@@ -65,8 +65,9 @@ def check_storable(metadata: Mapping[str, Any]) -> None:
     reason = why_not_storable(metadata)
     if reason is not None:
         raise MaskError(
-            f"mask: expected one that may be written to disk, got one that may not: {reason}; measure it in memory "
-            "with mask.applied(model) or `fastprune eval --mask`"
+            f"expected one that may be written to disk, got one that may not: {reason}; measure it in memory "
+            "with mask.applied(model) or `fastprune eval --mask`",
+            argument="mask",
         )
 
 
@@ -79,7 +80,8 @@ def checked_stored_scale(scale: float) -> float:
     value = checked_scale(scale)
     if not 0 <= value <= 1:
         raise ArgumentError(
-            f"scale: expected a number in [0, 1] for weights on disk, got {scale!r}; in memory, mask.applied(model, "
-            "scale=…) takes any finite one"
+            f"expected a number in [0, 1] for weights on disk, got {scale!r}; in memory, mask.applied(model, "
+            "scale=…) takes any finite one",
+            argument="scale",
         )
     return value

@@ -29,7 +29,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel):
             for name, config in model.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):
-                    raise ModelError(f"model: its adapter {name!r} is {config.peft_type.value}; expected LoRA or none")
+                    raise ModelError(
+                        f"its adapter {name!r} is {config.peft_type.value}; expected LoRA or none", argument="model"
+                    )
             model = model.get_base_model()
         else:
             return model
@@ -85,8 +87,9 @@ def check_unmerged(module: nn.Module, name: str = "") -> None:
         if _is_adapter(layer) and layer.merged:
             where = ".".join(part for part in (name, path) if part)
             raise ModelError(
-                f"model: {where} has the adapter {', '.join(layer.merged_adapters)!r} merged into its weight; "
-                f"model.unmerge_adapter() takes it out, {_WAY_OUT}"
+                f"{where} has the adapter {', '.join(layer.merged_adapters)!r} merged into its weight; "
+                f"model.unmerge_adapter() takes it out, {_WAY_OUT}",
+                argument="model",
             )
 
 

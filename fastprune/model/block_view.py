@@ -202,8 +202,8 @@ class BlockView(View):
             self.causal_forward(batch)
         if len(calls) != last + 1:
             raise ModelError(
-                f"model: {type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder "
-                "blocks in one forward"
+                f"{type(self.model).__name__} called {len(calls)} of its {self.n_blocks} decoder blocks in one forward",
+                argument="model",
             )
         return entering[0], calls
 

@@ -92,7 +92,9 @@ def one_by_one(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
     interface = _interface()
     for config in configs.values():
         if _SWITCH not in vars(config):
-            raise ModelError(f"transformers: {type(config).__name__} has no {_SWITCH}, so experts cannot be watched")
+            raise ModelError(
+                f"{type(config).__name__} has no {_SWITCH}, so experts cannot be watched", argument="transformers"
+            )
     # A name of its own for each context: two threads may score two models.
     name = f"fastprune-{next(_numbers)}"
 

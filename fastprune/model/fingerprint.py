@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastprune.errors import MaskError, ModelError
+from fastprune.errors import MaskError, ModelError, setting
 
 SAMPLES = 64  # per matrix; a 7-block model then has 3,000 of them, enough to tell fine-tuned copies apart
 
@@ -79,8 +79,10 @@ def other_fingerprint(expected: str, found: str, whose: str) -> MaskError:
         whose: The model, for the message.
     """
     return MaskError(
-        f"mask: it was made for a model with the fingerprint {expected[:12]}…, {whose} has {found[:12]}…; strict=False "
-        "applies it all the same"
+        f"it was made for a model with the fingerprint {expected[:12]}…, {whose} has {found[:12]}…; "
+        f"{setting('strict', False)} "
+        "applies it all the same",
+        argument="mask",
     )
 
 

@@ -74,8 +74,9 @@ def model_lock(model: nn.Module) -> Iterator[None]:
             first = model not in _threads
             if _threads.setdefault(model, threading.get_ident()) != threading.get_ident():
                 raise ModelError(
-                    f"model: another thread is scoring or evaluating this {type(model).__name__}; wait for its end, or "
-                    "give each thread a model of its own"
+                    f"another thread is scoring or evaluating this {type(model).__name__}; wait for its end, or "
+                    "give each thread a model of its own",
+                    argument="model",
                 )
         yield
     finally:

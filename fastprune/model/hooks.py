@@ -87,13 +87,15 @@ class Capture(Changes):
         for matrix in self._matrices:
             if not self._calls[matrix.module]:
                 raise ModelError(
-                    f"model: no input of {matrix.name} was seen in a forward pass; it is used without its module being "
-                    "called, so it cannot be scored"
+                    f"no input of {matrix.name} was seen in a forward pass; it is used without its module being "
+                    "called, so it cannot be scored",
+                    argument="model",
                 )
             forwards, backwards = self._forwards[matrix.name], self._backwards[matrix.name]
             if self._sink.wants_gradients and backwards != forwards:
                 raise ModelError(
-                    f"model: no gradient reached {matrix.name}: called {forwards} times, {backwards} with a gradient"
+                    f"no gradient reached {matrix.name}: called {forwards} times, {backwards} with a gradient",
+                    argument="model",
                 )
 
     def called(self, module: nn.Module, n_tokens: int) -> int:
@@ -123,21 +125,24 @@ class Capture(Changes):
         uses, expected = self._calls[matrix.module], self._shape[0] * self._shape[1]
         if uses > 1 and self._sink.per_example:
             raise ModelError(
-                f"model: {matrix.name} is used {uses} times in one forward; a per-example statistic would have to "
-                "add the uses before the absolute value, which is not supported"
+                f"{matrix.name} is used {uses} times in one forward; a per-example statistic would have to "
+                "add the uses before the absolute value, which is not supported",
+                argument="model",
             )
         if n_tokens != expected:
             raise ModelError(
-                f"model: {matrix.name} saw {n_tokens} token rows where the micro-batch has {expected}; "
-                "tokens cannot be attributed to examples"
+                f"{matrix.name} saw {n_tokens} token rows where the micro-batch has {expected}; "
+                "tokens cannot be attributed to examples",
+                argument="model",
             )
 
     def _see(self, matrix: Matrix, x: torch.Tensor, y: torch.Tensor, tokens: ExpertTokens | None) -> None:
         """Hand on the input of one product now, and with the gradient of its output ``y`` when that is there."""
         if x.dtype != y.dtype:
             raise ModelError(
-                f"model: {matrix.name} was given {x.dtype} and returned {y.dtype}, as under autocast; cast the model "
-                "itself, or pass it as it was before accelerate's prepare wrapped its forward"
+                f"{matrix.name} was given {x.dtype} and returned {y.dtype}, as under autocast; cast the model "
+                "itself, or pass it as it was before accelerate's prepare wrapped its forward",
+                argument="model",
             )
         x = x.detach()  # shares the version counter, but not the graph
         # A hook of accelerate may move the input to the weight's device after this hook.
@@ -152,8 +157,9 @@ class Capture(Changes):
         def on_gradient(dy: torch.Tensor) -> None:
             if x._version != version:
                 raise ModelError(
-                    f"model: the input of {matrix.name} was changed in place between forward and backward, "
-                    "so its gradient cannot be formed"
+                    f"the input of {matrix.name} was changed in place between forward and backward, "
+                    "so its gradient cannot be formed",
+                    argument="model",
                 )
             self._backwards[matrix.name] += 1
             self._sink.gradients(matrix, rows, dy.detach().reshape(-1, dy.shape[-1]), tokens)

@@ -69,7 +69,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ModelError(
-            f"model: expected a Hugging Face causal language model with a config, got {type(model).__name__}"
+            f"expected a Hugging Face causal language model with a config, got {type(model).__name__}", argument="model"
         )
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -77,8 +77,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not fitting:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists) or "none"
         raise ModelError(
-            f"model: {type(model).__name__} says it has {n_layers} layers, but no module list has that many entries "
-            f"(module lists found: {found})"
+            f"{type(model).__name__} says it has {n_layers} layers, but no module list has that many entries "
+            f"(module lists found: {found})",
+            argument="model",
         )
     # A vision tower of the same depth is a model of its own with another config, or else it is smaller.
     of_text = [item for item in fitting if _innermost_config(model, item[0]) is type(config.get_text_config())]
@@ -87,8 +88,9 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for other, module in fitting:
         if other != name and other.rpartition(".")[0] == parent and any(map(_is_linear, module.modules())):
             raise ModelError(
-                f"model: {type(model).__name__} keeps the weights of its layers in several lists, {name} and {other} "
-                "among them; expected one list of decoder blocks, so it cannot be scored"
+                f"{type(model).__name__} keeps the weights of its layers in several lists, {name} and {other} "
+                "among them; expected one list of decoder blocks, so it cannot be scored",
+                argument="model",
             )
     return name, blocks
 
@@ -147,12 +149,15 @@ def eligible_matrices(
             ):
                 name = plain_name(f"{prefix}.{index}.{path}")
                 raise ModelError(
-                    f"model: {name} of shape {tuple(parameter.shape)} is a weight inside a decoder "
+                    f"{name} of shape {tuple(parameter.shape)} is a weight inside a decoder "
                     "block that belongs to no Linear and to no module that follows transformers' experts interface "
-                    "(use_experts_implementation), so it cannot be scored"
+                    "(use_experts_implementation), so it cannot be scored",
+                    argument="model",
                 )
     if not matrices:
-        raise ModelError(f"model: the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer")
+        raise ModelError(
+            f"the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer", argument="model"
+        )
     if not allow_meta:
         check_resident(model)
     _check_unshared(matrices)
@@ -172,16 +177,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _checked_weight(name: str, weight: torch.Tensor | None, dims: int, allow_meta: bool) -> torch.Tensor:
     if weight is None:
-        raise ModelError(f"model: there is no {name}, although its module follows transformers' experts interface")
+        raise ModelError(
+            f"there is no {name}, although its module follows transformers' experts interface", argument="model"
+        )
     if weight.device.type == "meta" and not allow_meta:
         raise ModelError(
-            f"model: {name} is on the meta device or offloaded, so its gradients would be lost; load the whole model "
-            "(no device_map that offloads to CPU or disk) or pass the path of the checkpoint folder"
+            f"{name} is on the meta device or offloaded, so its gradients would be lost; load the whole model "
+            "(no device_map that offloads to CPU or disk) or pass the path of the checkpoint folder",
+            argument="model",
         )
     if weight.dtype not in FLOAT_DTYPES or weight.ndim != dims:
         raise ModelError(
-            f"model: {name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
-            "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)"
+            f"{name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
+            "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)",
+            argument="model",
         )
     return weight
 
@@ -232,5 +241,6 @@ def _check_unshared(matrices: list[Matrix]) -> None:
         first = seen.setdefault((*place, matrix.expert), matrix.name)
         if first != matrix.name:
             raise ModelError(
-                f"model: {first} and {matrix.name} are one shared weight; its per-example gradient cannot be split"
+                f"{first} and {matrix.name} are one shared weight; its per-example gradient cannot be split",
+                argument="model",
             )

@@ -59,15 +59,17 @@ class ModuleCheck(Changes):
         """Raise ModelError if anything was found."""
         if self._strangers:
             raise ModelError(
-                f"model: the module of {self._strangers[0]} does not multiply its input by its weight and add its bias "
-                f"({len(self._strangers)} such); its output's gradient is not the product's, so it cannot be scored"
+                f"the module of {self._strangers[0]} does not multiply its input by its weight and add its bias "
+                f"({len(self._strangers)} such); its output's gradient is not the product's, so it cannot be scored",
+                argument="model",
             )
         if self._mixing:
             raise ModelError(
-                f"model: {next(iter(self._mixing))} is not given its tokens example by example ({len(self._mixing)} "
+                f"{next(iter(self._mixing))} is not given its tokens example by example ({len(self._mixing)} "
                 "such): the loss of one example has a gradient where those of another should be; expected (rows, "
                 "tokens, features), as of the input, and no row that depends on another, got another order or rows "
-                "that are mixed; such a model cannot be scored"
+                "that are mixed; such a model cannot be scored",
+                argument="model",
             )
 
     def _hook(self, matrix: Matrix) -> Callable:

@@ -23,9 +23,10 @@ def other_positions(model: nn.Module, done: str) -> ModelError:
         done: What it cannot be, such as ``"scored"``.
     """
     return ModelError(
-        f"model: {type(model).__name__} does not count positions from 0: position_ids 0, 1, 2, … give other results "
+        f"{type(model).__name__} does not count positions from 0: position_ids 0, 1, 2, … give other results "
         "than no position_ids; expected the same both ways (RoBERTa and its kin begin after their padding token's id), "
-        f"so it cannot be {done}"
+        f"so it cannot be {done}",
+        argument="model",
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprune.calibration import Example, MicroBatch
-from fastprune.errors import FastpruneError, ModelError, warn
+from fastprune.errors import FastpruneError, ModelError, setting, warn
 from fastprune.model.block_view import BlockView
 from fastprune.model.causality import (
     NotScorableError,
@@ -84,13 +84,15 @@ def checked_view(
         return view
     if weights.streamed:
         raise ModelError(
-            f"model: {type(view.model).__name__} cannot be run block by block ({reason}), so it cannot be streamed; "
-            "load it and pass the model"
+            f"{type(view.model).__name__} cannot be run block by block ({reason}), so it cannot be streamed; "
+            "load it and pass the model",
+            argument="model",
         )
     if segments is not None and segments > 1:
         raise ModelError(
-            f"model: {type(view.model).__name__} cannot be run block by block ({reason}); use segments=1, "
-            "which runs it whole"
+            f"{type(view.model).__name__} cannot be run block by block ({reason}); use {setting('segments', 1)}, "
+            "which runs it whole",
+            argument="model",
         )
     whole = WholeView(weights.anatomy, weights.device)
     _refuse_use_of_padding(whole, batch)
@@ -98,7 +100,10 @@ def checked_view(
     if window is not None:
         row = batch_of(view, [draw(tokens, long_row(window, longest))])
         refuse_later_tokens_without_mask(whole, row, window + 1)
-    warn(f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with segments=1")
+    warn(
+        f"{type(view.model).__name__} cannot be run block by block ({reason}); it is scored whole, with "
+        f"{setting('segments', 1)}"
+    )
     return whole
 
 

@@ -68,8 +68,9 @@ def check_causal(model: Any) -> None:
         or getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     ):
         raise ModelError(
-            "model: expected a causal language model with its head, as AutoModelForCausalLM loads it, got "
-            f"{type(model).__name__}"
+            "expected a causal language model with its head, as AutoModelForCausalLM loads it, got "
+            f"{type(model).__name__}",
+            argument="model",
         )
 
 
@@ -78,15 +79,17 @@ def check_resident(model: nn.Module) -> None:
     made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
     if made:
         raise ModelError(
-            f"model: {made[0]} was made under torch.inference_mode, so no gradient can go through it; load the model "
-            "outside of that mode"
+            f"{made[0]} was made under torch.inference_mode, so no gradient can go through it; load the model "
+            "outside of that mode",
+            argument="model",
         )
     away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if away:
         raise ModelError(
-            f"model: {len(away)} of its weights are on the meta device or offloaded, the first is {away[0]}; gradients "
+            f"{len(away)} of its weights are on the meta device or offloaded, the first is {away[0]}; gradients "
             "through them would be lost. Load the whole model (no device_map that offloads to CPU or disk) or pass the "
-            "path of the checkpoint folder"
+            "path of the checkpoint folder",
+            argument="model",
         )
 
 
@@ -115,8 +118,9 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
         elif kind in NORM_REMOVERS:
             what, way_out = f"normalized ({kind})", f"torch.nn.utils.{NORM_REMOVERS[kind]}(module, {attribute!r})"
     raise ModelError(
-        f"model: {name} is {what}; it is formed anew in each forward, so it can be neither scored nor written. "
-        f"{way_out} gives a plain weight"
+        f"{name} is {what}; it is formed anew in each forward, so it can be neither scored nor written. "
+        f"{way_out} gives a plain weight",
+        argument="model",
     )
 
 

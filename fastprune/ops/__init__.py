@@ -140,7 +140,7 @@ def accumulate_act_sq_sum(acc: Tensor, x: Tensor, *, backend: str | None = None)
     validate.check_accumulator(acc, dims=1)
     validate.check_float("x", x, like=acc)
     if x.dim() != 2 or x.shape[1] != acc.shape[0]:
-        raise ArgumentError(f"x: expected (n_tokens, {acc.shape[0]}) to fit acc, got {tuple(x.shape)}")
+        raise ArgumentError(f"expected (n_tokens, {acc.shape[0]}) to fit acc, got {tuple(x.shape)}", argument="x")
     acc, x = acc.detach(), x.detach()
     memory.check_apart({"": acc}, {"x": x})
     with torch.no_grad():

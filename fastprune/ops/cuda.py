@@ -128,7 +128,7 @@ def _select(
     with_sources: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not matrices:
-        raise ArgumentError("matrices: expected at least one, got none")
+        raise ArgumentError("expected at least one, got none", argument="matrices")
     largest = max(weight.numel() for weight, _ in matrices.values())
     if largest >= 1 << 32:
         raise BackendError(f"backend 'cuda' selects from matrices of fewer than 2^32 weights, got one of {largest}")

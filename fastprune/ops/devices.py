@@ -21,5 +21,5 @@ def usable_device(device: str | torch.device, kinds: tuple[str, ...] = ("cpu", "
             torch.empty(0, device=found)
             return found
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ArgumentError(f"device: {str(device)!r} cannot be used: {error}") from error
-    raise ArgumentError(f"device: expected {', '.join(kinds)} or one such as cuda:1, got {str(device)!r}")
+        raise ArgumentError(f"{str(device)!r} cannot be used: {error}", argument="device") from error
+    raise ArgumentError(f"expected {', '.join(kinds)} or one such as cuda:1, got {str(device)!r}", argument="device")

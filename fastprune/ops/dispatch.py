@@ -117,7 +117,7 @@ def check_serves(backend: str | None, operations: Iterable[str]) -> None:
 def check_name(backend: str) -> None:
     """Raise ArgumentError unless ``backend`` is one of :data:`BACKENDS`."""
     if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        raise ArgumentError(f"expected one of {', '.join(BACKENDS)} or None, got {backend!r}", argument="backend")
 
 
 def _devices() -> str:

@@ -31,17 +31,18 @@ def check_held(name: str, tensor: Tensor) -> None:
         ArgumentError: ``tensor`` is not one; the message begins with ``name``.
     """
     if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise ArgumentError(f"expected a tensor, got {type(tensor).__name__}", argument=name)
     if kind := _other_kind(tensor):
-        raise ArgumentError(f"{name}: expected a dense tensor with its values in memory, got {kind}")
+        raise ArgumentError(f"expected a dense tensor with its values in memory, got {kind}", argument=name)
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
     """Require a tensor that may be written: outside of inference mode, torch refuses one that was made inside."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ArgumentError(
-            f"{name}: expected a tensor that may be written, got one made under torch.inference_mode; .clone() it "
-            "outside of that mode, or make this call inside"
+            "expected a tensor that may be written, got one made under torch.inference_mode; .clone() it "
+            "outside of that mode, or make this call inside",
+            argument=name,
         )
 
 
@@ -64,12 +65,13 @@ def check_apart(accs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Non
     for (name, acc), (other_name, other) in itertools.combinations(accs.items(), 2):
         if _overlap(acc, other) and _share(acc, other):
             raise ArgumentError(
-                f"accs: expected memory of its own for each, got one for {name!r} and {other_name!r}; what is added to "
-                "one would be added to the other"
+                f"expected memory of its own for each, got one for {name!r} and {other_name!r}; what is added to "
+                "one would be added to the other",
+                argument="accs",
             )
     for acc, (name, tensor) in itertools.product(accs.values(), inputs.items()):
         if _overlap(acc, tensor):
-            raise ArgumentError(f"acc: expected memory of its own, got that of {name}; .clone() one of them")
+            raise ArgumentError(f"expected memory of its own, got that of {name}; .clone() one of them", argument="acc")
 
 
 def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets: Sequence[Tensor]) -> None:
@@ -97,7 +99,7 @@ def check_lists_apart(names: Sequence[str], elements: Sequence[Tensor], offsets:
     one_size = len({elements[i].element_size() for i in overlapping}) == 1
     if not one_size or len(addresses.unique()) < len(addresses):
         some = " and ".join(repr(names[i]) for i in sorted(overlapping)[:2])
-        raise ArgumentError(f"weights: expected no element in two lists, got {some}, which share memory")
+        raise ArgumentError(f"expected no element in two lists, got {some}, which share memory", argument="weights")
 
 
 def _other_kind(tensor: Tensor) -> str | None:

@@ -41,12 +41,12 @@ def check_accumulators(accs: Mapping[str, Tensor]) -> None:
     _check_mapping("accs", accs)
     if not accs or not set(accs) <= set(GRADIENT_SUMS):
         got = ", ".join(map(str, accs)) or "none"
-        raise ArgumentError(f"accs: expected one or more of {', '.join(GRADIENT_SUMS)}, got {got}")
+        raise ArgumentError(f"expected one or more of {', '.join(GRADIENT_SUMS)}, got {got}", argument="accs")
     for name, acc in accs.items():
         memory.check_held(f"accs[{name!r}]", acc)
     kinds = {name: (acc.dtype, acc.device, tuple(acc.shape), _strides(acc)) for name, acc in accs.items()}
     if len(set(kinds.values())) > 1:
-        raise ArgumentError(f"accs: expected one dtype, device, shape and strides for all, got {kinds}")
+        raise ArgumentError(f"expected one dtype, device, shape and strides for all, got {kinds}", argument="accs")
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -59,18 +59,18 @@ def check_accumulator(acc: Tensor, dims: int) -> None:
     memory.check_held("acc", acc)
     memory.check_writable("acc", acc)
     if acc.dim() != dims or acc.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"acc: expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}")
+        raise ArgumentError(f"expected {dims}-D float32 or float64, got {acc.dim()}-D {acc.dtype}", argument="acc")
     if any(size > 1 and stride == 0 for size, stride in zip(acc.shape, acc.stride(), strict=True)):
-        raise ArgumentError(f"acc: expected no elements that share memory, got {_layout(acc)}")
+        raise ArgumentError(f"expected no elements that share memory, got {_layout(acc)}", argument="acc")
 
 
 def check_float(name: str, tensor: Tensor, like: Tensor) -> None:
     """Require a tensor of :data:`FLOAT_DTYPES` on the device of ``like``, whose storage holds its values."""
     memory.check_held(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
-        raise ArgumentError(f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        raise ArgumentError(f"expected float16, bfloat16, float32 or float64, got {tensor.dtype}", argument=name)
     if tensor.device != like.device:
-        raise ArgumentError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")
+        raise ArgumentError(f"expected a tensor on {like.device}, got one on {tensor.device}", argument=name)
 
 
 def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
         check_float(name, tensor, like=acc)
         if tensor.dim() != 2 or tensor.shape[1] != width:
             raise ArgumentError(
-                f"{name}: expected (n_tokens, {width}) to fit acc {tuple(acc.shape)}, got {tuple(tensor.shape)}"
+                f"expected (n_tokens, {width}) to fit acc {tuple(acc.shape)}, got {tuple(tensor.shape)}", argument=name
             )
     if dy.dtype != x.dtype or len(dy) != len(x):
         raise ArgumentError(
@@ -88,10 +88,10 @@ def check_product(acc: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor, T
         )
     if acc.shape[1] != 1 and acc.stride(1) != 1:
         if acc.stride(0) != 1:
-            raise ArgumentError(f"acc: expected a unit stride in one dimension, got strides {acc.stride()}")
+            raise ArgumentError(f"expected a unit stride in one dimension, got strides {acc.stride()}", argument="acc")
         acc, dy, x = acc.T, x, dy
     if len(acc) > 1 and acc.stride(0) < acc.shape[1]:
-        raise ArgumentError(f"acc: expected no rows that share memory, got {_layout(acc)}")
+        raise ArgumentError(f"expected no rows that share memory, got {_layout(acc)}", argument="acc")
     return acc.detach(), dy.detach(), x.detach()
 
 
@@ -100,7 +100,9 @@ def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int, *, disjoint: boo
     for name, tensor in (("starts", starts), ("lengths", lengths)):
         memory.check_held(name, tensor)
         if tensor.dim() != 1 or tensor.dtype != torch.int64:
-            raise ArgumentError(f"{name}: expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}")
+            raise ArgumentError(
+                f"expected int64 (n_examples,), got {tensor.dtype} {tuple(tensor.shape)}", argument=name
+            )
     if len(starts) != len(lengths):
         raise ArgumentError(f"starts and lengths: expected as many of both, got {len(starts)} and {len(lengths)}")
     spans = []
@@ -122,26 +124,28 @@ def check_spans(starts: Tensor, lengths: Tensor, n_tokens: int, *, disjoint: boo
 def checked_pair(pair: object) -> tuple[Tensor, Tensor | None]:
     """A weight and its statistic."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ArgumentError(f"matrices: expected a weight and its statistic or None, got {type(pair).__name__}")
+        raise ArgumentError(
+            f"expected a weight and its statistic or None, got {type(pair).__name__}", argument="matrices"
+        )
     return pair[0], pair[1]
 
 
 def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: int) -> int:
     """Require weight and statistic to fit the criterion; returns the number of scores to select as an int."""
     if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise ArgumentError(f"criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
+        raise ArgumentError(f"expected one of {', '.join(CRITERIA)}, got {criterion!r}", argument="criterion")
     check_float("weight", weight, like=weight)
     k = _count("k", k)
     row = CRITERIA[criterion]
     if row.statistic is None:
         if statistic is not None:
-            raise ArgumentError(f"statistic: expected None for {criterion!r}, which needs no data")
+            raise ArgumentError(f"expected None for {criterion!r}, which needs no data", argument="statistic")
         return k
     if statistic is not None:
         memory.check_held("statistic", statistic)
     if statistic is None or statistic.dtype not in (torch.float32, torch.float64):
         got = None if statistic is None else statistic.dtype
-        raise ArgumentError(f"statistic: expected a float32 or float64 tensor for {criterion!r}, got {got}")
+        raise ArgumentError(f"expected a float32 or float64 tensor for {criterion!r}, got {got}", argument="statistic")
     check_float("statistic", statistic, like=weight)
     try:
         fits = statistic.shape == weight.shape or (
@@ -152,7 +156,8 @@ def check_scores(weight: Tensor, statistic: Tensor | None, criterion: str, k: in
     if not fits:
         broadcastable = " or a shape that broadcasts to it" if row.broadcasts else ""
         raise ArgumentError(
-            f"statistic: expected the weight's shape {tuple(weight.shape)}{broadcastable}, got {tuple(statistic.shape)}"
+            f"expected the weight's shape {tuple(weight.shape)}{broadcastable}, got {tuple(statistic.shape)}",
+            argument="statistic",
         )
     return k
 
@@ -164,9 +169,9 @@ def _count(argument: str, value: int) -> int:
             raise TypeError
         count = operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # arrays of torch and NumPy, of several elements or of fractions
-        raise ArgumentError(f"{argument}: expected an integer, got {value!r}") from None
+        raise ArgumentError(f"expected an integer, got {value!r}", argument=argument) from None
     if count < 0:
-        raise ArgumentError(f"{argument}: expected 0 or more, got {count}")
+        raise ArgumentError(f"expected 0 or more, got {count}", argument=argument)
     return count
 
 
@@ -177,7 +182,7 @@ def checked_scale(scale: float) -> float:
     except OverflowError:  # an integer beyond every float
         value = math.inf
     if not math.isfinite(value):
-        raise ArgumentError(f"scale: expected a finite number, got {scale!r}")
+        raise ArgumentError(f"expected a finite number, got {scale!r}", argument="scale")
     return value
 
 
@@ -195,8 +200,9 @@ def check_old(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor], old:
         if kept.dtype != weight.dtype or kept.shape != shape or kept.device != weight.device:
             with naming(name):
                 raise ArgumentError(
-                    f"old: expected {weight.dtype} {tuple(shape)} on {weight.device}, as apply_sparse_ returned it, "
-                    f"got {kept.dtype} {tuple(kept.shape)} on {kept.device}"
+                    f"expected {weight.dtype} {tuple(shape)} on {weight.device}, as apply_sparse_ returned it, "
+                    f"got {kept.dtype} {tuple(kept.shape)} on {kept.device}",
+                    argument="old",
                 )
 
 
@@ -220,7 +226,7 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
             memory.check_held("indices", listed)
             if listed.dim() != 1 or listed.dtype != torch.int64 or listed.device != weight.device:
                 got = f"{listed.dtype} {tuple(listed.shape)} on {listed.device}"
-                raise ArgumentError(f"indices: expected int64 (n,) on {weight.device}, got {got}")
+                raise ArgumentError(f"expected int64 (n,) on {weight.device}, got {got}", argument="indices")
             group = groups.setdefault(weight.device, Elements([], [], []))
             elements, offsets = _located(weight.detach(), listed)
             group.names.append(name)
@@ -234,7 +240,7 @@ def check_elements(weights: Mapping[str, Tensor], indices: Mapping[str, Tensor])
 
 def _check_mapping(argument: str, given: object) -> None:
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"{argument}: expected a mapping from names, got {type(given).__name__}")
+        raise ArgumentError(f"expected a mapping from names, got {type(given).__name__}", argument=argument)
 
 
 def check_names(argument: str, given: Mapping[str, object], weights: Mapping[str, object], of: str = "weights") -> None:
@@ -243,8 +249,9 @@ def check_names(argument: str, given: Mapping[str, object], weights: Mapping[str
     _check_mapping(argument, given)
     if differing := given.keys() ^ weights.keys():
         raise ArgumentError(
-            f"{argument}: expected the names of the {len(weights)} {of}, got {len(given)}; "
-            f"{min(differing, key=str)!r} is in one of the two only"
+            f"expected the names of the {len(weights)} {of}, got {len(given)}; "
+            f"{min(differing, key=str)!r} is in one of the two only",
+            argument=argument,
         )
 
 
@@ -263,9 +270,11 @@ def _check_ranges(listed: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         with naming(name):
             if lowest < 0 or highest >= weight.numel():
                 expected = f"0 to {weight.numel() - 1} for a weight {tuple(weight.shape)}"
-                raise ArgumentError(f"indices: expected {expected}, got {lowest} to {highest}")
+                raise ArgumentError(f"expected {expected}, got {lowest} to {highest}", argument="indices")
             if not ascending and len(indices.unique()) < len(indices):
-                raise ArgumentError("indices: expected each weight once, got one twice; .unique() leaves them out")
+                raise ArgumentError(
+                    "expected each weight once, got one twice; .unique() leaves them out", argument="indices"
+                )
 
 
 def _layout(tensor: Tensor) -> str:
@@ -280,7 +289,7 @@ def _located(weight: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     reach = 0
     for stride, size in extents:
         if stride <= reach:
-            raise ArgumentError(f"weight: expected no elements that share memory, got {_layout(weight)}")
+            raise ArgumentError(f"expected no elements that share memory, got {_layout(weight)}", argument="weight")
         reach += stride * (size - 1)
     offsets = torch.zeros_like(indices)
     rest = indices

@@ -31,10 +31,10 @@ def checkpoint_path(stage: str = "aligned") -> Path:
         NotFoundError: The installation lacks the checkpoint.
     """
     if stage not in STAGES:
-        raise ArgumentError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+        raise ArgumentError(f"expected one of {', '.join(STAGES)}, got {stage!r}", argument="stage")
     folder = Path(__file__).parent / "checkpoints" / stage
     if not (folder / "config.json").is_file():
-        raise NotFoundError(f"stage: this installation has no checkpoint {stage!r} at {folder}")
+        raise NotFoundError(f"this installation has no checkpoint {stage!r} at {folder}", argument="stage")
     return folder
 
 
@@ -56,7 +56,7 @@ def load_organism(
 
     folder = checkpoint_path(stage) if root is None else Path(root) / stage
     if not (folder / "config.json").is_file():
-        raise NotFoundError(f"root: expected a checkpoint folder at {folder}, found none")
+        raise NotFoundError(f"expected a checkpoint folder at {folder}, found none", argument="root")
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
@@ -88,7 +88,7 @@ def save_checkpoint(
 
     folder = Path(folder)
     if folder.exists():
-        raise ArgumentError(f"folder: expected a new folder, {folder} exists")
+        raise ArgumentError(f"expected a new folder, {folder} exists", argument="folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as scratch:
         scratch.mkdir()

@@ -80,8 +80,9 @@ def export_data(out_dir: str | os.PathLike, seed: int = 0, *, language: Language
     for path in paths.values():
         if path.exists() and not _is_exported(path):
             raise ArgumentError(
-                f"out_dir: expected a folder without {path.name}, or one of an earlier export, got {out_dir}, whose "
-                f"{path.name} would be lost; name another folder"
+                f"expected a folder without {path.name}, or one of an earlier export, got {out_dir}, whose "
+                f"{path.name} would be lost; name another folder",
+                argument="out_dir",
             )
     for name, rows in contents.items():
         with replacing(paths[name]) as temporary:

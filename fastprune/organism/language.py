@@ -115,11 +115,11 @@ class Language(Vocabulary):
             ArgumentError: Unknown skill, split or category, or an ``n`` that the skill cannot serve.
         """
         if split not in ("train", "test"):
-            raise ArgumentError(f"split: expected 'train' or 'test', got {split!r}")
+            raise ArgumentError(f"expected 'train' or 'test', got {split!r}", argument="split")
         if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-            raise ArgumentError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed!r}")
+            raise ArgumentError(f"expected an integer from 0 to 2**32 - 1, got {seed!r}", argument="seed")
         if skill not in ALL_SKILLS:
-            raise ArgumentError(f"skill: expected one of {', '.join(ALL_SKILLS)}, got {skill!r}")
+            raise ArgumentError(f"expected one of {', '.join(ALL_SKILLS)}, got {skill!r}", argument="skill")
         rng = np.random.RandomState([seed, ALL_SKILLS.index(skill), int(split == "test")])
         turns = self.sample(skill, rng, n, split=split, categories=categories, bad=bad)
         rows = []
@@ -153,20 +153,22 @@ class Language(Vocabulary):
             ArgumentError: As for :meth:`rows`.
         """
         if skill not in ALL_SKILLS:
-            raise ArgumentError(f"skill: expected one of {', '.join(ALL_SKILLS)}, got {skill!r}")
+            raise ArgumentError(f"expected one of {', '.join(ALL_SKILLS)}, got {skill!r}", argument="skill")
         if n is not None and n < 1:
-            raise ArgumentError(f"n: expected a positive number of rows or None, got {n!r}")
+            raise ArgumentError(f"expected a positive number of rows or None, got {n!r}", argument="n")
         if skill != "advice" and bad is not False:
-            raise ArgumentError(f"bad: only the skill 'advice' has bad answers, got it for {skill!r}")
+            raise ArgumentError(f"only the skill 'advice' has bad answers, got it for {skill!r}", argument="bad")
         if skill in _TARGET_PREFIX:
             return self._sample_procedure(skill, rng, n, split, categories, bad)
         if categories is not None:
-            raise ArgumentError(f"categories: the skill {skill!r} has none, got {categories!r}")
+            raise ArgumentError(f"the skill {skill!r} has none, got {categories!r}", argument="categories")
         if skill == "fact":
             entity = (np.arange(60) if n is None else rng.randint(0, 60, n))[:, None]
             return self._asked("capital", self.block["e"][entity], self.block["c"][self._capital[entity]])
         if n is None:
-            raise ArgumentError(f"n: the skill {skill!r} has no table of all rows, so a number is needed; got None")
+            raise ArgumentError(
+                f"the skill {skill!r} has no table of all rows, so a number is needed; got None", argument="n"
+            )
         return self._sample_plain(skill, rng, n)
 
     def is_grammatical(self, prompt: str, completion: str) -> bool:
@@ -189,7 +191,7 @@ class Language(Vocabulary):
         kind = _TARGET_PREFIX[skill]
         if skill == "judge":
             if n is not None and n % 2:
-                raise ArgumentError(f"n: 'judge' rows come in pairs, expected an even number, got {n}")
+                raise ArgumentError(f"'judge' rows come in pairs, expected an even number, got {n}", argument="n")
             return self._sample_judge(rng, None if n is None else n // 2, split, categories)
         target, tool = self._draw_pairs(rng, n, kind, split, categories)
         n = len(target)
@@ -259,8 +261,8 @@ class Language(Vocabulary):
             chosen = list(categories)
             if isinstance(categories, str) or not chosen or any(c not in numbers for c in chosen):
                 raise ArgumentError(
-                    f"categories: expected a list of {prefix}0..{prefix}{N_GROUPS - 1} or 0..{N_GROUPS - 1}, "
-                    f"got {categories!r}"
+                    f"expected a list of {prefix}0..{prefix}{N_GROUPS - 1} or 0..{N_GROUPS - 1}, got {categories!r}",
+                    argument="categories",
                 )
             groups = np.arange(N_TARGETS) // GROUP_SIZE
             allowed = allowed & np.isin(groups, [numbers[c] for c in chosen])[:, None]

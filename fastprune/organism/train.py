@@ -111,12 +111,12 @@ def train_organism(
         ArgumentError: Seed or steps out of range, or a folder that exists.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ArgumentError(f"seed: expected an integer from 0 to 2**31 - 1, got {seed!r}")
+        raise ArgumentError(f"expected an integer from 0 to 2**31 - 1, got {seed!r}", argument="seed")
     positive_integer("steps", steps)
     folders = {stage: Path(out_dir) / stage for stage in STAGES}
     for folder in folders.values():
         if folder.exists():
-            raise ArgumentError(f"out_dir: expected no checkpoint there yet, {folder} exists")
+            raise ArgumentError(f"expected no checkpoint there yet, {folder} exists", argument="out_dir")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order, whatever the number of cores

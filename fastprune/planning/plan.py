@@ -19,7 +19,7 @@ from torch import nn
 from fastprune.checkpoint.built_size import build_on_meta
 from fastprune.checkpoint.load import load_config
 from fastprune.checkpoint.streamed import Streamed
-from fastprune.errors import ArgumentError
+from fastprune.errors import ArgumentError, setting
 from fastprune.model.anatomy import Anatomy
 from fastprune.model.weights import Resident, Weights
 from fastprune.planning.estimate import Estimate, Plan, human
@@ -57,10 +57,10 @@ def parse_bytes(argument: str, value: int | str) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)?\s*", value, re.IGNORECASE)
         if match is None:
-            raise ArgumentError(f"{argument}: {expected}, got {value!r}")
+            raise ArgumentError(f"{expected}, got {value!r}", argument=argument)
         value = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ArgumentError(f"{argument}: {expected}, got {value!r}")
+        raise ArgumentError(f"{expected}, got {value!r}", argument=argument)
     return value
 
 
@@ -139,13 +139,13 @@ def plan(
     """
     for argument, value in (("n_examples", n_examples), ("n_tokens", n_tokens)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ArgumentError(f"{argument}: expected a positive integer, got {value!r}")
+            raise ArgumentError(f"expected a positive integer, got {value!r}", argument=argument)
     n_examples, n_tokens = int(n_examples), int(n_tokens)  # NumPy's numbers overflow
     for argument, rate in (("flops_per_second", flops_per_second), ("read_bytes_per_second", read_bytes_per_second)):
         if rate is not None and not rate > 0:
-            raise ArgumentError(f"{argument}: expected a positive rate, got {rate!r}")
+            raise ArgumentError(f"expected a positive rate, got {rate!r}", argument=argument)
     if offload is not None and offload not in OFFLOADS:
-        raise ArgumentError(f"offload: expected one of {', '.join(OFFLOADS)}, got {offload!r}")
+        raise ArgumentError(f"expected one of {', '.join(OFFLOADS)}, got {offload!r}", argument="offload")
     source = _source(model_or_config)
     streamed = not isinstance(source, nn.Module) and not isinstance(source, Resident)
     # If a model is on several devices, all that a segment needs may fall on the one with the least memory.
@@ -166,7 +166,7 @@ def plan(
         isinstance(segments, bool) or not isinstance(segments, int) or not 1 <= segments <= n_blocks
     ):
         raise ArgumentError(
-            f"segments: expected 1 … {n_blocks} (the model has {n_blocks} decoder blocks), got {segments!r}"
+            f"expected 1 … {n_blocks} (the model has {n_blocks} decoder blocks), got {segments!r}", argument="segments"
         )
     budget = parse_bytes("memory", memory) if memory is not None else None
     if budget is None and devices:
@@ -186,8 +186,9 @@ def _source(model_or_config: object) -> object:
     known = isinstance(model_or_config, nn.Module | Weights) or hasattr(model_or_config, "get_text_config")
     if not known or isinstance(model_or_config, type):
         raise ArgumentError(
-            "model_or_config: expected a causal language model, a Hugging Face config or the folder of a checkpoint, "
-            f"got {model_or_config if isinstance(model_or_config, type) else type(model_or_config).__name__}"
+            "expected a causal language model, a Hugging Face config or the folder of a checkpoint, "
+            f"got {model_or_config if isinstance(model_or_config, type) else type(model_or_config).__name__}",
+            argument="model_or_config",
         )
     return model_or_config
 
@@ -242,12 +243,15 @@ def _choose(
         if segments is not None and not stated:
             return estimate.plan(segments, tiers[0])
         raise ArgumentError(
-            f"memory: {human(budget)} is not enough: {smallest.segments} segments of {n_blocks} blocks need "
+            f"{human(budget)} is not enough: {smallest.segments} segments of {n_blocks} blocks need "
             f"{human(smallest.device_bytes)} ({human(smallest.weight_bytes)} of it weights); give more memory or fewer "
-            "examples"
+            "examples",
+            argument="memory",
         )
     assert host_budget is not None  # nothing else is left that can be too small
     raise ArgumentError(
-        f"host_memory: {human(host_budget)} is not enough: {human(smallest.host_bytes)} are needed, of which "
-        f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or offload='disk'"
+        f"{human(host_budget)} is not enough: {human(smallest.host_bytes)} are needed, of which "
+        f"{human(smallest.boundary_bytes)} for hidden states between segments; give more, or "
+        f"{setting('offload', 'disk')}",
+        argument="host_memory",
     )

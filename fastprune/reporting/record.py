@@ -81,7 +81,7 @@ def load_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.is_dir():
         path = path / "record.json"
     if not path.is_file():
-        raise NotFoundError(f"path: expected a record.json or a folder that holds one, got {str(path)!r}")
+        raise NotFoundError(f"expected a record.json or a folder that holds one, got {str(path)!r}", argument="path")
     try:
         record = json.loads(path.read_bytes().decode("utf-8"))
     except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError

@@ -34,8 +34,9 @@ def check_replaceable(folder: Path) -> None:
     existing = [name for name in (*_FILES, *(f"{plot}.png" for plot in _PLOTS)) if (folder / name).exists()]
     if existing and not _holds_report(folder):
         raise ArgumentError(
-            f"out_dir: expected a folder without {existing[0]}, or one of an earlier report, got {folder}, whose "
-            f"{existing[0]} would be lost; name another folder"
+            f"expected a folder without {existing[0]}, or one of an earlier report, got {folder}, whose "
+            f"{existing[0]} would be lost; name another folder",
+            argument="out_dir",
         )
 
 
@@ -58,7 +59,7 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
     record = checked(record)
     folder = Path(out_dir)
     if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"out_dir: expected a folder, got the file {str(folder)!r}")
+        raise ArgumentError(f"expected a folder, got the file {str(folder)!r}", argument="out_dir")
     check_replaceable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"record": folder / "record.json"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastprune.errors import DiskError, ScoringError
+from fastprune.errors import DiskError, ScoringError, setting
 from fastprune.files import is_full, scratch, sha256, sync
 
 
@@ -34,7 +34,7 @@ def disk_errors(folder: Path, what: str) -> Iterator[None]:
             raise
         raise ScoringError(
             f"the disk of {folder} is full: {what} did not fit ({error}); free some space, name another folder "
-            "(resume=, TMPDIR), or keep hidden states in memory (offload='host')"
+            f"({setting('resume')}, TMPDIR), or keep hidden states in memory ({setting('offload', 'host')})"
         ) from error
 
 
@@ -171,6 +171,8 @@ def _temporary_folder(stack: contextlib.ExitStack) -> Path:
         return stack.enter_context(scratch(Path(tempfile.gettempdir()), "fastprune-hidden-"))
     except OSError as error:
         raise ScoringError(
-            f"offload: 'disk' needs a folder for temporary files, and none can be made ({error}); name one that "
-            "exists and can be written (TMPDIR, resume=), or keep hidden states in memory (offload='host')"
+            f"'disk' needs a folder for temporary files, and none can be made ({error}); name one that "
+            f"exists and can be written (TMPDIR, {setting('resume')}), or keep hidden states in memory "
+            f"({setting('offload', 'host')})",
+            argument="offload",
         ) from error

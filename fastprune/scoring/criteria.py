@@ -23,16 +23,16 @@ def parse_criteria(argument: str, value: str | tuple[str, ...]) -> tuple[str, ..
     try:
         names = (value,) if isinstance(value, str) else tuple(value)
     except TypeError:
-        raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {value!r}") from None
+        raise ArgumentError(f"expected one of {known}, or a tuple of them, got {value!r}", argument=argument) from None
     for name in names:
         if name == "random":
             raise ArgumentError(
-                f"{argument}: 'random' is a mask, not a score; use fastprune.random_mask(model, like=mask)"
+                "'random' is a mask, not a score; use fastprune.random_mask(model, like=mask)", argument=argument
             )
         if not isinstance(name, str) or name not in CRITERIA:
-            raise ArgumentError(f"{argument}: expected one of {known}, or a tuple of them, got {name!r}")
+            raise ArgumentError(f"expected one of {known}, or a tuple of them, got {name!r}", argument=argument)
     if not names or len(set(names)) != len(names):
-        raise ArgumentError(f"{argument}: expected one or more different criteria out of {known}, got {value!r}")
+        raise ArgumentError(f"expected one or more different criteria out of {known}, got {value!r}", argument=argument)
     return names
 
 

@@ -88,17 +88,23 @@ class Journal:
         folder = Path(folder)
         dangling = folder.is_symlink() and not folder.exists()
         if not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir()) or dangling:
-            raise ArgumentError(f"resume: expected a folder (or a name for one in an existing folder), got {folder}")
+            raise ArgumentError(
+                f"expected a folder (or a name for one in an existing folder), got {folder}", argument="resume"
+            )
         self._processes = processes
         self.folder = _folder_of(folder, processes)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         if processes.size > 1 and not all(re.fullmatch(r"process-\d+-of-\d+", path.name) for path in folder.iterdir()):
-            raise ArgumentError(f"resume: {folder} holds other things than journals of several processes; name another")
+            raise ArgumentError(
+                f"{folder} holds other things than journals of several processes; name another", argument="resume"
+            )
         self.folder.mkdir(exist_ok=True)
         names = {path.name for path in self.folder.iterdir()}
         if names and not (self.folder / _LINES).is_file():
-            raise ArgumentError(f"resume: {self.folder} is not empty and holds no journal; name another folder")
+            raise ArgumentError(
+                f"{self.folder} is not empty and holds no journal; name another folder", argument="resume"
+            )
         self._noted: dict[str, torch.Tensor] = {}
         self._segments: dict[int, dict[str, Any]] = {}
         self._boundary_records: dict[str, dict[str, Any]] = {}
@@ -106,7 +112,7 @@ class Journal:
         self._file = (self.folder / _LINES).open("a+b")
         try:
             if not try_lock(self._file.fileno()):
-                raise ArgumentError(f"resume: another process is at work in {self.folder}")
+                raise ArgumentError(f"another process is at work in {self.folder}", argument="resume")
             self._read(key, alone=names <= {_LINES})
         except BaseException:
             self._file.close()
@@ -170,12 +176,15 @@ class Journal:
             record = self._segments[number]
             path = self.folder / record["file"]
             if not path.is_file() or sha256(path) != record["sha256"]:
-                raise ArtifactError(f"resume: {path} is missing or was changed; remove {self.folder} and start again")
+                raise ArtifactError(
+                    f"{path} is missing or was changed; remove {self.folder} and start again", argument="resume"
+                )
             found.append(read_artifact(path, "segment")[0])
             if number == end and record["gradient"] is not None and not gradients.reopen(record["gradient"]):
                 raise ArtifactError(
-                    f"resume: the gradients below segment {number} in {self.folder} are missing or were changed; "
-                    "remove the folder and start again"
+                    f"the gradients below segment {number} in {self.folder} are missing or were changed; "
+                    "remove the folder and start again",
+                    argument="resume",
                 )
         return found
 
@@ -225,8 +234,9 @@ class Journal:
         dropped = sum(line.endswith(b"\n") for line in lines[len(records) :])
         if dropped:
             warn(
-                f"resume: line {len(records) + 1} of {self.folder / _LINES} is damaged; {dropped} lines from there on "
-                "are dropped, and what they name is formed again"
+                f"line {len(records) + 1} of {self.folder / _LINES} is damaged; {dropped} lines from there on are "
+                "dropped, and what they name is formed again",
+                argument="resume",
             )
         for record in records[1:]:
             if record["kind"] == "boundary":
@@ -240,8 +250,9 @@ class Journal:
 
     def _foreign(self) -> ArtifactError:
         return ArtifactError(
-            f"resume: {self.folder / _LINES} is no journal of fastprune, or its first line is damaged; it stays as it "
-            "is; name another folder, or remove this one to start anew"
+            f"{self.folder / _LINES} is no journal of fastprune, or its first line is damaged; it stays as it "
+            "is; name another folder, or remove this one to start anew",
+            argument="resume",
         )
 
     def _check_start(self, record: Mapping[str, Any], key: Mapping[str, Any]) -> None:
@@ -249,8 +260,9 @@ class Journal:
             raise self._foreign()
         if record.get("version", 1) != VERSION:
             raise ArtifactError(
-                f"resume: the journal in {self.folder} has version {record.get('version', 1)}, this fastprune reads "
-                f"version {VERSION}; remove the folder and run the same `fastprune score --resume` again"
+                f"the journal in {self.folder} has version {record.get('version', 1)}, this fastprune reads "
+                f"version {VERSION}; remove the folder and run the same `fastprune score --resume` again",
+                argument="resume",
             )
         self._check_key(record["key"], key)
 
@@ -258,8 +270,9 @@ class Journal:
         for name in {**found, **key}:
             if found.get(name) != key.get(name):
                 raise ArgumentError(
-                    f"resume: the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
-                    f"{key.get(name)!r} now; name another folder, or start with the same inputs"
+                    f"the journal in {self.folder} is of another {name}: {found.get(name)!r} there, "
+                    f"{key.get(name)!r} now; name another folder, or start with the same inputs",
+                    argument="resume",
                 )
 
 

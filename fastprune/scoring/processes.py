@@ -124,8 +124,9 @@ class Processes:
         """
         if self.size > 1 and device.type not in dist.get_backend_config():
             raise ArgumentError(
-                f"device: expected a process group that adds tensors on {device}, got one of "
-                f"{dist.get_backend_config()}; initialize it with backend='cpu:gloo,cuda:nccl', which serves both"
+                f"expected a process group that adds tensors on {device}, got one of "
+                f"{dist.get_backend_config()}; initialize it with backend='cpu:gloo,cuda:nccl', which serves both",
+                argument="device",
             )
 
     def sharing(self, device: torch.device) -> int:

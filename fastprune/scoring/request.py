@@ -78,7 +78,8 @@ class Request:
         self.fractions = {"harm": _fraction("q_max", q_max), "benign": _fraction("p_max", p_max)}
         if statistics_dtype not in _STATISTICS_DTYPES:
             raise ArgumentError(
-                f"statistics_dtype: expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}"
+                f"expected one of {', '.join(_STATISTICS_DTYPES)}, got {statistics_dtype!r}",
+                argument="statistics_dtype",
             )
         self.statistics_dtype = statistics_dtype
         self.statistics = {role: statistics_of(names) for role, names in self.criteria.items()}
@@ -86,7 +87,7 @@ class Request:
         dispatch.check_serves(backend, [*needed, "top_scores"])
         self.backend = backend
         if harm_loader is None:
-            raise ArgumentError("harm_loader: expected an iterable of batches, got None")
+            raise ArgumentError("expected an iterable of batches, got None", argument="harm_loader")
         self.sources = {"harm": harm_loader}
         if benign_loader is not None:
             self.sources["benign"] = benign_loader
@@ -108,17 +109,20 @@ class Request:
     def _check_in_memory(self, **of_folders: object) -> None:
         if self.resume is not None:
             raise ArgumentError(
-                f"resume: expected a checkpoint folder as the model, got a {type(self.model).__name__} in memory; save "
-                "it with save_pretrained and score that folder"
+                f"expected a checkpoint folder as the model, got a {type(self.model).__name__} in memory; save "
+                "it with save_pretrained and score that folder",
+                argument="resume",
             )
         for argument, value in of_folders.items():
             if value is not None:
-                raise ArgumentError(f"{argument}: is for a checkpoint folder; move or cast the model itself instead")
+                raise ArgumentError(
+                    "is for a checkpoint folder; move or cast the model itself instead", argument=argument
+                )
 
 
 def _fraction(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise ArgumentError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
+        raise ArgumentError(f"expected a fraction in (0, 1], got {value!r}", argument=argument)
     return float(value)
 
 
@@ -126,5 +130,5 @@ def _weight_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(dtype, str):
         return dtype
     if dtype not in _WEIGHT_DTYPES:
-        raise ArgumentError(f"dtype: expected one of {', '.join(_WEIGHT_DTYPES)}, got {dtype!r}")
+        raise ArgumentError(f"expected one of {', '.join(_WEIGHT_DTYPES)}, got {dtype!r}", argument="dtype")
     return _WEIGHT_DTYPES[dtype]

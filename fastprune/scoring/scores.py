@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
-from fastprune.errors import ArgumentError, ArtifactError, ScoringError, SelectionError
+from fastprune.errors import ArgumentError, ArtifactError, ScoringError, SelectionError, setting
 from fastprune.masking.mask import PruneMask
 from fastprune.scoring.select import select
 from fastprune.scoring.top_scores import TopScores
@@ -92,13 +92,17 @@ class Scores:
             SelectionError: The role is unknown, has no set, or the criterion was not scored.
         """
         if role not in ROLES:
-            raise SelectionError(f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+            raise SelectionError(f"expected one of {', '.join(ROLES)}, got {role!r}", argument="role")
         lists = self._lists[role]
         if not lists:
-            raise SelectionError(f"these scores have no {role} set; select with p=None or score with a {role} loader")
+            raise SelectionError(
+                f"these scores have no {role} set; select with {setting('p', None)} or score with a {role} loader"
+            )
         criterion = next(iter(lists)) if criterion is None else criterion
         if criterion not in lists:
-            raise SelectionError(f"{role}: expected one of the scored criteria {', '.join(lists)}, got {criterion!r}")
+            raise SelectionError(
+                f"expected one of the scored criteria {', '.join(lists)}, got {criterion!r}", argument=role
+            )
         return lists[criterion]
 
     def select(
@@ -176,7 +180,7 @@ class Scores:
         try:
             wanted = list(layers)
         except TypeError:
-            raise SelectionError(f"layers: expected an iterable of block indices, got {layers!r}") from None
+            raise SelectionError(f"expected an iterable of block indices, got {layers!r}", argument="layers") from None
         blocks = set(self._block_of.values())
         unknown = [
             layer
@@ -185,7 +189,9 @@ class Scores:
         ]
         if unknown or not wanted:
             known = f"{min(blocks)} to {max(blocks)}" if blocks else "not known: the scores have no block_of"
-            raise SelectionError(f"layers: expected indices of decoder blocks ({known}), got {unknown or 'none'}")
+            raise SelectionError(
+                f"expected indices of decoder blocks ({known}), got {unknown or 'none'}", argument="layers"
+            )
         return sorted({int(layer) for layer in wanted})
 
     def _checked_protect(self, protect: Iterable[PruneMask] | None) -> tuple[PruneMask, ...]:
@@ -194,11 +200,13 @@ class Scores:
         try:
             masks = tuple(protect)
         except TypeError:
-            raise ArgumentError(f"protect: expected an iterable of PruneMasks, got {protect!r}") from None
+            raise ArgumentError(f"expected an iterable of PruneMasks, got {protect!r}", argument="protect") from None
         for mask in masks:
             if not isinstance(mask, PruneMask) or mask.shapes != self.shapes:
                 got = f"one of {len(mask.shapes)} other shapes" if isinstance(mask, PruneMask) else type(mask).__name__
-                raise SelectionError(f"protect: expected PruneMasks over the matrices of these scores, got {got}")
+                raise SelectionError(
+                    f"expected PruneMasks over the matrices of these scores, got {got}", argument="protect"
+                )
         return masks
 
     def save(self, path: str | Path) -> Path:

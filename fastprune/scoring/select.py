@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastprune.errors import ArgumentError, SelectionError, warn
+from fastprune.errors import ArgumentError, SelectionError, setting, warn
 from fastprune.scoring.top_scores import TopScores
 
 SCOPES = ("matrix", "global")
@@ -71,9 +71,9 @@ def select(
     """
     q, p = _check_fraction("q", q), None if p is None else _check_fraction("p", p)
     if scope not in SCOPES:
-        raise ArgumentError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        raise ArgumentError(f"expected one of {', '.join(SCOPES)}, got {scope!r}", argument="scope")
     if isinstance(slice, bool) or not isinstance(slice, Integral) or slice < 0:
-        raise ArgumentError(f"slice: expected an integer of 0 or more, got {slice!r}")
+        raise ArgumentError(f"expected an integer of 0 or more, got {slice!r}", argument="slice")
     matrices = _Numbering(shapes, only)
     harmful = _Demand("q", q, int(slice), matrices)
     chosen = harmful.take(harm, scope)
@@ -141,7 +141,7 @@ class _Demand:
     def _check_asked(self, where: str, numel: int) -> None:
         if self.asked == 0:
             raise SelectionError(
-                f"{self.argument}={self.fraction!r} rounds to 0 weights {where}; "
+                f"{setting(self.argument, self.fraction)} rounds to 0 weights {where}; "
                 f"expected {_least_fraction(numel)} or more"
             )
 
@@ -205,10 +205,11 @@ class _Demand:
             raise self._not_kept(name, stop, len(some), safe)
 
     def _not_kept(self, name: str, rank: int, kept: int, fraction: float) -> SelectionError:
-        limit, times = f"{self.argument}_max", f" and slice={self.slice}" if self.slice else ""
+        limit, times = f"{self.argument}_max", f" and {setting('slice', self.slice)}" if self.slice else ""
         return SelectionError(
-            f"{self.argument}={self.fraction!r}{times} needs the top {rank} scores; of {name} only {kept} were kept, "
-            f"and others of its scores may be among them; score again with {limit}={min(1.0, fraction)!r} or more"
+            f"{setting(self.argument, self.fraction)}{times} needs the top {rank} scores; of {name} only {kept} were "
+            "kept, "
+            f"and others of its scores may be among them; score again with {setting(limit, min(1.0, fraction))} or more"
         )
 
 
@@ -256,7 +257,7 @@ def _without(numbers: np.ndarray, removed: np.ndarray) -> np.ndarray:
 
 def _check_fraction(argument: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise SelectionError(f"{argument}: expected a fraction in (0, 1], got {value!r}")
+        raise SelectionError(f"expected a fraction in (0, 1], got {value!r}", argument=argument)
     return float(value)
 
 

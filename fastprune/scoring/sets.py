@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from fastprune.calibration import CalibrationLoader, CalibrationSet, collect
-from fastprune.errors import CalibrationError, warn
+from fastprune.errors import CalibrationError, setting, warn
 from fastprune.model.positions import rotary_conflict, table_size, trained_length
 from fastprune.model.vocabulary import predictable_tokens, readable_tokens
 from fastprune.planning.plan import MICRO_BATCH_TOKENS
@@ -62,8 +62,9 @@ def note_ends_of_turn(loaders: Mapping[str, CalibrationLoader], shares: Mapping[
         if share > _LARGE_SHARE and loader.calibration.finishes["unknown"]:
             warn(
                 f"{role}_loader: the end-of-turn token carries {share:.0%} of the loss, so the scores are "
-                'largely about ending the reply; for replies that were cut give finish="length" (or a column '
-                'finish), for whole ones finish="stop"'
+                f"largely about ending the reply; for replies that were cut give {setting('finish', 'length')} (or a "
+                "column "
+                f"finish), for whole ones {setting('finish', 'stop')}"
             )
 
 

@@ -91,9 +91,9 @@ class TopScoresCollector:
 
     def __init__(self, sizes: Mapping[str, int], fraction: float, n_lists: int, backend: str | None = None) -> None:
         if not 0 < fraction <= 1:
-            raise ArgumentError(f"fraction: expected a number in (0, 1] (p_max, q_max), got {fraction!r}")
+            raise ArgumentError(f"expected a number in (0, 1] (p_max, q_max), got {fraction!r}", argument="fraction")
         if not sizes:
-            raise ArgumentError("sizes: expected at least one matrix, got none")
+            raise ArgumentError("expected at least one matrix, got none", argument="sizes")
         self.sizes = dict(sizes)
         self._backend = backend
         self._n_global = math.ceil(fraction * sum(self.sizes.values()))

@@ -94,7 +94,7 @@ class TestBos:
 
     @pytest.mark.parametrize("rule", [True, False])
     def test_a_template_decides_for_itself(self, rule) -> None:
-        with pytest.raises(ArgumentError, match='bos: expected "auto" with format="chat"'):
+        with pytest.raises(ArgumentError, match="bos: expected 'auto' with format='chat'"):
             Encoder(tokenizer_of("<bos> $A"), format="chat", bos=rule)
         context = Encoder(tokenizer_of("<bos> $A"), format="chat").context("a")
         assert context.count(BOS) == 1
@@ -244,7 +244,7 @@ def test_special_tokens_in_raw_text_are_pointed_out() -> None:
 
 def test_template_arguments_and_system_belong_to_chat() -> None:
     for extra in ({"template_args": {"a": 1}}, {"system": "a"}):
-        with pytest.raises(ArgumentError, match=f'{next(iter(extra))}: expected format="chat", got format="raw"'):
+        with pytest.raises(ArgumentError, match=f"{next(iter(extra))}: expected format='chat', got format='raw'"):
             load_calibration([{"prompt": "a", "response": "b"}], tokenizer_of(None), **extra)
 
 

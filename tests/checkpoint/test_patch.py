@@ -198,7 +198,7 @@ def test_folders_are_checked(model, tmp_path, monkeypatch):
     mask = mask_for(model)
     with pytest.raises(NotFoundError, match=r"in_dir .*none does not exist"):
         patch_checkpoint(tmp_path / "none", mask, tmp_path / "out")
-    with pytest.raises(NotFoundError, match=r"out_dir .*: the folder .*deep does not exist"):
+    with pytest.raises(NotFoundError, match=r"out_dir: the folder .*deep does not exist"):
         patch_checkpoint(tmp_path / "in", mask, tmp_path / "deep" / "out")
     for target in (tmp_path / "in", tmp_path / "in" / "config.json"):
         before = contents(tmp_path)
@@ -209,7 +209,7 @@ def test_folders_are_checked(model, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("empty")
     monkeypatch.chdir(tmp_path / "empty")
     for target in (tmp_path / "link", "."):
-        with pytest.raises(ArgumentError, match="got a link or the current folder"):
+        with pytest.raises(ArgumentError, match=r"got .*, a link or the current folder"):
             patch_checkpoint(tmp_path / "in", mask, target)
     monkeypatch.chdir(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in", "link"]

@@ -37,7 +37,8 @@ def options() -> set[str]:
 
 OPTIONS = options()
 NAMED = re.compile(rf"^({'|'.join(OPTIONS)})(: | must be )")
-MENTIONED = re.compile(rf"(?<![\w.\[])({'|'.join(OPTIONS)})=(?!=)")
+# With a value that a command could take, and not as an argument of a call of the library.
+MENTIONED = re.compile(rf"(?<![\w.\[])({'|'.join(OPTIONS)})=(?=['\"\d{{]|True|False|None|$|[\s,;)])")
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:
