@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,19 +68,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(name: str, 
         assert str(out) in error
         assert "\n" not in error
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("name", ["demo", "eval"])
-def test_what_draws_pictures_asks_for_matplotlib_before_the_work(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """Regression: the error came when everything was computed, and nothing was written."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    words = commands(checkpoint_path("aligned"), tmp_path / "rows.jsonl", small_mask(tmp_path / "mask.safetensors"))
-    assert run(*words[name], "--out", tmp_path / "out") == 1
-    assert "run: pip install 'fastprune[report]'" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_work")
