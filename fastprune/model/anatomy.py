@@ -20,14 +20,12 @@ class Anatomy:
 
     Attributes:
         model: The plain model, without compilation and adapters around it.
-        block_path: Name of the list of decoder blocks in the model.
         block_list: The list itself, in which a view replaces blocks by stubs.
         blocks: The decoder blocks, also while stubs are in the list.
         matrices: All matrices that are scored, in model order.
     """
 
     model: PreTrainedModel
-    block_path: str
     block_list: nn.ModuleList
     blocks: tuple[nn.Module, ...]
     matrices: tuple[Matrix, ...]
@@ -45,6 +43,6 @@ class Anatomy:
         """
         plain = unwrap(model)
         found = decoder_blocks(plain)
-        path, block_list = found
+        block_list = found[1]
         matrices = eligible_matrices(plain, allow_meta=allow_meta, blocks=found)
-        return cls(cast("PreTrainedModel", plain), path, block_list, tuple(block_list), tuple(matrices))
+        return cls(cast("PreTrainedModel", plain), block_list, tuple(block_list), tuple(matrices))
