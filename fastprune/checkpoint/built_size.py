@@ -39,7 +39,7 @@ def build_on_meta(config: object, max_tensors: int = _MAX_TENSORS, max_weights: 
     """
     from transformers import AutoModelForCausalLM
 
-    with refused("model: the config cannot be built as a causal language model"):
+    with refused("model", "the config cannot be built as a causal language model"):
         with torch.device("meta"), _Counted(max_tensors, max_weights) as counted:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
         counted.tensors, counted.weights = 0, 0

@@ -43,10 +43,14 @@ _FLASH_PACKAGES = ("flash_attn", "flash_attn_interface")
 
 
 @contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
+def refused(argument: str, what: str) -> Iterator[None]:
     """Turn any error of transformers about a foreign file into a ModelError.
 
     The kinds of errors depend on the architecture: its code divides by sizes, looks up names, recurses.
+
+    Args:
+        argument: The argument that named the file.
+        what: What failed.
     """
     try:
         yield
@@ -58,9 +62,10 @@ def refused(what: str) -> Iterator[None]:
             raise ModelError(
                 f"{what}: expected a kind that transformers has itself, got one that comes with code of its own "
                 "(auto_map), which is never run here; read the code, load the model yourself and pass it instead of "
-                "its folder"
+                "its folder",
+                argument=argument,
             ) from error
-        raise ModelError(f"{what}: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{what}: {type(error).__name__}: {error}", argument=argument) from error
 
 
 def read_config_file(file: Path) -> dict[str, Any]:

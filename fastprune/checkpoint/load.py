@@ -44,7 +44,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
         ) from error
     from transformers import AutoModelForCausalLM
 
-    with refused(f"model: {path} cannot be loaded as a causal language model"):
+    with refused("model", f"{path} cannot be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # its annotation leaves out the loading info
             os.fspath(path),
             dtype=dtype,
@@ -76,7 +76,7 @@ def load_tokenizer(path: str | Path) -> object:
     read_config_file(Path(path) / "config.json")  # transformers reads it too
     from transformers import AutoTokenizer
 
-    with refused(f"tokenizer: {path} holds no tokenizer that transformers can read"):
+    with refused("tokenizer", f"{path} holds no tokenizer that transformers can read"):
         return AutoTokenizer.from_pretrained(os.fspath(path), **LOCAL)
 
 
@@ -96,7 +96,7 @@ def load_config(path: str | Path) -> object:
     check_config(read_config_file(file), f"model {path}")
     from transformers import AutoConfig
 
-    with refused(f"model: {path} holds no config that transformers can read"):
+    with refused("model", f"{path} holds no config that transformers can read"):
         return AutoConfig.from_pretrained(os.fspath(path), **LOCAL)
 
 

@@ -119,7 +119,7 @@ def skeleton(
     from transformers import AutoModelForCausalLM
 
     check_size(config, stored, folder)
-    with refused(f"model: {folder} cannot be built as a causal language model"), _parameters_on_meta():
+    with refused("model", f"{folder} cannot be built as a causal language model"), _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False).eval()
     return model, _recipes(model, stored, wanted, folder), stored
 

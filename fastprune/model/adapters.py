@@ -61,13 +61,16 @@ def adapter_parts(name: str, block: nn.Module) -> list[nn.Module]:
     check_unmerged(block, name)
     parts = []
     for path, module in block.named_modules():
-        where = f"model: {name}.{path}"
+        where = f"{name}.{path}"
         if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-            raise ModelError(f"{where} is replaced by a trained copy (modules_to_save); {_WAY_OUT}")
+            raise ModelError(f"{where} is replaced by a trained copy (modules_to_save); {_WAY_OUT}", argument="model")
         if not _is_adapter(module):
             continue
         if not hasattr(module, "lora_A") or not hasattr(module.base_layer, "weight"):
-            raise ModelError(f"{where} is wrapped by a {type(module).__module__} adapter, expected LoRA; {_WAY_OUT}")
+            raise ModelError(
+                f"{where} is wrapped by a {type(module).__module__} adapter, expected LoRA; {_WAY_OUT}",
+                argument="model",
+            )
         active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
         variants = getattr(module, "lora_variant", {})
         for adapter in active:
@@ -75,7 +78,8 @@ def adapter_parts(name: str, block: nn.Module) -> list[nn.Module]:
                 kind = type(variants[adapter]).__name__ if adapter in variants else "DoRA"
                 raise ModelError(
                     f"{where}: its adapter {adapter!r} is a {kind}, in which the base weight acts in more than one "
-                    f"place; {_WAY_OUT}"
+                    f"place; {_WAY_OUT}",
+                    argument="model",
                 )
         parts += [child for child_name, child in module.named_children() if child_name != "base_layer"]
     return parts

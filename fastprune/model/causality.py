@@ -66,9 +66,10 @@ def refuse_later_tokens(
     """
     if any(_reaches(gradient, row, early) for gradient in _of_tokens(gradients, shape)):
         raise NotScorableError(
-            f"model: expected a causal language model; in {type(model).__name__} a token's logits depend on "
+            f"expected a causal language model; in {type(model).__name__} a token's logits depend on "
             "the tokens behind it, so a loss of predicting them means nothing (a masked language model? a config "
-            "with is_decoder=False?)"
+            "with is_decoder=False?)",
+            argument="model",
         )
 
 
@@ -79,8 +80,9 @@ def refuse_later_tokens_without_mask(view: View, alone: MicroBatch, early: int) 
     gradients, shape = torch.autograd.grad(asked, leaves, allow_unused=True), alone.input_ids.shape
     if any(_reaches(gradient, 0, early) for gradient in _of_tokens(gradients, shape)):
         raise NotScorableError(
-            f"model: expected a causal language model; in {type(view.model).__name__} a token's logits depend on the "
-            f"tokens behind it where no row is padded, so an example's score would depend on its batch; {_MASKED}"
+            f"expected a causal language model; in {type(view.model).__name__} a token's logits depend on the "
+            f"tokens behind it where no row is padded, so an example's score would depend on its batch; {_MASKED}",
+            argument="model",
         )
 
 
@@ -125,9 +127,10 @@ def refuse_later_tokens_of_long_rows(view: BlockView, batch: MicroBatch, window:
         (gradient,) = torch.autograd.grad((hidden[0, :early] * signs).float().sum(), entering)
         if _reaches(gradient, 0, early):
             raise NotScorableError(
-                f"model: expected a causal language model; in {type(view.model).__name__}, block {index}, a token "
+                f"expected a causal language model; in {type(view.model).__name__}, block {index}, a token "
                 f"depends on the tokens behind it in a row of {length} tokens, longer than its window of {window}, so "
-                f"the loss of such an example means nothing; {_MASKED}, or leave such examples out (max_length)"
+                f"the loss of such an example means nothing; {_MASKED}, or leave such examples out (max_length)",
+                argument="model",
             )
 
 

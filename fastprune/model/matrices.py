@@ -112,48 +112,11 @@ def eligible_matrices(
     prefix, block_list = blocks or decoder_blocks(model)
     check_causal(model)
     check_not_quantised(model, prefix, block_list)
-    matrices: list[Matrix] = []
-    for index, block in enumerate(block_list):
-        parts = adapter_parts(f"{prefix}.{index}", block)
-        parts += [module for module in block.modules() if _is_chooser(module)]
-        not_scored = {id(parameter) for part in parts for parameter in part.parameters()}
-        owned = set(not_scored)
-        for path, module in block.named_modules():
-            stem = plain_name(".".join(part for part in (prefix, str(index), path) if part))
-            # The wrapper of a compiled module has all of its attributes, but is another module.
-            if is_compiled(module) or id(module._parameters.get("weight")) in not_scored:
-                continue
-            if _is_linear(module):
-                check_stored(module, "weight", f"{stem}.weight")
-                owned.add(id(module.weight))
-                _checked_weight(f"{stem}.weight", module.weight, 2, allow_meta)
-                # An empty matrix has nothing to prune, and with empty rows tokens could not be counted.
-                if module.weight.numel() and not _is_router(model, path, module):
-                    matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
-            elif _has_no_matrix(module):
-                owned |= {id(parameter) for parameter in module.parameters(recurse=False)}
-            elif follows_interface(module):
-                for attribute in fused_weights(module):
-                    check_stored(module, attribute, f"{stem}.{attribute}")
-                    owned |= {id(getattr(module, name, None)) for name in (attribute, f"{attribute}_bias")}
-                    weight = _checked_weight(f"{stem}.{attribute}", getattr(module, attribute, None), 3, allow_meta)
-                    matrices.extend(
-                        Matrix(f"{stem}.{attribute}[{expert}]", index, module, module.is_transposed, attribute, expert)
-                        for expert in range(len(weight) if weight.numel() else 0)
-                    )
-        for path, parameter in block.named_parameters():
-            if (
-                _is_matrix(path, parameter)
-                and id(parameter) not in owned
-                and not _is_router_weight(model, path, parameter)
-            ):
-                name = plain_name(f"{prefix}.{index}.{path}")
-                raise ModelError(
-                    f"{name} of shape {tuple(parameter.shape)} is a weight inside a decoder "
-                    "block that belongs to no Linear and to no module that follows transformers' experts interface "
-                    "(use_experts_implementation), so it cannot be scored",
-                    argument="model",
-                )
+    matrices = [
+        matrix
+        for index, block in enumerate(block_list)
+        for matrix in _matrices_of_block(model, f"{prefix}.{index}", index, block, allow_meta)
+    ]
     if not matrices:
         raise ModelError(
             f"the decoder blocks {prefix!r} of {type(model).__name__} hold no Linear layer", argument="model"
@@ -162,6 +125,56 @@ def eligible_matrices(
         check_resident(model)
     _check_unshared(matrices)
     return matrices
+
+
+def _matrices_of_block(model: nn.Module, prefix: str, index: int, block: nn.Module, allow_meta: bool) -> list[Matrix]:
+    parts = adapter_parts(prefix, block)
+    parts += [module for module in block.modules() if _is_chooser(module)]
+    not_scored = {id(parameter) for part in parts for parameter in part.parameters()}
+    matrices: list[Matrix] = []
+    owned = set(not_scored)
+    for path, module in block.named_modules():
+        stem = plain_name(".".join(part for part in (prefix, path) if part))
+        # The wrapper of a compiled module has all of its attributes, but is another module.
+        if is_compiled(module) or id(module._parameters.get("weight")) in not_scored:
+            continue
+        if _is_linear(module):
+            check_stored(module, "weight", f"{stem}.weight")
+            weight = _checked_weight(f"{stem}.weight", module._parameters["weight"], 2, allow_meta)
+            owned.add(id(weight))
+            # An empty matrix has nothing to prune, and with empty rows tokens could not be counted.
+            if weight.numel() and not _is_router(model, path, module):
+                matrices.append(Matrix(f"{stem}.weight", index, module, isinstance(module, Conv1D)))
+        elif _has_no_matrix(module):
+            owned |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        elif follows_interface(module):
+            for attribute in fused_weights(module):
+                owned |= {id(getattr(module, name, None)) for name in (attribute, f"{attribute}_bias")}
+                matrices += _experts(f"{stem}.{attribute}", index, module, attribute, allow_meta)
+    _refuse_others(model, prefix, block, owned)
+    return matrices
+
+
+def _experts(name: str, index: int, module: nn.Module, attribute: str, allow_meta: bool) -> list[Matrix]:
+    """The matrices of all experts in one fused weight of an experts module."""
+    check_stored(module, attribute, name)
+    weight = _checked_weight(name, getattr(module, attribute, None), 3, allow_meta)
+    return [
+        Matrix(f"{name}[{expert}]", index, module, bool(module.is_transposed), attribute, expert)
+        for expert in range(len(weight) if weight.numel() else 0)
+    ]
+
+
+def _refuse_others(model: nn.Module, prefix: str, block: nn.Module, owned: set[int]) -> None:
+    """Raise ModelError for a weight of a block that should be scored and belongs to none of its scored modules."""
+    for path, parameter in block.named_parameters():
+        if _is_matrix(path, parameter) and id(parameter) not in owned and not _is_router_weight(model, path, parameter):
+            raise ModelError(
+                f"{plain_name(f'{prefix}.{path}')} of shape {tuple(parameter.shape)} is a weight inside a decoder "
+                "block that belongs to no Linear and to no module that follows transformers' experts interface "
+                "(use_experts_implementation), so it cannot be scored",
+                argument="model",
+            )
 
 
 def _innermost_config(model: nn.Module, path: str) -> type | None:

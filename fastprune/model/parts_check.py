@@ -64,8 +64,9 @@ def reference(view: BlockView, batch: MicroBatch, depth: int) -> tuple[torch.Ten
             logits = _untouched(view, batch, depth)
         if not leaves:
             raise NotScorableError(
-                f"model: {type(view.model).__name__} does not call its input embedding, so it cannot be known what a "
-                "token's logits depend on"
+                f"{type(view.model).__name__} does not call its input embedding, so it cannot be known what a "
+                "token's logits depend on",
+                argument="model",
             )
         loss = view.weighted_losses(logits.flatten(0, 1)[batch.scored], batch.targets, batch.token_weights).sum()
         gradients = torch.autograd.grad(loss, [*parameters, *leaves], allow_unused=True)
@@ -98,8 +99,9 @@ def _untouched(view: BlockView, batch: MicroBatch, depth: int) -> torch.Tensor:
 def itself_fails(model: nn.Module, error: Exception) -> NotScorableError:
     """The error for a model that fails untouched on the rows of the check."""
     return NotScorableError(
-        f"model: {type(model).__name__} itself fails on rows of {' and '.join(map(str, LENGTHS))} tokens "
-        f"({type(error).__name__}: {error}), so it cannot be scored"
+        f"{type(model).__name__} itself fails on rows of {' and '.join(map(str, LENGTHS))} tokens "
+        f"({type(error).__name__}: {error}), so it cannot be scored",
+        argument="model",
     )
 
 

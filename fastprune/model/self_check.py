@@ -141,6 +141,7 @@ def _refuse_use_of_padding(whole: WholeView, batch: MicroBatch) -> None:
         difference = relative_error(found, other)
         if difference > TOLERANCE[whole.matrices[0].weight.dtype]:
             raise NotScorableError(
-                f"model: {what} changes the logits of the text by {difference:.1e} (relative) in "
-                f"{type(whole.model).__name__}, so it cannot be scored"
+                f"{what} changes the logits of the text by {difference:.1e} (relative) in "
+                f"{type(whole.model).__name__}, so it cannot be scored",
+                argument="model",
             )

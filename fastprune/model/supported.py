@@ -52,9 +52,10 @@ def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleLis
         for name, tensor in _own_tensors(module):
             if _is_quantised(name, tensor):
                 raise ModelError(
-                    f"model: {block_names}.{path}.{name} of a {type(module).__name__} is stored as {tensor.dtype} of "
+                    f"{block_names}.{path}.{name} of a {type(module).__name__} is stored as {tensor.dtype} of "
                     f"shape {tuple(tensor.shape)}; quantised weights cannot be scored. "
-                    + _way_out("mxfp4" if name.endswith("_blocks") else "fp8" if tensor.is_floating_point() else "")
+                    + _way_out("mxfp4" if name.endswith("_blocks") else "fp8" if tensor.is_floating_point() else ""),
+                    argument="model",
                 )
 
 
