@@ -144,7 +144,7 @@ def positive_integer(argument: str, value: object, *, optional: bool = False) ->
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{argument}: expected a positive integer{' or None' * optional}, got {value!r}")
+        raise ArgumentError(f"expected a positive integer{' or None' * optional}, got {value!r}", argument=argument)
 
 
 def printable(text: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,8 +37,16 @@ if TYPE_CHECKING:
     from fastprune.masking import PruneMask
 
 
+def _check_options(
+    harm: Path | None, skills: Path | None, recognition: Path | None, device: str | None, **others: Any
+) -> None:
+    check_device(device)
+    if harm is None and skills is None and recognition is None:
+        raise ArgumentError("nothing to evaluate: give --harm, --skills or --recognition")
+
+
 @command(
-    check=check_device,
+    check=_check_options,
     names={
         "harm_rows": "harm",
         "skill_rows": "skills",

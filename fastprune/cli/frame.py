@@ -109,25 +109,34 @@ def command(
         def invoke(context: typer.Context, **values: Any) -> None:
             asked = {name: values.pop(name) for name in common}
             run = Run(asked["quiet"], asked["as_json"], asked.get("force", False))
-            with _spoken(context, Wording(context.command.params, names)):
+            options = context.command.params
+            # What is refused here is called by its parameter, and what the library refuses by its argument.
+            with _spoken(Wording(options)):
                 _check_processes(context, shared)
                 if check is not None:
                     check(**values)
-                with process_group(values.get("device")), _prepared(run, markers, values):
+                library = _spoken(Wording(options, names))
+                with process_group(values.get("device")), _prepared(run, markers, values), library:
                     function(run, **values)
 
-        own = list(inspect.signature(function).parameters.values())[1:]
-        parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-        parameters += [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
-        parameters += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=False)
-            for name, hint in common.items()
-        ]
+        parameters = _parameters(function, hints, common)
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return invoke
 
     return made
+
+
+def _parameters(
+    function: Callable[..., None], hints: Mapping[str, Any], common: Mapping[str, Any]
+) -> list[inspect.Parameter]:
+    """The parameters that typer is to see: its context instead of the run, the command's own, and the common ones."""
+    parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        parameters.append(parameter.replace(annotation=hints[parameter.name]))
+    for name, hint in common.items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=False))
+    return parameters
 
 
 def show_warning(wording: Wording, message: Warning | str, category: type[Warning]) -> None:
@@ -136,7 +145,7 @@ def show_warning(wording: Wording, message: Warning | str, category: type[Warnin
 
 
 @contextlib.contextmanager
-def _spoken(context: typer.Context, wording: Wording) -> Iterator[None]:
+def _spoken(wording: Wording) -> Iterator[None]:
     """Warnings and errors in the words of the command; an error ends it with exit status 1."""
     before = warnings.showwarning
     warnings.showwarning = lambda message, category, *rest, **more: show_warning(wording, message, category)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fastprune.scoring.scores import Scores
 
 
-@command(shared=True, check=check_device)
+@command(shared=True, check=check_device, names={"harm": "harm_criterion", "benign": "benign_criterion"})
 def score(
     run: Run,
     model: ModelFolder,

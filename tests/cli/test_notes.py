@@ -143,3 +143,15 @@ def test_messages_and_lists_of_criteria_at_the_command_line(tmp_path: Path, data
     assert "longer than --max-length 1 tokens" in capsys.readouterr().err
     assert run("select", scores, "-q", 1e-9, "--out", tmp_path / "m") == 1
     assert "error: -q 1e-09 rounds to 0 weights" in capsys.readouterr().err
+    for words, option in (
+        (("--harm-criterion", "bogus"), "--harm-criterion"),
+        (("--segments", 99), "--segments"),
+        (("--p-max", 3), "--p-max"),
+        (("--batch-tokens", 0), "--batch-tokens"),
+        (("--memory", "3"), "--memory"),
+        (("--bos", "true"), "--bos"),
+    ):
+        assert run(*score, *words) == 1
+        assert f"error: {option}: " in capsys.readouterr().err
+    assert run("eval", MODEL) == 1
+    assert "nothing to evaluate: give --harm, --skills or --recognition" in capsys.readouterr().err
