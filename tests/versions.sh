@@ -14,7 +14,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 core=(torch transformers safetensors numpy tqdm)
-others=("setuptools>=77" pybind11 pytest hypothesis accelerate peft matplotlib typer rich pyyaml scipy)
+others=("setuptools>=77" pybind11 pytest hypothesis accelerate peft matplotlib typer rich)
 # What reads, calls or writes through another package; eight minutes on two cores.
 quick=(calibration/{sets,batches} checkpoint/{patch,shards,streaming} masking/apply organism/checkpoints
   evaluation/{cache,generate,metrics,perplexity,refused,suite} reporting/{page,report} scoring/{engine,scores}
@@ -62,7 +62,7 @@ for set in "${sets[@]}"; do
 
   copy="$folder/tree-$set"
   mkdir "$copy"
-  cp -r "$root"/{fastprune,kernels,csrc,tests,docs,benchmarks,setup.py,pyproject.toml,requirements-dev.txt,README.md,LICENSE} "$copy"
+  cp -r "$root"/{fastprune,kernels,csrc,tests,docs,benchmarks,examples,setup.py,pyproject.toml,requirements-dev.txt,README.md,LICENSE} "$copy"
   rm -f "$copy"/fastprune/*.so
   (cd "$copy" && FASTPRUNE_REQUIRE_EXT=1 FASTPRUNE_CUDA=0 "$venv/bin/pip" install --quiet --no-deps --no-build-isolation -e .)
 

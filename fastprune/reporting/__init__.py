@@ -8,6 +8,6 @@ In: the JSON dict that an experiment returns. Out: files and text.
 
 from fastprune.reporting.record import load_record, validate
 from fastprune.reporting.report import write_report
-from fastprune.reporting.terminal import print_files, print_results
+from fastprune.reporting.terminal import print_results
 
-__all__ = ["load_record", "print_files", "print_results", "validate", "write_report"]
+__all__ = ["load_record", "print_results", "validate", "write_report"]

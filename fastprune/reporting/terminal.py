@@ -64,12 +64,11 @@ def print_results(
             console.print(
                 _text(f"  ✗ {clean(check['claim'])}: {check_value(check.get('value'))}{expected}", style="red")
             )
-    print_files(files or {}, console)
+    _print_files(files or {}, console)
 
 
-def print_files(files: Mapping[str, Path], console: Console | None = None) -> None:
-    """Print names and paths, one a line; arguments are those of :func:`print_results`."""
-    console = console or _console()
+def _print_files(files: Mapping[str, Path], console: Console) -> None:
+    """Print names and paths, one a line."""
     for name, path in files.items():
         # Not wrapped, so that a path can be copied.
         console.print(_text(f"{name:>10}  {path}"), soft_wrap=True)
