@@ -32,7 +32,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json`` or no safetensors weights.
-        ModelError: Its weights are quantised, truncated or incomplete, the config asks for more weights than the folder
+        ModelError: Its weights are quantized, truncated or incomplete, the config asks for more weights than the folder
             holds, or transformers cannot build the model from it.
     """
     config = load_config(path)
@@ -85,7 +85,7 @@ def load_config(path: str | Path) -> object:
 
     Raises:
         NotFoundError: There is no such folder or file, or the folder holds no ``config.json``.
-        ModelError: It holds no JSON object, the weights are quantised, a key cannot be or would run foreign code, the
+        ModelError: It holds no JSON object, the weights are quantized, a key cannot be or would run foreign code, the
             folder holds adapters, or transformers does not know this kind of model.
     """
     file = Path(path)

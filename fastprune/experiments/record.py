@@ -21,7 +21,7 @@ from fastprune.evaluation import EvaluationSuite
 from fastprune.experiments.btap import measure_each, measurement_rows, result_rows
 from fastprune.masking import PruneMask
 
-# The criterion that ranks weights by how much they promote the behaviour; a selection by any other is a control.
+# The criterion that ranks weights by how much they promote the behavior; a selection by any other is a control.
 METHOD_CRITERION = "signed"
 _FACTS = ("p", "q", "scope", "layers", "slice", "criteria", "seed", "like", "fingerprint")
 _SPARED = ("spared_by_benign", "spared_by_protect")

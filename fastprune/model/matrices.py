@@ -18,7 +18,7 @@ from fastprune.errors import ModelError
 from fastprune.model.adapters import adapter_parts, is_compiled, plain_name
 from fastprune.model.experts import follows_interface, fused_weights
 from fastprune.model.quirks import ALWAYS_ROUTERS, CHOOSER_CLASSES, EXPERT_COUNTS, ROUTERS, SHARED_EXPERT_GATES
-from fastprune.model.supported import check_causal, check_not_quantised, check_resident, check_stored
+from fastprune.model.supported import check_causal, check_not_quantized, check_resident, check_stored
 from fastprune.model.vocabulary import config_of
 from fastprune.ops.validate import FLOAT_DTYPES
 
@@ -106,12 +106,12 @@ def eligible_matrices(
         blocks: The result of :func:`decoder_blocks`, if it is known.
 
     Raises:
-        ModelError: A block holds weights that cannot be scored (quantised or meta tensors, a matrix that belongs to no
+        ModelError: A block holds weights that cannot be scored (quantized or meta tensors, a matrix that belongs to no
             Linear and to no experts module, adapters other than unmerged LoRA), or one weight serves two modules.
     """
     prefix, block_list = blocks or decoder_blocks(model)
     check_causal(model)
-    check_not_quantised(model, prefix, block_list)
+    check_not_quantized(model, prefix, block_list)
     matrices = [
         matrix
         for index, block in enumerate(block_list)
@@ -201,8 +201,8 @@ def _checked_weight(name: str, weight: torch.Tensor | None, dims: int, allow_met
         )
     if weight.dtype not in FLOAT_DTYPES or weight.ndim != dims:
         raise ModelError(
-            f"{name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantised weights cannot be "
-            "scored, load the model dequantised (dtype=torch.bfloat16, no quantization_config)",
+            f"{name} is stored as {weight.dtype} of shape {tuple(weight.shape)}; quantized weights cannot be "
+            "scored, load the model dequantized (dtype=torch.bfloat16, no quantization_config)",
             argument="model",
         )
     return weight

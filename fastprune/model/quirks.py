@@ -48,10 +48,10 @@ OUTPUT_SWITCHES = ("use_cache", "output_attentions", "output_hidden_states", "ou
 CACHES = ("cache", "past_key_values")
 """Argument and output that holds the cache; transformers 5.24 renames it, and 5.40 drops the old name."""
 
-# Quantised and derived weights.
+# Quantized and derived weights.
 PACKED_WEIGHTS = ("qweight", "weight_packed")
 """Names of packed weights: GPTQ and AWQ; compressed-tensors."""
-DEQUANTISING_CONFIGS = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Method of quantisation to transformers' config that loads such a checkpoint dequantised."""
+DEQUANTIZING_CONFIGS = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Method of quantization to transformers' config that loads such a checkpoint dequantized."""
 NORM_REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 """Hooks of ``torch.nn.utils`` that form a weight anew in each forward, to what takes them off."""

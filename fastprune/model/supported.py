@@ -1,8 +1,8 @@
 """Refusal of models that cannot be scored as they are, with the way out.
 
-These are quantised and offloaded models, and weights that are formed in each forward. In: a config, or a model in
-memory. Out: nothing, or an error. No quantisation package is imported: traces in the config, in names and in dtypes
-show them. A quantised weight has no gradient, and zeroing it means something else in each format.
+These are quantized and offloaded models, and weights that are formed in each forward. In: a config, or a model in
+memory. Out: nothing, or an error. No quantization package is imported: traces in the config, in names and in dtypes
+show them. A quantized weight has no gradient, and zeroing it means something else in each format.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fastprune.errors import ModelError
-from fastprune.model.quirks import DEQUANTISING_CONFIGS, NORM_REMOVERS, PACKED_WEIGHTS
+from fastprune.model.quirks import DEQUANTIZING_CONFIGS, NORM_REMOVERS, PACKED_WEIGHTS
 from fastprune.ops.validate import FLOAT_DTYPES
 
 
 def check_config(config: Any, what: str) -> None:
-    """Raise ModelError if a config says that the weights are quantised.
+    """Raise ModelError if a config says that the weights are quantized.
 
     Args:
         config: A Hugging Face config, or the dict of a ``config.json``.
         what: Owner of the config, for the message.
     """
-    quantisation = _value(config, "quantization_config")
-    quantisation = quantisation or _value(_value(config, "text_config"), "quantization_config")
-    if not quantisation:
+    quantization = _value(config, "quantization_config")
+    quantization = quantization or _value(_value(config, "text_config"), "quantization_config")
+    if not quantization:
         return
-    method = _value(quantisation, "quant_method")
+    method = _value(quantization, "quant_method")
     method = str(getattr(method, "value", method) or "unknown")
     raise ModelError(
-        f"{what}: its config has a quantization_config (method {method}); quantised weights cannot be scored. "
+        f"{what}: its config has a quantization_config (method {method}); quantized weights cannot be scored. "
         + _way_out(method)
     )
 
 
-def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleList) -> None:
-    """Raise ModelError if a model's config, or a weight in its decoder blocks, is quantised.
+def check_not_quantized(model: nn.Module, block_names: str, blocks: nn.ModuleList) -> None:
+    """Raise ModelError if a model's config, or a weight in its decoder blocks, is quantized.
 
     Args:
         model: A causal LM with a config.
@@ -50,10 +50,10 @@ def check_not_quantised(model: nn.Module, block_names: str, blocks: nn.ModuleLis
     check_config(model.config, "model")
     for path, module in blocks.named_modules():
         for name, tensor in _own_tensors(module):
-            if _is_quantised(name, tensor):
+            if _is_quantized(name, tensor):
                 raise ModelError(
                     f"{block_names}.{path}.{name} of a {type(module).__name__} is stored as {tensor.dtype} of "
-                    f"shape {tuple(tensor.shape)}; quantised weights cannot be scored. "
+                    f"shape {tuple(tensor.shape)}; quantized weights cannot be scored. "
                     + _way_out("mxfp4" if name.endswith("_blocks") else "fp8" if tensor.is_floating_point() else ""),
                     argument="model",
                 )
@@ -126,9 +126,9 @@ def check_stored(module: nn.Module, attribute: str, name: str) -> None:
 
 
 def _way_out(method: str) -> str:
-    text = "Load the model dequantised: an unquantised checkpoint with dtype=torch.bfloat16 and no quantization_config"
-    if method in DEQUANTISING_CONFIGS:
-        return f"{text}, or this one with quantization_config={DEQUANTISING_CONFIGS[method]}(dequantize=True)"
+    text = "Load the model dequantized: an unquantized checkpoint with dtype=torch.bfloat16 and no quantization_config"
+    if method in DEQUANTIZING_CONFIGS:
+        return f"{text}, or this one with quantization_config={DEQUANTIZING_CONFIGS[method]}(dequantize=True)"
     return text
 
 
@@ -140,7 +140,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
-def _is_quantised(name: str, tensor: torch.Tensor) -> bool:
+def _is_quantized(name: str, tensor: torch.Tensor) -> bool:
     if name in PACKED_WEIGHTS:
         return True
     # A buffer of integers may be a table of positions or a mask; a parameter of them is a weight.

@@ -1,4 +1,4 @@
-"""Models that are quantised or offloaded are refused by name, with the way out; fakes stand for the packages."""
+"""Models that are quantized or offloaded are refused by name, with the way out; fakes stand for the packages."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Mxfp4Experts(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Linear4bit, r"up_proj\.weight of a Linear4bit is stored as torch\.uint8.*dequantised.*bfloat16"),
-        (Linear8bitLt, r"up_proj\.weight of a Linear8bitLt is stored as torch\.int8.*dequantised"),
+        (Linear4bit, r"up_proj\.weight of a Linear4bit is stored as torch\.uint8.*dequantized.*bfloat16"),
+        (Linear8bitLt, r"up_proj\.weight of a Linear8bitLt is stored as torch\.int8.*dequantized"),
         (FP8Linear, r"up_proj\.weight of a FP8Linear .*float8_e4m3fn.*FineGrainedFP8Config\(dequantize=True\)"),
-        (WQLinear, r"up_proj\.qweight of a WQLinear .*int32.*dequantised"),
+        (WQLinear, r"up_proj\.qweight of a WQLinear .*int32.*dequantized"),
         (Mxfp4Experts, r"up_proj\.gate_up_proj_blocks of a Mxfp4Experts .*Mxfp4Config\(dequantize=True\)"),
     ],
 )
-def test_quantised_weights_are_refused_by_name(kind: type, message: str) -> None:
+def test_quantized_weights_are_refused_by_name(kind: type, message: str) -> None:
     model = build("Llama")
     mlp = model.model.layers[2].mlp
     mlp.up_proj = kind(mlp.up_proj)
@@ -76,14 +76,14 @@ def test_quantised_weights_are_refused_by_name(kind: type, message: str) -> None
         fastprune.score(model, CalibrationSet(HARM), progress=False)
 
 
-def test_a_quantised_head_alone_is_no_matter() -> None:
+def test_a_quantized_head_alone_is_no_matter() -> None:
     """It is not scored; what it computes is the model's business."""
     model = build("Llama")
     model.lm_head.register_buffer("qweight", torch.zeros(1, dtype=torch.int32))
     assert fastprune.score(model, CalibrationSet(HARM), progress=False).names
 
 
-QUANTISED = [
+QUANTIZED = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "method bitsandbytes.*dtype=torch.bfloat16"),
     ({"quant_method": "gptq", "bits": 4}, "method gptq"),
     ({"quant_method": "fp8"}, r"method fp8.*FineGrainedFP8Config\(dequantize=True\)"),
@@ -92,7 +92,7 @@ QUANTISED = [
 ]
 
 
-@pytest.mark.parametrize(("config", "message"), QUANTISED)
+@pytest.mark.parametrize(("config", "message"), QUANTIZED)
 def test_a_config_that_says_so_is_refused(config: dict, message: str, tmp_path, monkeypatch) -> None:
     model = build("Llama")
     model.save_pretrained(tmp_path)
@@ -146,7 +146,7 @@ def test_configs_of_transformers_are_known(config: object) -> None:
     model.config.quantization_config = config
     with pytest.raises(ModelError, match=rf"{type(config).__name__}\(dequantize=True\)"):
         fastprune.score(model, CalibrationSet(HARM), progress=False)
-    del model.config.quantization_config  # what transformers does when it has dequantised
+    del model.config.quantization_config  # what transformers does when it has dequantized
     fastprune.score(model, CalibrationSet(HARM), progress=False)
 
 

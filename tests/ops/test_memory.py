@@ -60,7 +60,7 @@ ODD: dict[str, Callable[[], Tensor]] = {
     "sparse": lambda: torch.eye(3, 5).to_sparse(),
     "sparse rows": lambda: torch.eye(3, 5).to_sparse_csr(),
     "mkldnn": lambda: torch.randn(3, 5).to_mkldnn(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.randn(3, 5), 0.1, 0, torch.qint8),
+    "quantized": lambda: torch.quantize_per_tensor(torch.randn(3, 5), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(3, 5), torch.ones(2, 5)]),
     "jagged": lambda: torch.nested.nested_tensor([torch.ones(3, 5), torch.ones(2, 5)], layout=torch.jagged),
     "meta": lambda: torch.zeros(3, 5, device="meta"),

@@ -158,7 +158,7 @@ def build_on_meta() -> nn.Module:
 def test_integer_weights_are_refused_with_the_way_out(model: nn.Module) -> None:
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match="dequantised"):
+    with pytest.raises(ModelError, match="dequantized"):
         fastprune.score(model, CalibrationSet(HARM))
 
 
