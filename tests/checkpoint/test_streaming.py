@@ -135,6 +135,7 @@ def test_tied_weights_stay_one(tmp_path: Path) -> None:
     streamed.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", ["everywhere", "one number", "none", "dtype"])
 def test_a_tied_model_that_stores_both_weights(difference: str, tmp_path: Path, monkeypatch) -> None:
     """Loading ties them if they are equal, and leaves them apart if not."""

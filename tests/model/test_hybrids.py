@@ -69,6 +69,7 @@ def test_linears_of_hybrids_equal_the_oracle(name: str, segments: int) -> None:
             assert relative_error(found[matrix][key], value) < 1e-10, (matrix, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_masks_of_hybrids_fit_the_model_and_its_checkpoint(name: str, tmp_path: Path) -> None:
     model = random_model(name, **HYBRIDS[name])

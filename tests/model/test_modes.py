@@ -38,6 +38,7 @@ def test_train_mode_with_dropout_gives_the_same_bits(name: str) -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT", "Gemma2"])
 def test_gradient_checkpointing_is_off_while_scoring_and_on_again_after(name: str, reentrant: bool) -> None:

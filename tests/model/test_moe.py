@@ -126,6 +126,7 @@ def test_segments_and_padding_side_give_the_same_bits(name: str) -> None:
         assert kept(scores) == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MOE_CONFIGS)
 def test_each_implementation_of_the_user_works_and_comes_back(name: str, implementation: str) -> None:

@@ -38,6 +38,7 @@ def calls(emulated: ModuleType) -> Iterator[list[str]]:
         yield calls
 
 
+@pytest.mark.slow
 def test_mixing_devices_is_an_error(calls: list[str]) -> None:
     one = torch.ones(2, device="cuda:0")
     with pytest.raises(RuntimeError, match=r"one device, got .*'cpu', 'cuda:0'"):

@@ -80,6 +80,7 @@ def test_the_blocks_that_launchers_choose(spans, name, device) -> None:
     assert_as_exact_as_torch(acc, before, reference_of(name, dy, x, starts, lengths), 150)
 
 
+@pytest.mark.slow
 @each_device
 def test_weights_that_share_an_input_are_one_launch(device, monkeypatch) -> None:
     """Each gets the bits of a launch of its own, whatever their sizes and row strides; four take two launches."""

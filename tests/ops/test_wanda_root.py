@@ -77,6 +77,7 @@ def defined(weight: torch.Tensor, statistic: torch.Tensor) -> tuple[torch.Tensor
     return torch.from_numpy(order), torch.from_numpy(scores[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, "cuda"])
 def test_backends_select_the_same_bits(backend: str, request: pytest.FixtureRequest, monkeypatch) -> None:
     if backend == "cuda":

@@ -66,6 +66,7 @@ def test_training_leaves_the_global_stream_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_train_organism_writes_three_loadable_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_ALIGN_MAX", 2)
     folders = train_organism(3, tmp_path / "out", steps=2, progress=False)

@@ -97,6 +97,7 @@ def test_every_benchmark_of_a_device_is_a_step(steps: list[dict]) -> None:
     assert scripts == {step["step"] for step in steps if step["step"].startswith("bench_")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device's kernels are missed where there is none")
 def test_kernels_that_cannot_serve_are_a_failed_step(tmp_path: Path) -> None:
     """Benchmarks of plain torch would pass for ours. The kernels are found also where nothing is installed."""

@@ -38,6 +38,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     return (came.out + came.err).splitlines()
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_organism_works_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
