@@ -53,6 +53,7 @@ def score(source: object, segments: int | None = None, **settings: object) -> fa
     return fastprune.score(source, CalibrationSet(HARM), segments=segments, progress=False, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_linears_of_hybrids_equal_the_oracle(name: str, segments: int) -> None:

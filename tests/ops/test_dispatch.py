@@ -277,6 +277,7 @@ def reasons(script: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_reasons_without_a_device_and_what_import_does_not_import() -> None:
     pytest.importorskip("triton", reason="Triton has no build for this platform")
     script = """
