@@ -7,6 +7,8 @@ nor transformers.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from fastprune.errors import FastpruneError, FastpruneWarning
@@ -29,6 +31,26 @@ __all__ = [
     "score",
     "undo_patch",
 ]
+
+
+def lazily(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
+
+    Args:
+        package: Name of the package.
+        home: Exported name to the module that defines it.
+    """
+    module = sys.modules[package]
+
+    def attribute(name: str) -> object:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(home[name]), name)
+        setattr(module, name, value)
+        return value
+
+    return attribute, lambda: sorted(module.__all__)
+
 
 if TYPE_CHECKING:  # what type checkers and editors read
     from fastprune.calibration import CalibrationSet, load_calibration
@@ -53,12 +75,4 @@ else:  # what runs; a checker that saw this __getattr__ would accept every missp
         "Scores": "fastprune.scoring.scores",
     }
 
-    def __getattr__(name: str) -> object:
-        """Import an exported name from the room it lives in."""
-        if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-        return value
-
-    def __dir__() -> list[str]:
-        return sorted(__all__)
+    __getattr__, __dir__ = lazily(__name__, _HOME)

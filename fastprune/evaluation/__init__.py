@@ -5,43 +5,9 @@ The names below are imported when they are first used: listing attacks and judge
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fastprune.evaluation.attacks import ATTACKS, Attack, NoAttack, Prefilling, attack
-    from fastprune.evaluation.generation import generate
-    from fastprune.evaluation.judges import JUDGES, Judge, exact_match, keyword_refusal
-    from fastprune.evaluation.likelihood import Perplexity, perplexity
-    from fastprune.evaluation.measurement import Measurement
-    from fastprune.evaluation.metrics import Utility, harm, refusal, utility
-    from fastprune.evaluation.questions import Recognition, recognition
-    from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
-
-_HOME = {
-    "ATTACKS": "attacks",
-    "Attack": "attacks",
-    "NoAttack": "attacks",
-    "Prefilling": "attacks",
-    "attack": "attacks",
-    "generate": "generation",
-    "JUDGES": "judges",
-    "Judge": "judges",
-    "exact_match": "judges",
-    "keyword_refusal": "judges",
-    "Perplexity": "likelihood",
-    "perplexity": "likelihood",
-    "Measurement": "measurement",
-    "Utility": "metrics",
-    "harm": "metrics",
-    "refusal": "metrics",
-    "utility": "metrics",
-    "Recognition": "questions",
-    "recognition": "questions",
-    "Evaluation": "suite",
-    "EvaluationSuite": "suite",
-    "evaluate": "suite",
-}
+from fastprune import lazily
 
 __all__ = [
     "ATTACKS",
@@ -68,14 +34,38 @@ __all__ = [
     "utility",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """Import an exported name from the file it lives in."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+if TYPE_CHECKING:
+    from fastprune.evaluation.attacks import ATTACKS, Attack, NoAttack, Prefilling, attack
+    from fastprune.evaluation.generation import generate
+    from fastprune.evaluation.judges import JUDGES, Judge, exact_match, keyword_refusal
+    from fastprune.evaluation.likelihood import Perplexity, perplexity
+    from fastprune.evaluation.measurement import Measurement
+    from fastprune.evaluation.metrics import Utility, harm, refusal, utility
+    from fastprune.evaluation.questions import Recognition, recognition
+    from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
+else:
+    _HOME = {
+        "ATTACKS": "fastprune.evaluation.attacks",
+        "Attack": "fastprune.evaluation.attacks",
+        "NoAttack": "fastprune.evaluation.attacks",
+        "Prefilling": "fastprune.evaluation.attacks",
+        "attack": "fastprune.evaluation.attacks",
+        "generate": "fastprune.evaluation.generation",
+        "JUDGES": "fastprune.evaluation.judges",
+        "Judge": "fastprune.evaluation.judges",
+        "exact_match": "fastprune.evaluation.judges",
+        "keyword_refusal": "fastprune.evaluation.judges",
+        "Perplexity": "fastprune.evaluation.likelihood",
+        "perplexity": "fastprune.evaluation.likelihood",
+        "Measurement": "fastprune.evaluation.measurement",
+        "Utility": "fastprune.evaluation.metrics",
+        "harm": "fastprune.evaluation.metrics",
+        "refusal": "fastprune.evaluation.metrics",
+        "utility": "fastprune.evaluation.metrics",
+        "Recognition": "fastprune.evaluation.questions",
+        "recognition": "fastprune.evaluation.questions",
+        "Evaluation": "fastprune.evaluation.suite",
+        "EvaluationSuite": "fastprune.evaluation.suite",
+        "evaluate": "fastprune.evaluation.suite",
+    }
+    __getattr__, __dir__ = lazily(__name__, _HOME)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import fastprune
+import fastprune.evaluation
 
 
 def prune(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
@@ -37,3 +38,4 @@ def prune(model: transformers.PreTrainedModel, tokenizer: transformers.PreTraine
     mask.aplied(model)  # type: ignore[attr-defined]
     scores.select(p=None, q="half")  # type: ignore[arg-type]
     fastprune.scores(model, harm)  # type: ignore[attr-defined]
+    fastprune.evaluation.EvaluationSiute  # type: ignore[attr-defined]  # noqa: B018
