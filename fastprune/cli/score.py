@@ -94,7 +94,7 @@ def score(
     from fastprune.checkpoint.load import load_tokenizer
     from fastprune.ops.devices import usable_device
 
-    with _resumable(resume):
+    with _noting((KeyboardInterrupt, SystemExit), resume, "{again} goes on from here"):
         if device is not None:
             usable_device(device)  # before the rows are read
         tokenizer = load_tokenizer(model)
@@ -128,7 +128,11 @@ def score(
             progress=not run.quiet,
         )
         if is_first():
-            with _journaled(resume):
+            with _noting(
+                (FastpruneError, OSError),
+                resume,
+                "the scores are in the journal too: {again} writes them without another pass",
+            ):
                 written(out, scores.save)
             run.result(_facts(scores, sets, out), str(scores))
             protect, prune = _fractions(scores)
@@ -137,27 +141,13 @@ def score(
 
 
 @contextlib.contextmanager
-def _resumable(journal: Path | None) -> Iterator[None]:
-    """Say how to continue a run that was stopped and has a journal."""
+def _noting(stops: tuple[type[BaseException], ...], journal: Path | None, text: str) -> Iterator[None]:
+    """Say what a journal is good for when one of ``stops`` ends the block; ``{again}`` is the way to continue."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except stops:
         if journal is not None:
-            note(f"the same command, with --resume {shlex.quote(str(journal))}, goes on from here")
-        raise
-
-
-@contextlib.contextmanager
-def _journaled(journal: Path | None) -> Iterator[None]:
-    """Say that scores which could not be written are still in the journal."""
-    try:
-        yield
-    except (FastpruneError, OSError):
-        if journal is not None:
-            note(
-                f"the scores are in the journal too: the same command, with --resume {shlex.quote(str(journal))}, "
-                "writes them without another pass"
-            )
+            note(text.format(again=f"the same command, with --resume {shlex.quote(str(journal))},"))
         raise
 
 

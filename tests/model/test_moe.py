@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from support.architectures import BENIGN, HARM, MOE_CONFIGS, build, examples, pad, slow_except
+from support.architectures import BENIGN, HARM, MOE_CONFIGS, Twice, build, examples, pad, slow_except
 from support.model_state import assert_unchanged, state_of
 from support.pass_statistics import FP32_ERROR, STATISTICS, assert_same_set, engine_statistics, kept, relative_error
 from torch import nn
@@ -210,18 +210,9 @@ def test_experts_that_are_bypassed_are_an_error() -> None:
         fastprune.score(model, CalibrationSet(HARM), segments=1, progress=False)
 
 
-class _Twice(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.mlp(hidden) + self.mlp(0.5 * hidden)
-
-
 def test_experts_used_twice_are_refused_for_per_example_statistics_only() -> None:
     model = build("Mixtral")
-    model.model.layers[1].mlp = _Twice(model.model.layers[1].mlp)
+    model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.mlp\.experts\.gate_up_proj\[0\] is used 2 times"):
         fastprune.score(model, CalibrationSet(HARM), harm="abs", segments=1, progress=False)
     # The self-check asks for per-example statistics of the first experts module only.

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from support.architectures import BENIGN, HARM, VOCAB, build, pad, stateful
+from support.architectures import BENIGN, HARM, VOCAB, Twice, build, pad, stateful
 from support.model_state import assert_unchanged, state_of
 from torch import nn
 
@@ -176,18 +176,9 @@ def test_one_weight_in_two_modules_is_refused(model: nn.Module, other: str) -> N
         fastprune.score(model, CalibrationSet(HARM))
 
 
-class _Twice(nn.Module):
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.mlp(hidden) + self.mlp(0.5 * hidden)
-
-
 def test_linear_used_twice_is_refused_for_per_example_statistics_only(model: nn.Module) -> None:
     block = model.model.layers[2]
-    block.mlp = _Twice(block.mlp)
+    block.mlp = Twice(block.mlp)
     with pytest.raises(ModelError, match=r"layers\.2\.mlp\.mlp.*used 2 times"):
         fastprune.score(model, CalibrationSet(HARM), CalibrationSet(BENIGN), progress=False)
     assert fastprune.score(model, CalibrationSet(HARM), progress=False).select(None, 0.01).total > 0

@@ -160,3 +160,14 @@ def stateful(model: nn.Module) -> nn.Module:
 def slow_except(names: Iterable[str], *quick: str) -> list[object]:
     """Parameters of a test, of which only the quick ones are part of ``make test``."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+class Twice(nn.Module):
+    """A module that is called twice in one forward, as per-example statistics refuse it."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden) + self.mlp(0.5 * hidden)
