@@ -19,7 +19,8 @@ from fastprune.calibration.rows import describe_row
 from fastprune.calibration.tokens import decode
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generation import continue_greedily, encode_contexts, stop_ids
+from fastprune.evaluation.decoding import Query, continue_queries
+from fastprune.evaluation.generation import encode_contexts, stop_ids
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.measurement import Measurement
 
@@ -100,12 +101,14 @@ def answer(
     model: Any, encoder: Encoder, tasks: Sequence[Task], *, batch_size: int, progress: bool = False
 ) -> list[Measurement]:
     """Answer all tasks together and measure each; the completions are dropped."""
-    contexts = [context for task in tasks for context in task.contexts]
-    budgets = [budget for task in tasks for budget in task.budgets]
-    names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
+    queries = [
+        Query(context, budget, describe_row(task.name, index, row))
+        for task in tasks
+        for index, (row, context, budget) in enumerate(zip(task.rows, task.contexts, task.budgets, strict=True))
+    ]
     stop = stop_ids(model, encoder)
-    ids = continue_greedily(model, contexts, budgets, stop, names=names, batch_size=batch_size, progress=progress)
-    completions = (decode(encoder.tokenizer, each) for each in ids)
+    continued = continue_queries(model, queries, stop, batch_size=batch_size, progress=progress)
+    completions = (decode(encoder.tokenizer, continued[index].ids) for index in range(len(queries)))
     return [task.measure([next(completions) for _ in task.rows]) for task in tasks]
 
 
