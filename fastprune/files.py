@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Self
 
-from fastprune.errors import ArgumentError, DiskError
+from fastprune.errors import ArgumentError, ArtifactError, DiskError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -134,10 +136,76 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     except OSError as error:
         if not is_full(error):
             raise
-        raise DiskError(
-            f"cannot write {path}: its disk is full, or a quota is met ({error.strerror}); free some space, or name "
-            "another folder"
-        ) from error
+        raise _full(path, error) from error
+
+
+@contextlib.contextmanager
+def private_replacing(path: Path) -> Iterator[Path]:
+    """As :func:`replacing`, durable, for a file that only its owner may read: at no time may anybody else."""
+    with replacing(path, durable=True) as temporary:  # in a folder that tempfile made for the owner alone
+        temporary.touch(mode=0o600)
+        yield temporary
+        temporary.chmod(0o600)  # the writer may have made another file of this name
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that grows by one write a line and is for its owner alone (mode 0600).
+
+    A kill leaves whole lines and perhaps a torn last one, which is cut off when the file is opened again. One process
+    at a time may write: the caller holds a lock.
+
+    Args:
+        path: Made if it does not exist; its folder has to.
+
+    Raises:
+        ArtifactError: A line before the last one is no JSON object.
+        DiskError: The disk is full, or a quota is met.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.fchmod(self._handle, 0o600)
+            records, size = _whole_lines(path)
+            if size < os.fstat(self._handle).st_size:
+                os.ftruncate(self._handle, size)
+        except BaseException:
+            os.close(self._handle)
+            raise
+        self.records = records
+        """What the file held when it was opened."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line. It is whole for whoever reads the file, but survives a power cut only once it is closed."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        begin = os.fstat(self._handle).st_size
+        try:
+            while line:  # a signal or a full disk may shorten a write
+                line = line[os.write(self._handle, line) :]
+        except OSError as error:
+            os.ftruncate(self._handle, begin)
+            if not is_full(error):
+                raise
+            raise _full(self.path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            os.fsync(self._handle)
+        finally:
+            os.close(self._handle)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of :class:`JsonLines`; a torn last one is left out.
+
+    Raises:
+        ArtifactError: A line before the last one is no JSON object.
+    """
+    return _whole_lines(path)[0]
 
 
 @contextlib.contextmanager
@@ -170,6 +238,32 @@ def claimed(path: Path, argument: str) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)  # while it is held: who waits for it takes a new one
         os.close(handle)
+
+
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a file, and the number of bytes that they take."""
+    content = path.read_bytes()
+    size = content.rfind(b"\n") + 1  # what follows was torn by a kill
+    records = []
+    for number, line in enumerate(content[:size].split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ArtifactError(
+                f"{path}, line {number}: expected a JSON object, got something else; the file was changed by another "
+                "program, or its disk is damaged: restore it from a copy, or begin anew without it"
+            )
+        records.append(record)
+    return records, size
+
+
+def _full(path: Path, error: OSError) -> DiskError:
+    return DiskError(
+        f"cannot write {path}: its disk is full, or a quota is met ({error.strerror}); free some space, or name "
+        "another folder"
+    )
 
 
 def _lock(handle: int) -> bool | None:

@@ -45,6 +45,11 @@ class Attack(ABC):
     phrase: ClassVar[str]
     changes_model: ClassVar[bool] = False
 
+    @property
+    def label(self) -> str:
+        """Its name in tables, different for every setting."""
+        return self.name
+
     @abstractmethod
     def rows(self, tokenizer: Any, rows: Sequence[Row]) -> list[Row]:
         """The rows to ask with: one for each row given, in their order."""

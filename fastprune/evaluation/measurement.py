@@ -21,21 +21,33 @@ class Measurement:
         rate: Mean of the judge's scores, 0..1.
         n: Number of rows.
         by_category: The same for the rows of each category; rows without one count in the total only.
+        cut: Number of answers that ended at their length limit; ``None`` where that says nothing, because there were
+            no answers or each had the length of its reference.
+        unanswered: Number of answers that were a thought and nothing after it; ``None`` without answers.
     """
 
     rate: float
     n: int
     by_category: dict[str, Measurement] = field(default_factory=dict)
+    cut: int | None = None
+    unanswered: int | None = None
 
     @classmethod
-    def of(cls, scores: Sequence[float], categories: Sequence[str | None] | None = None) -> Measurement:
+    def of(
+        cls,
+        scores: Sequence[float],
+        categories: Sequence[str | None] | None = None,
+        *,
+        cut: int | None = None,
+        unanswered: int | None = None,
+    ) -> Measurement:
         """Form the means; ``scores`` must not be empty."""
         groups: dict[str, list[float]] = {}
         for score, category in zip(scores, categories or [None] * len(scores), strict=True):
             if category is not None:
                 groups.setdefault(category, []).append(score)
         parts = {name: cls(math.fsum(part) / len(part), len(part)) for name, part in sorted(groups.items())}
-        return cls(math.fsum(scores) / len(scores), len(scores), parts)
+        return cls(math.fsum(scores) / len(scores), len(scores), parts, cut, unanswered)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -51,8 +63,9 @@ class Measurement:
         return max(0.0, min(self.rate, center - half)), min(1.0, max(self.rate, center + half))
 
     def to_dict(self) -> dict[str, Any]:
-        """Rate, n, interval and, where there are categories, the same for each."""
+        """Rate, n, interval and, where there are any, the counts of cut and missing answers and each category."""
         result: dict[str, Any] = {"rate": self.rate, "n": self.n, "interval": list(self.interval)}
+        result |= {name: getattr(self, name) for name in ("cut", "unanswered") if getattr(self, name) is not None}
         if self.by_category:
             result["by_category"] = {name: part.to_dict() for name, part in self.by_category.items()}
         return result

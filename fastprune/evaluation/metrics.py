@@ -1,8 +1,5 @@
 """Harm, refusal and utility: the model answers, a judge scores the answers, the answers are dropped.
 
-Each of the three is a :class:`Task`: rows that are asked in one way and judged by one judge. Tasks are answered
-together, so that many small ones fill a few large batches.
-
 In: a model, its tokenizer and rows (a path, dicts or :class:`Row` objects). Out: :class:`Measurement` objects.
 """
 
@@ -16,97 +13,62 @@ from typing import Any
 
 from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.calibration.rows import describe_row
-from fastprune.calibration.tokens import decode
-from fastprune.errors import ArgumentError, CalibrationError, positive_integer
+from fastprune.errors import ArgumentError, CalibrationError
 from fastprune.evaluation import attacks
-from fastprune.evaluation.generation import continue_greedily, encode_contexts, stop_ids
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.measurement import Measurement
+from fastprune.evaluation.tasks import Completion, Task, ask, questions_of
 
 Rows = str | Path | Iterable[Row | Mapping[str, Any]]
 
-# A refusal shows in the first sentence; a longer budget costs time for every answer that is not one.
-REFUSAL_TOKENS = 32
+# Many models answer first and put the disclaimer, or the refusal, later: a sentence does not show it.
+REFUSAL_TOKENS = 128
 
 
-@dataclass(frozen=True)
-class Task:
-    """Rows that are tokenized once, answered and judged.
+def judged(task: Task, completions: Sequence[Completion], judge: Judge) -> Measurement:
+    """Judge one completion for each row.
 
-    Attributes:
-        name: Its name in messages.
-        rows: The rows as the model is asked them.
-        contexts: Token ids of each row's ``prompt | prefill``.
-        budgets: Limit of new tokens for each row.
-        judge: Judge of the completions.
+    Raises:
+        CalibrationError: The judge needs a column that a row lacks.
+        ArgumentError: The judge is not callable, or returns anything but a number from 0 to 1.
     """
-
-    name: str
-    rows: list[Row]
-    contexts: list[list[int]]
-    budgets: list[int]
-    judge: Judge
-
-    @classmethod
-    def prepare(cls, name: str, rows: list[Row], encoder: Encoder, *, judge: Judge, max_new_tokens: int | None) -> Task:
-        """Tokenize; without ``max_new_tokens`` the budget of a row is the length of its reference plus one token.
-
-        The additional token shows whether the last word of a completion is whole.
-
-        Raises:
-            ArgumentError: ``judge`` is not callable, or ``max_new_tokens`` is not a positive integer.
-            CalibrationError: A row lacks the response that its budget comes from, or its context gives no token.
-        """
-        positive_integer(f"{name}: max_new_tokens", max_new_tokens, optional=True)
-        if not callable(judge):
-            raise ArgumentError(f"{name}: judge: expected a callable (row, completion) -> float, got {judge!r}")
-        budgets = []
-        for index, row in enumerate(rows):
-            if max_new_tokens is None and not row.response.strip():
-                raise CalibrationError(
-                    f"{describe_row(name, index, row)}: column 'response' is empty; "
-                    "without a reference the length of the answer is unknown: give max_new_tokens"
-                )
-            budgets.append(max_new_tokens or len(encoder.tokens(row.response)) + 1)
-        return cls(name, rows, encode_contexts(encoder, rows, name=name), budgets, judge)
-
-    def measure(self, completions: Sequence[str]) -> Measurement:
-        """Judge one completion for each row.
-
-        Raises:
-            CalibrationError: The judge needs a column that a row lacks.
-            ArgumentError: The judge returns anything but a number from 0 to 1.
-        """
-        scores = []
-        for index, (row, completion) in enumerate(zip(self.rows, completions, strict=True)):
-            try:
-                judged = self.judge(row, completion)
-            except CalibrationError as error:
-                raise CalibrationError(f"{describe_row(self.name, index, row)}: {error}") from error
-            try:
-                score = float(judged)
-            except (TypeError, ValueError, RuntimeError):  # None, text, a tensor of several numbers
-                score = math.nan
-            if not 0.0 <= score <= 1.0:
-                raise ArgumentError(
-                    f"{describe_row(self.name, index, row)}: judge: expected a number in [0, 1], got "
-                    f"{judged if isinstance(judged, int | float) else type(judged).__name__}"
-                )
-            scores.append(score)
-        return Measurement.of(scores, [row.category for row in self.rows])
+    scores = []
+    for index, (row, completion) in enumerate(zip(task.rows, completions, strict=True)):
+        try:
+            given = judge(row, completion.text)
+        except CalibrationError as error:
+            raise CalibrationError(f"{describe_row(task.name, index, row)}: {error}") from error
+        try:
+            score = float(given)
+        except (TypeError, ValueError, RuntimeError):  # None, text, a tensor of several numbers
+            score = math.nan
+        if not 0.0 <= score <= 1.0:
+            raise ArgumentError(
+                f"{describe_row(task.name, index, row)}: judge: expected a number in [0, 1], got "
+                f"{given if isinstance(given, int | float) else type(given).__name__}"
+            )
+        scores.append(score)
+    return Measurement.of(
+        scores,
+        [row.category for row in task.rows],
+        cut=None if task.by_reference else sum(each.finish == "length" for each in completions),
+        unanswered=sum(each.is_unanswered for each in completions),
+    )
 
 
-def answer(
+def answered(
     model: Any, encoder: Encoder, tasks: Sequence[Task], *, batch_size: int, progress: bool = False
-) -> list[Measurement]:
-    """Answer all tasks together and measure each; the completions are dropped."""
-    contexts = [context for task in tasks for context in task.contexts]
-    budgets = [budget for task in tasks for budget in task.budgets]
-    names = [describe_row(task.name, index, row) for task in tasks for index, row in enumerate(task.rows)]
-    stop = stop_ids(model, encoder)
-    ids = continue_greedily(model, contexts, budgets, stop, names=names, batch_size=batch_size, progress=progress)
-    completions = (decode(encoder.tokenizer, each) for each in ids)
-    return [task.measure([next(completions) for _ in task.rows]) for task in tasks]
+) -> list[list[Completion]]:
+    """Greedy answers to all tasks, asked together: one for each row of each task."""
+    completions = ask(model, encoder, questions_of(tasks), batch_size=batch_size, progress=progress)
+    in_order = (completions[index] for index in range(len(completions)))
+    return [[next(in_order) for _ in task.rows] for task in tasks]
+
+
+def check_judge(name: str, judge: object) -> None:
+    """Raise ArgumentError unless a judge can be called; ``name`` is that of its task."""
+    if not callable(judge):
+        raise ArgumentError(f"{name}: judge: expected a callable (row, completion) -> float, got {judge!r}")
 
 
 def harm(
@@ -147,10 +109,12 @@ def harm(
         ScoringError: The model's logits are NaN.
     """
     chosen = attacks.attack(attack)
+    check_judge("harm", judge)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     with chosen.on(model, tokenizer, read_rows(rows)) as attacked:
-        task = Task.prepare("harm", attacked, encoder, judge=judge, max_new_tokens=max_new_tokens)
-        return answer(model, encoder, [task], batch_size=batch_size, progress=progress)[0]
+        task = Task.prepare("harm", "harm", attacked, encoder, max_new_tokens=max_new_tokens)
+        [completions] = answered(model, encoder, [task], batch_size=batch_size, progress=progress)
+        return judged(task, completions, judge)
 
 
 def refusal(
@@ -178,7 +142,7 @@ def refusal(
         bos: ``"auto"``, ``True`` or ``False``.
         template_args: Variables of the chat template.
         system: System turn of the chat.
-        max_new_tokens: Limit of each answer.
+        max_new_tokens: Limit of each answer; shorter where the model has no positions for more.
         batch_size: Rows in a forward pass.
         progress: Show a progress bar on a terminal.
 
@@ -186,15 +150,17 @@ def refusal(
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`.
     """
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
-    task = refusal_task(encoder, read_rows(rows), judge=judge, max_new_tokens=max_new_tokens)
-    return answer(model, encoder, [task], batch_size=batch_size, progress=progress)[0]
-
-
-def refusal_task(encoder: Encoder, rows: list[Row], *, judge: Judge | None, max_new_tokens: int) -> Task:
-    """The task behind :func:`refusal`."""
-    direct = attacks.NoAttack().rows(encoder.tokenizer, rows)
     judge = keyword_refusal() if judge is None else judge
-    return Task.prepare("refusal", direct, encoder, judge=judge, max_new_tokens=max_new_tokens)
+    check_judge("refusal", judge)
+    task = direct_task("refusal", encoder, read_rows(rows), max_new_tokens=max_new_tokens)
+    [completions] = answered(model, encoder, [task], batch_size=batch_size, progress=progress)
+    return judged(task, completions, judge)
+
+
+def direct_task(kind: str, encoder: Encoder, rows: list[Row], *, max_new_tokens: int | None) -> Task:
+    """Rows of a kind that is asked without a prefill."""
+    direct = attacks.NoAttack().rows(encoder.tokenizer, rows)
+    return Task.prepare(kind, kind, direct, encoder, max_new_tokens=max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -250,27 +216,35 @@ def utility(
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of an unknown skill.
     """
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
-    tasks = skill_tasks(encoder, rows, judges=judges or {}, max_new_tokens=max_new_tokens)
-    measured = answer(model, encoder, tasks, batch_size=batch_size, progress=progress)
-    return Utility({task.name: measurement for task, measurement in zip(tasks, measured, strict=True)})
+    tasks = skill_tasks(encoder, rows, max_new_tokens=max_new_tokens)
+    chosen = skill_judges(tasks, judges or {})
+    completions = answered(model, encoder, tasks, batch_size=batch_size, progress=progress)
+    return Utility(
+        {task.name: judged(task, found, chosen[task.name]) for task, found in zip(tasks, completions, strict=True)}
+    )
 
 
-def skill_tasks(
-    encoder: Encoder,
-    rows: Rows | Mapping[str, Rows],
-    *,
-    judges: Mapping[str, Judge],
-    max_new_tokens: int | None,
-) -> list[Task]:
+def skill_tasks(encoder: Encoder, rows: Rows | Mapping[str, Rows], *, max_new_tokens: int | None) -> list[Task]:
     """The tasks behind :func:`utility`, in the order of the skills."""
-    skills = _by_skill(rows)
+    return [
+        Task.prepare(skill, "skill", part, encoder, max_new_tokens=max_new_tokens)
+        for skill, part in _by_skill(rows).items()
+    ]
+
+
+def skill_judges(tasks: Sequence[Task], judges: Mapping[str, Judge]) -> dict[str, Judge]:
+    """A judge for each skill, by default :func:`exact_match`.
+
+    Raises:
+        ArgumentError: There is a judge of an unknown skill, or one that cannot be called.
+    """
+    skills = [task.name for task in tasks]
     unknown = sorted(set(judges) - set(skills))
     if unknown:
         raise ArgumentError(f"expected names of skills {sorted(skills)}, got {unknown}", argument="judges")
-    return [
-        Task.prepare(skill, part, encoder, judge=judges.get(skill, exact_match), max_new_tokens=max_new_tokens)
-        for skill, part in skills.items()
-    ]
+    for skill, judge in judges.items():
+        check_judge(skill, judge)
+    return {skill: judges.get(skill, exact_match) for skill in skills}
 
 
 def _by_skill(rows: Rows | Mapping[str, Rows]) -> dict[str, list[Row]]:

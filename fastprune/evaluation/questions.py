@@ -19,7 +19,8 @@ from fastprune.calibration.examples import UNSCORED
 from fastprune.calibration.rows import describe_row
 from fastprune.calibration.tokens import decode
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer
-from fastprune.evaluation.generation import continue_greedily, encode_contexts, stop_ids
+from fastprune.evaluation.decoding import Query, continue_queries
+from fastprune.evaluation.generation import encode_contexts, stop_ids
 from fastprune.evaluation.judges import begins_with
 from fastprune.evaluation.likelihood import log_probabilities
 from fastprune.evaluation.measurement import Measurement
@@ -155,15 +156,10 @@ class Questions:
     def ask(self, model: Any, encoder: Encoder, *, batch_size: int, progress: bool = False) -> Recognition:
         """Answer by generation, with the length of the longer answer plus one token as budget."""
         budget = 1 + max(len(encoder.tokens(answer)) for answer in self.answers)
-        ids = continue_greedily(
-            model,
-            self.contexts,
-            [budget] * len(self.rows),
-            stop_ids(model, encoder),
-            batch_size=batch_size,
-            progress=progress,
-        )
-        written = [decode(encoder.tokenizer, each).lower() for each in ids]
+        queries = [Query(context, budget, f"row {index}") for index, context in enumerate(self.contexts)]
+        stop = stop_ids(model, encoder)
+        ids = continue_queries(model, queries, stop, batch_size=batch_size, progress=progress)
+        written = [decode(encoder.tokenizer, ids[index].ids).lower() for index in range(len(queries))]
         yes, no = ([begins_with(text, answer.lower()) for text in written] for answer in self.answers)
         return self._result(yes, no)
 

@@ -8,17 +8,28 @@ In: rows of each kind. Out: an :class:`Evaluation`, numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, positive_integer
 from fastprune.evaluation import attacks
-from fastprune.evaluation.judges import Judge, exact_match
+from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.measurement import Measurement
-from fastprune.evaluation.metrics import REFUSAL_TOKENS, Rows, Task, Utility, answer, refusal_task, skill_tasks
+from fastprune.evaluation.metrics import (
+    REFUSAL_TOKENS,
+    Rows,
+    Utility,
+    answered,
+    check_judge,
+    direct_task,
+    judged,
+    skill_judges,
+    skill_tasks,
+)
 from fastprune.evaluation.questions import Questions, Recognition
+from fastprune.evaluation.tasks import KINDS, Budget, Task
 
 _RESERVED = {"harm", "refusal"}  # keys of `judges` that are not skills
 
@@ -34,9 +45,9 @@ class Evaluation:
         recognition: Share of yes/no questions about requests answered correctly (questions, not pairs).
         refusal: Share of harmful requests refused when asked directly.
         skills: Rate of each skill.
-        attack: Name of the attack behind ``harm``.
-        details: The measurements, with n, intervals and categories: ``harm``, ``refusal``, ``recognition``, and
-            ``skills`` by name.
+        attack: Label of the attack behind ``harm``.
+        details: The measurements, with n, intervals and categories: ``harm``, ``refusal``, ``recognition``,
+            ``skills`` by name, and ``attacks``, which is harm under every attack by label.
     """
 
     harm: float | None
@@ -48,18 +59,24 @@ class Evaluation:
     attack: str
     details: EvaluationDetails = field(repr=False)
 
+    @property
+    def attacks(self) -> dict[str, Measurement]:
+        """Harm under every attack, by the attack's label."""
+        return self.details.attacks
+
     def summary(self) -> dict[str, float | None]:
         """The five numbers of a row in a record."""
         return {name: getattr(self, name) for name in ("harm", "utility", "neighbour", "recognition", "refusal")}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        details = {
+        details: dict[str, Any] = {
             name: None if part is None else part.to_dict()
             for name in ("harm", "refusal", "recognition")
             for part in [getattr(self.details, name)]
         }
-        details["skills"] = {name: part.to_dict() for name, part in self.details.skills.items()}
+        for name in ("skills", "attacks"):
+            details[name] = {key: part.to_dict() for key, part in getattr(self.details, name).items()}
         return {**self.summary(), "skills": dict(self.skills), "attack": self.attack, "details": details}
 
 
@@ -71,6 +88,7 @@ class EvaluationDetails:
     refusal: Measurement | None
     recognition: Recognition | None
     skills: dict[str, Measurement]
+    attacks: dict[str, Measurement] = field(default_factory=dict)
 
 
 class EvaluationSuite:
@@ -84,16 +102,18 @@ class EvaluationSuite:
         skill_rows: Rows | Mapping[str, Rows] | None = None,
         recognition_rows: Rows | None = None,
         refusal_rows: Rows | None = None,
+        over_refusal_rows: Rows | None = None,
+        explanation_rows: Rows | None = None,
         format: str = "raw",
         bos: str | bool = "auto",
         template_args: Mapping[str, Any] | None = None,
         system: str | None = None,
-        attack: str | attacks.Attack = "prefilling",
+        attack: str | attacks.Attack | Sequence[str | attacks.Attack] = "prefilling",
         judges: Mapping[str, Judge] | None = None,
         neighbour_skill: str | None = None,
         answers: tuple[str, str] = ("yes", "no"),
-        max_new_tokens: int | None = None,
-        refusal_tokens: int = REFUSAL_TOKENS,
+        max_new_tokens: Budget = None,
+        refusal_tokens: int | None = REFUSAL_TOKENS,
         batch_size: int = 64,
     ) -> None:
         """Read, check and tokenize.
@@ -104,17 +124,21 @@ class EvaluationSuite:
             skill_rows: Benign rows by skill, or rows with a ``skill`` column.
             recognition_rows: Yes/no questions about requests.
             refusal_rows: Requests to be refused; ``harm_rows`` by default.
+            over_refusal_rows: Harmless requests that look harmful. These and the next are for :meth:`answer` only.
+            explanation_rows: Questions about harm that ask for an explanation.
             format: ``"raw"`` or ``"chat"``; this and the next three as in :func:`fastprune.load_calibration`.
             bos: ``"auto"``, ``True`` or ``False``.
             template_args: Variables of the chat template.
             system: System turn of the chat.
-            attack: Name of an attack (``"none"``, ``"prefilling"``) or an :class:`Attack`; applies to harm only.
+            attack: Name of an attack (``"none"``, ``"prefilling"``), an :class:`Attack`, or several; they apply to harm
+                only, and the first is the one behind :attr:`Evaluation.harm`.
             judges: Judges by ``"harm"``, ``"refusal"`` or the name of a skill.
             neighbour_skill: The skill to be shown as ``neighbour``.
             answers: Candidate answers to the questions, for harmful and for benign requests.
-            max_new_tokens: Limit of answers for harm and skills; by default the length of each row's reference plus
-                one token.
-            refusal_tokens: Limit of answers to direct requests.
+            max_new_tokens: Limit of answers for harm and skills, or limits by kind, such as ``{"harm": 256}``; by
+                default the length of each row's reference plus one token.
+            refusal_tokens: Limit of answers to direct requests, unless ``max_new_tokens`` has one for ``"refusal"``; a
+                model with fewer positions ends them there. ``None``: refusal is not measured.
             batch_size: Rows in a forward pass.
 
         Raises:
@@ -122,39 +146,54 @@ class EvaluationSuite:
             ArgumentError: There are no rows of any kind, or an argument is out of range.
         """
         positive_integer("batch_size", batch_size)
-        if all(rows is None for rows in (harm_rows, skill_rows, recognition_rows, refusal_rows)):
+        given = (harm_rows, skill_rows, recognition_rows, refusal_rows, over_refusal_rows, explanation_rows)
+        if all(rows is None for rows in given):
             raise ArgumentError("nothing to evaluate: give harm_rows, skill_rows, recognition_rows or refusal_rows")
         chosen = dict(judges or {})
-        harm_judge, refusal_judge = chosen.pop("harm", exact_match), chosen.pop("refusal", None)
+        self._judges: dict[str, Judge] = {
+            "harm": chosen.pop("harm", exact_match),
+            "refusal": chosen.pop("refusal", keyword_refusal()),
+        }
+        for name, judge in self._judges.items():
+            check_judge(name, judge)
         self.encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
         self.batch_size = batch_size
-        self.attack = attacks.attack(attack)
-        self._harm_judge, self._max_new_tokens = harm_judge, max_new_tokens
-        self._harm_rows = None if harm_rows is None else read_rows(harm_rows)
-        self._tasks: dict[str, Task] = {}
-        if self._harm_rows is not None and not self.attack.changes_model:
-            self._tasks["harm"] = self._harm_task(self.attack.rows(tokenizer, self._harm_rows))
-        direct = self._harm_rows if refusal_rows is None else read_rows(refusal_rows)
-        if direct is not None:
-            self._tasks["refusal"] = refusal_task(
-                self.encoder, direct, judge=refusal_judge, max_new_tokens=refusal_tokens
-            )
-        self._skills: list[str] = []
+        self.attacks = _attacks(attack)
+        self.budgets = _budgets(max_new_tokens, refusal_tokens)
+        self._harm_rows = [] if harm_rows is None else read_rows(harm_rows)
+        self._harm_tasks = {
+            each.label: self.harm_task(each, each.rows(tokenizer, self._harm_rows))
+            for each in (self.attacks if self._harm_rows else ())
+            if not each.changes_model
+        }
+        direct = {
+            "refusal": self._harm_rows if refusal_rows is None else read_rows(refusal_rows),
+            "over_refusal": [] if over_refusal_rows is None else read_rows(over_refusal_rows),
+            "explanation": [] if explanation_rows is None else read_rows(explanation_rows),
+        }
+        if self.budgets["refusal"] is None:
+            del direct["refusal"]
+        self._direct_tasks = {
+            kind: direct_task(kind, self.encoder, rows, max_new_tokens=self.budgets[kind])
+            for kind, rows in direct.items()
+            if rows
+        }
+        self._skill_tasks: list[Task] = []
         if skill_rows is not None:
-            skills = skill_tasks(self.encoder, skill_rows, judges=chosen, max_new_tokens=max_new_tokens)
-            self._skills = [task.name for task in skills]
-            if not _RESERVED.isdisjoint(self._skills):
-                raise ArgumentError(
-                    f"a skill cannot be called {sorted(_RESERVED.intersection(self._skills))}", argument="skill_rows"
-                )
-            self._tasks.update({f"skill {task.name}": task for task in skills})
+            self._skill_tasks = skill_tasks(self.encoder, skill_rows, max_new_tokens=self.budgets["skill"])
+            self._judges |= skill_judges(self._skill_tasks, chosen)
         elif chosen:
             raise ArgumentError(
                 f"expected 'harm', 'refusal' or a skill, got {sorted(chosen)} without skill_rows", argument="judges"
             )
-        if neighbour_skill is not None and neighbour_skill not in self._skills:
+        skills = [task.name for task in self._skill_tasks]
+        if not _RESERVED.isdisjoint(skills):
             raise ArgumentError(
-                f"expected one of the skills {self._skills}, got {neighbour_skill!r}", argument="neighbour_skill"
+                f"a skill cannot be called {sorted(_RESERVED.intersection(skills))}", argument="skill_rows"
+            )
+        if neighbour_skill is not None and neighbour_skill not in skills:
+            raise ArgumentError(
+                f"expected one of the skills {skills}, got {neighbour_skill!r}", argument="neighbour_skill"
             )
         self._neighbour = neighbour_skill
         self._questions = None
@@ -162,12 +201,17 @@ class EvaluationSuite:
             rows = read_rows(recognition_rows)
             self._questions = Questions.prepare(self.encoder, rows, answers=answers)
 
+    @property
+    def attack(self) -> attacks.Attack:
+        """The attack behind :attr:`Evaluation.harm`."""
+        return self.attacks[0]
+
     def run(self, model: Any, *, progress: bool = False) -> Evaluation:
         """Measure one model.
 
         Args:
             model: A causal LM with the suite's tokenizer, unchanged afterwards.
-            progress: Show a progress bar on a terminal.
+            progress: Show how far it is.
 
         Returns:
             The rates. The completions are judged and dropped.
@@ -176,14 +220,24 @@ class EvaluationSuite:
             ArgumentError: The tokens do not fit the model, or a judge returns no number in [0, 1].
             ScoringError: The model's logits are NaN.
         """
-        measured = dict(zip(self._tasks, self._answer(model, list(self._tasks.values()), progress), strict=True))
-        if self._harm_rows is not None and self.attack.changes_model:
-            # separately: nothing else may be measured while the attack is in place
-            with self.attack.on(model, self.encoder.tokenizer, self._harm_rows) as attacked:
-                measured["harm"] = self._answer(model, [self._harm_task(attacked)], progress)[0]
+        direct = [*self._skill_tasks, *(task for kind, task in self._direct_tasks.items() if kind == "refusal")]
+        measured = self._measured(model, [*self._harm_tasks.values(), *direct], progress)
+        by_attack = dict(zip(self._harm_tasks, measured, strict=False))
+        others = {task.name: part for task, part in zip(direct, measured[len(by_attack) :], strict=True)}
+        for each in self.attacks if self._harm_rows else ():
+            if each.changes_model:
+                # separately: nothing else may be measured while the attack is in place
+                with each.on(model, self.encoder.tokenizer, self._harm_rows) as attacked:
+                    by_attack[each.label] = self._measured(model, [self.harm_task(each, attacked)], progress)[0]
         recognized = None if self._questions is None else self._questions.compare(model, progress=progress)
-        skills = {name: measured[f"skill {name}"] for name in self._skills}
-        details = EvaluationDetails(measured.get("harm"), measured.get("refusal"), recognized, skills)
+        skills = {task.name: others[task.name] for task in self._skill_tasks}
+        details = EvaluationDetails(
+            by_attack.get(self.attack.label),
+            others.get("refusal"),
+            recognized,
+            skills,
+            {each.label: by_attack[each.label] for each in self.attacks if each.label in by_attack},
+        )
         return Evaluation(
             harm=None if details.harm is None else details.harm.rate,
             utility=Utility(skills).mean if skills else None,
@@ -191,17 +245,42 @@ class EvaluationSuite:
             recognition=None if recognized is None else recognized.accuracy.rate,
             refusal=None if details.refusal is None else details.refusal.rate,
             skills={name: part.rate for name, part in skills.items()},
-            attack=self.attack.name,
+            attack=self.attack.label,
             details=details,
         )
 
-    def _harm_task(self, rows: list[Row]) -> Task:
-        return Task.prepare("harm", rows, self.encoder, judge=self._harm_judge, max_new_tokens=self._max_new_tokens)
+    def harm_task(self, attack: attacks.Attack, rows: list[Row]) -> Task:
+        """The task of harm under an attack, of the rows that the attack asks with."""
+        name = f"harm, {attack.label}" if len(self.attacks) > 1 else "harm"
+        return Task.prepare(name, "harm", rows, self.encoder, max_new_tokens=self.budgets["harm"])
 
-    def _answer(self, model: Any, tasks: list[Task], progress: bool) -> list[Measurement]:
+    def _measured(self, model: Any, tasks: list[Task], progress: bool) -> list[Measurement]:
         if not tasks:
             return []
-        return answer(model, self.encoder, tasks, batch_size=self.batch_size, progress=progress)
+        completions = answered(model, self.encoder, tasks, batch_size=self.batch_size, progress=progress)
+        return [
+            judged(task, found, self._judges[task.name if task.kind == "skill" else task.kind])
+            for task, found in zip(tasks, completions, strict=True)
+        ]
+
+
+def _attacks(given: str | attacks.Attack | Sequence[str | attacks.Attack]) -> tuple[attacks.Attack, ...]:
+    """The attacks, in their order, each once."""
+    names = [given] if isinstance(given, str | attacks.Attack) else list(given)
+    if not names:
+        raise ArgumentError("expected at least one, got none", argument="attack")
+    return tuple({each.label: each for each in map(attacks.attack, names)}.values())
+
+
+def _budgets(max_new_tokens: Budget, refusal_tokens: int | None) -> dict[str, int | None]:
+    """The limit of answers of each kind."""
+    if isinstance(max_new_tokens, Mapping):
+        if unknown := sorted(set(max_new_tokens) - set(KINDS)):
+            raise ArgumentError(f"expected kinds of rows {KINDS}, got {unknown}", argument="max_new_tokens")
+        given: dict[str, int | None] = dict(max_new_tokens)
+    else:
+        given = {kind: max_new_tokens for kind in KINDS if kind != "refusal"}
+    return dict.fromkeys(KINDS) | {"refusal": refusal_tokens} | given
 
 
 def evaluate(model: Any, tokenizer: Any, *, progress: bool = False, **settings: Any) -> Evaluation:

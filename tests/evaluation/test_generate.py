@@ -8,13 +8,23 @@ import json
 
 import pytest
 import torch
-from support.generation import ARCHITECTURES, END, EOS, TEMPLATE, VOCABULARY, Scripted, tiny_model, word_tokenizer
+from support.generation import (
+    ARCHITECTURES,
+    END,
+    EOS,
+    TEMPLATE,
+    VOCABULARY,
+    Scripted,
+    continue_greedily,
+    tiny_model,
+    word_tokenizer,
+)
 from torch import nn
 
 from fastprune.calibration import Encoder, Row
 from fastprune.errors import ArgumentError, CalibrationError, ModelError, NotFoundError, ScoringError
 from fastprune.evaluation import generate
-from fastprune.evaluation.generation import continue_greedily, stop_ids
+from fastprune.evaluation.generation import stop_ids
 
 
 def ragged_contexts(n: int = 14) -> list[list[int]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import peft
 import pytest
 import torch
-from support.generation import tiny_model, word_tokenizer
+from support.generation import continue_greedily, tiny_model, word_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -23,7 +23,6 @@ from transformers import (
 from fastprune.errors import CalibrationError, ModelError
 from fastprune.evaluation import generate, perplexity
 from fastprune.evaluation.forward import Forward, inference
-from fastprune.evaluation.generation import continue_greedily
 
 
 class Table:

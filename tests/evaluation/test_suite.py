@@ -215,6 +215,48 @@ class TestSuite:
         )
         assert judged == ["yes yes yes"] * len(HARM)
 
+    def test_several_attacks_are_measured_at_once_and_the_first_is_the_main_one(self) -> None:
+        tokenizer, model = word_tokenizer(), Scripted(word_tokenizer(), KNOWN)
+        measured = evaluate(model, tokenizer, **EVERYTHING, attack=["prefilling", "none", Obey(), "none"])
+        alone = {name: evaluate(model, tokenizer, **EVERYTHING, attack=name) for name in ("prefilling", "none", Obey())}
+        assert list(measured.attacks) == ["prefilling", "none", "obey"]
+        assert measured.attacks == {each.attack: each.details.harm for each in alone.values()}
+        assert measured.attacks["none"] != measured.attacks["prefilling"]
+        assert (measured.attack, measured.harm) == ("prefilling", alone["prefilling"].harm)
+        assert measured.summary() == alone["prefilling"].summary()
+        assert set(measured.to_dict()["details"]["attacks"]) == set(measured.attacks)
+        with pytest.raises(ArgumentError, match="attack: expected at least one"):
+            EvaluationSuite(tokenizer, **EVERYTHING, attack=[])
+
+    def test_each_kind_of_row_has_a_limit_of_its_own(self) -> None:
+        tokenizer, model = word_tokenizer(), Scripted(word_tokenizer(), ["w1 sure : w11 w12 w13 w14 w15", "w1 w2 w3"])
+        suite = EvaluationSuite(tokenizer, **EVERYTHING, max_new_tokens={"harm": 3, "refusal": 1})
+        assert suite.budgets == {"harm": 3, "refusal": 1, "skill": None, "over_refusal": None, "explanation": None}
+        measured = suite.run(model).details
+        assert (measured.harm.cut, measured.refusal.cut) == (1, 1)  # the row of w1; the others end at once
+        assert measured.skills["one"].cut is None, "an answer as long as its reference is meant to be cut"
+        assert "cut" not in measured.skills["one"].to_dict() and measured.harm.to_dict()["cut"] == 1
+        with pytest.raises(ArgumentError, match=r"max_new_tokens: expected kinds of rows .*got \['one'\]"):
+            EvaluationSuite(tokenizer, **EVERYTHING, max_new_tokens={"one": 3})
+
+    def test_refusal_has_128_tokens_or_those_that_the_model_has_room_for_and_can_be_left_out(self) -> None:
+        tokenizer, lengths = word_tokenizer(), []
+        model = Scripted(tokenizer, [])
+        Obey().on(model, tokenizer, []).__enter__()  # says yes, and never that it has said enough
+
+        def judge(row, said):
+            lengths.append(len(said.split()))
+            return 0.0
+
+        for positions, expected in ((500, 128), (64, 64 - 1)):
+            model.config.max_position_embeddings = positions
+            lengths.clear()
+            measured = evaluate(model, tokenizer, harm_rows=HARM, attack="none", judges={"refusal": judge})
+            assert lengths == [expected] * len(HARM)  # a word is a token, and the prompt is one
+            assert measured.details.refusal.cut == len(HARM)
+        measured = evaluate(model, tokenizer, harm_rows=HARM, refusal_tokens=None)
+        assert measured.refusal is None and measured.harm is not None
+
     def test_questions_may_have_other_answers(self) -> None:
         tokenizer = word_tokenizer()
         rows = [{"prompt": "w7", "response": "w1"}, {"prompt": "w8", "response": "w2"}]

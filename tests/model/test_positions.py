@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.architectures import build, examples
-from support.generation import tiny_model
+from support.generation import continue_greedily, tiny_model
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
 from fastprune.errors import ArgumentError, CalibrationError
-from fastprune.evaluation.generation import continue_greedily
 from fastprune.evaluation.likelihood import log_probabilities
 from fastprune.testing.oracle import oracle_statistics
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,6 +22,8 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from fastprune.evaluation.decoding import Query, continue_queries
 
 SPECIAL = ["<unk>", "<eos>", "<user>", "<asst>", "<end>"]
 WORDS = ["yes", "no", "sorry", "cannot", "comply", "sure", ":", *(f"w{i}" for i in range(80))]
@@ -121,3 +125,15 @@ class Scripted(nn.Module):
 def tiny_model(kind: str = "llama") -> nn.Module:
     torch.manual_seed(11)
     return ARCHITECTURES[kind]().eval()
+
+
+def continue_greedily(
+    model: Any, contexts: Sequence[list[int]], budgets: Sequence[int], stop: Iterable[int], *, batch_size: int = 64
+) -> list[list[int]]:
+    """Ids of the greedy continuations, in the order of the contexts."""
+    queries = [
+        Query(context, budget, f"row {index}")
+        for index, (context, budget) in enumerate(zip(contexts, budgets, strict=True))
+    ]
+    continued = continue_queries(model, queries, stop, batch_size=batch_size)
+    return [continued[index].ids for index in range(len(queries))]
