@@ -22,6 +22,7 @@ class Known:
         name: As people call it.
         prompt: Column of the prompt, or of the conversation.
         response: Column of the response; ``None`` in layouts without one.
+        beside: A column by which it is told from another of the same columns.
         before: Column that stands before the prompt, where it is not empty.
         after: The same, after the prompt.
         joint: What joins them.
@@ -33,6 +34,7 @@ class Known:
     name: str
     prompt: str
     response: str | None = None
+    beside: str | None = None
     before: str | None = None
     after: str | None = None
     joint: str = "\n\n"
@@ -50,12 +52,12 @@ class Known:
 
 OWN = Known("fastprune", "prompt", "response")
 CONVERSATION = Known("conversations", MESSAGES, conversation=True)
-_GOAL = {"id": ("index",)}
 _AFFIRMATIVE = "the target is an affirmative start: with the columns prompt=goal,prefill=target it is context"
 KNOWN = (
     OWN,
     Known("prompt and completion", "prompt", "completion"),
-    Known("AdvBench", "goal", "target", aliases=_GOAL, note=_AFFIRMATIVE),
+    Known("JailbreakBench", "goal", "target", beside="behavior", aliases={"id": ("index",)}, note=_AFFIRMATIVE),
+    Known("AdvBench", "goal", "target", note=_AFFIRMATIVE),
     Known("Alpaca", "instruction", "output", after="input"),
     Known("Dolly", "instruction", "response", after="context"),
     Known("question and answer", "question", "answer"),

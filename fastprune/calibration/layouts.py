@@ -81,9 +81,8 @@ class Layout:
             remarks.append("no responses")
         elif self.without_response:
             remarks.append(f"{self.without_response} without a response")
-        return f"{self.table}: {self.rows} rows{several}; {self._fields()}" + (
-            f" ({'; '.join(remarks)})" if remarks else ""
-        )
+        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
+        return f"{self.table}: {rows}{several}; {self._fields()}" + (f" ({'; '.join(remarks)})" if remarks else "")
 
     @property
     def _folded_used(self) -> frozenset[str]:
@@ -186,7 +185,7 @@ def recognize(columns: Sequence[Any], mapping: Columns, where: str, *, lines: bo
         conversation=known.conversation and "response" not in mapping,
         joint=known.joint,
         lines=lines and asked is None,
-        note=known.note if asked is None and {"response", "prefill"}.isdisjoint(mapping) else "",
+        note=known.note if sources.get("response") == (find(known.response or ""),) else "",
     )
 
 
@@ -199,13 +198,15 @@ def _candidates(known: Known, name: str) -> tuple[str, ...]:
 def _choose(names: _Names, where: str) -> Known:
     """The one layout whose columns are there: with responses before without, and our own before others."""
     there = names.folded
-    fits = [known for known in KNOWN if known.complete and there.issuperset(known.complete)]
+    possible = [known for known in KNOWN if known.beside is None or known.beside in there]
+    fits = [known for known in possible if known.complete and there.issuperset(known.complete)]
     if not fits:
-        fits = [known for known in KNOWN if known.prompt in there]
+        fits = [known for known in possible if known.prompt in there]
         # both also stand beside the prompt of another layout: a short name, and a rendered conversation
         weak = [known for known in fits if known.prompt in ("behavior", "text")]
         fits = [known for known in fits if known not in weak] or weak[:1]
-        fits = list({known.prompt: known for known in reversed(fits)}.values())[::-1]
+    one_each = {there.intersection(_columns(known)): known for known in reversed(fits)}
+    fits = list(one_each.values())[::-1]  # of several with the same columns the first
     if OWN in fits:
         return OWN
     if len(fits) == 1:
@@ -217,15 +218,17 @@ def _choose(names: _Names, where: str) -> Known:
             f"got {shown(names.columns)}; name the columns with "
             f"{setting('columns', {'prompt': 'COLUMN', 'response': 'COLUMN'})}, or save one prompt a line as .txt"
         )
-    first, second = fits[:2]
+    first = fits[0]
+    shapes = [f"{known.name} ({', '.join(name for name in _columns(known) if name in there)})" for known in fits]
+    meant = {name: column for name, column in zip(REQUIRED, _columns(first), strict=False) if column in there}
     raise CalibrationError(
-        f"{where}: expected the columns of one layout, got those of {_shape(first)} and of {_shape(second)}; say which "
-        f"are meant with {setting('columns', dict(zip(REQUIRED, first.complete or (first.prompt,), strict=False)))}"
+        f"{where}: expected the columns of one layout, got those of {shapes[0]} and of {shapes[1]}; say which "
+        f"are meant with {setting('columns', {MESSAGES: first.prompt} if first.conversation else meant)}"
     )
 
 
-def _shape(known: Known) -> str:
-    return f"{known.name} ({', '.join(known.complete or (known.prompt,))})"
+def _columns(known: Known) -> tuple[str, ...]:
+    return known.complete or (known.prompt,)
 
 
 def _listed(columns: Iterable[Any]) -> str:

@@ -104,7 +104,9 @@ def _decoded(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: expected UTF-8 text, byte {error.start} is not ({error.reason})") from None
+        raise CalibrationError(
+            f"{path}: expected UTF-8 text, byte {error.start} is not ({error.reason}); save the file as UTF-8"
+        ) from None
 
 
 def _csv(path: Path, text: str, mapped: Collection[str]) -> Records:
@@ -194,7 +196,7 @@ def _rows_of(found: Any, path: Path, mapped: Collection[str]) -> list[Any]:
         if all(part.keys() == keys for part in found.values()):
             found = {name: list(part.values()) for name, part in found.items()}
     lists = {name: part for name, part in found.items() if isinstance(part, list)}
-    named = any(is_header(name, mapped) for name in lists)
+    named = len(lists) == len(found) and any(is_header(name, mapped) for name in lists)
     if not named:
         rows = {name: part for name, part in lists.items() if part and all(isinstance(row, dict) for row in part)}
         chosen = rows if len(rows) == 1 else lists

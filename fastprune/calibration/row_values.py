@@ -102,6 +102,10 @@ class _Record:
         if not references and self._missing(self._record.get(self.column("response"))):
             return ""
         value = self._present("response")
+        if cells.absent(value):
+            raise CalibrationError(
+                f"{self.place('response')}: expected a string, got {type(value).__name__}; {GENERATE}"
+            )
         if is_turns(value):
             return only_reply(parse_turns(value, self.column("response"), self._where), self.place("response"))
         return cells.text(value, self.column("response"), self._where)

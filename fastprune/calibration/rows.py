@@ -71,7 +71,8 @@ class Row:
         """
         own = {name: getattr(self, name) for name in FIELDS}
         own["history"] = [{"role": role, "content": text} for role, text in self.history]
-        return {**self.extra, **{name: value for name, value in own.items() if value or name in REQUIRED}}
+        others = {name: value for name, value in self.extra.items() if name not in own}
+        return {**others, **{name: value for name, value in own.items() if value or name in REQUIRED}}
 
 
 class Table(Sequence[Row]):
@@ -146,9 +147,9 @@ def read_table(source: Rows, *, columns: Columns | None = None, references: bool
             _check_responses(source)
         return source
     records = _records(source, [column for column in mapping.values() if column is not None])
-    if not records.header:  # records bring their own columns, so all of them are looked at
+    if not records.header or records.lines:  # records bring their own columns, so all of them are looked at
         items = list(records.items)
-        records = replace(records, items=items, columns=union(items))
+        records = replace(records, items=items, columns=records.columns or union(items))
         if not items:
             raise CalibrationError(f"{records.name}: expected at least one row, got none")
     place = records.name if records.header else next(iter(records.items))[1]
@@ -204,8 +205,10 @@ def _records(source: Any, mapped: Sequence[str]) -> Records:
     name = describe(source)
     columns: Sequence[Any] | None
     if _is_frame(source):
-        items, columns = _of_frame(source)
+        # of pandas and polars, or of pyarrow, where `columns` are the values
+        columns = list(source.column_names if hasattr(source, "column_names") else source.columns)
         check_unique(columns, name)
+        items = _of_frame(source)
     else:
         _check_yields_rows(source)
         items = source
@@ -228,12 +231,10 @@ def _is_frame(source: object) -> bool:
     return any(hasattr(source, name) for name in ("itertuples", "to_dicts", "to_pylist"))
 
 
-def _of_frame(source: Any) -> tuple[Iterable[Any], list[Any]]:
+def _of_frame(source: Any) -> list[dict[Any, Any]]:
     if hasattr(source, "itertuples"):
-        return source.to_dict("records"), list(source.columns)
-    if hasattr(source, "to_dicts"):
-        return source.to_dicts(), list(source.columns)
-    return source.to_pylist(), list(source.column_names)
+        return source.to_dict("records")
+    return source.to_dicts() if hasattr(source, "to_dicts") else source.to_pylist()
 
 
 def _check_yields_rows(source: Any) -> None:
@@ -267,8 +268,9 @@ def _check_responses(table: Table) -> None:
 
 
 def _no_response(where: str, layout: Layout) -> CalibrationError:
+    found = "one prompt a line" if layout.lines else shown(layout.columns)
     return CalibrationError(
-        f"{where}: expected the column response, got {shown(layout.columns)}; name the column with "
+        f"{where}: expected the column response, got {found}; name the column with "
         f"{setting('columns', {'response': 'COLUMN'})}, or let the model write responses with `fastprune generate`"
     )
 
