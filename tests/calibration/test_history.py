@@ -181,10 +181,10 @@ def test_the_example_of_a_row_is_its_conversation_and_its_set_has_another_hash()
     example = encoder.example(row)
     chat = quiet(chatml())
     pieces = (chat.opening("Hi", EARLIER), "Well: ", "Ho", "<|end|>")
-    opening, prefill, *scored = (encode(made, piece) for piece in pieces)
+    opening, prefill, response, end = (encode(made, piece) for piece in pieces)
     assert encoder.context("Hi", "Well: ", history=EARLIER) == opening + prefill
-    assert list(example.input_ids) == opening + prefill + sum(scored, [])
-    assert [label for label in example.labels if label >= 0] == sum(scored, [])
+    assert list(example.input_ids) == opening + prefill + response + end
+    assert [label for label in example.labels if label >= 0] == response + end
     alone, other = Row("Hi", "Ho", "Well: "), Row("Hi", "Ho", "Well: ", history=SYSTEM)
     sets = [load_calibration([each], made, format="chat").hash for each in (row, alone, other)]
     assert len(set(sets)) == 3
