@@ -158,7 +158,7 @@ class EvaluationSuite:
             check_judge(name, judge)
         self.encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
         self.batch_size = batch_size
-        self.attacks = _attacks(attack)
+        self.attacks = attacks.attacks_of(attack)
         self.budgets = _budgets(max_new_tokens, refusal_tokens)
         self._harm_rows = [] if harm_rows is None else read_rows(harm_rows)
         self._harm_tasks = {
@@ -262,14 +262,6 @@ class EvaluationSuite:
             judged(task, found, self._judges[task.name if task.kind == "skill" else task.kind])
             for task, found in zip(tasks, completions, strict=True)
         ]
-
-
-def _attacks(given: str | attacks.Attack | Sequence[str | attacks.Attack]) -> tuple[attacks.Attack, ...]:
-    """The attacks, in their order, each once."""
-    names = [given] if isinstance(given, str | attacks.Attack) else list(given)
-    if not names:
-        raise ArgumentError("expected at least one, got none", argument="attack")
-    return tuple({each.label: each for each in map(attacks.attack, names)}.values())
 
 
 def _budgets(max_new_tokens: Budget, refusal_tokens: int | None) -> dict[str, int | None]:
