@@ -16,10 +16,12 @@ __all__ = [
     "Example",
     "MicroBatch",
     "Row",
+    "Table",
     "collect",
     "load_calibration",
     "micro_batches",
     "read_rows",
+    "read_table",
     "read_texts_or_rows",
 ]
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from fastprune.calibration.encoding import Encoder
     from fastprune.calibration.examples import Example, MicroBatch, micro_batches
     from fastprune.calibration.from_loader import collect
-    from fastprune.calibration.rows import Row, read_rows, read_texts_or_rows
+    from fastprune.calibration.rows import Row, Table, read_rows, read_table, read_texts_or_rows
     from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_calibration
 else:
     _HOME = {
@@ -37,7 +39,9 @@ else:
         "micro_batches": "fastprune.calibration.examples",
         "collect": "fastprune.calibration.from_loader",
         "Row": "fastprune.calibration.rows",
+        "Table": "fastprune.calibration.rows",
         "read_rows": "fastprune.calibration.rows",
+        "read_table": "fastprune.calibration.rows",
         "read_texts_or_rows": "fastprune.calibration.rows",
         "CalibrationLoader": "fastprune.calibration.sets",
         "CalibrationSet": "fastprune.calibration.sets",

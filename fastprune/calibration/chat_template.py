@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fastprune.calibration.conversations import Turns
 from fastprune.calibration.generation_prompt import check_generation_prompt
+from fastprune.calibration.template_history import Histories
 from fastprune.calibration.template_markers import TurnMarkers
 from fastprune.calibration.template_render import Renderer, template_text
 from fastprune.calibration.template_source import FROZEN_DATE, TemplateSource
@@ -27,6 +29,9 @@ from fastprune.calibration.template_turns import (
 )
 from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
 from fastprune.errors import ArgumentError, CalibrationError, setting
+
+# Texts that follow the generation prompt, or could; a thought in them would be the second one where it ends in one.
+_REPLIES = ("prefill", "response", "system")
 
 
 class ChatTemplate:
@@ -72,6 +77,7 @@ class ChatTemplate:
             _check_system(self._render)
         self._turns = find_turns(self._render)
         check_generation_prompt(self._turns, self._render, source)
+        self._histories = Histories(self._render, self._turns)
 
         self.closing = self._turns.closing
         self.control_ids = frozenset(special_ids(tokenizer))
@@ -87,13 +93,20 @@ class ChatTemplate:
         if system:
             self.check_text(system, "system", "chat template")
 
-    def opening(self, prompt: str) -> str:
+    def opening(self, prompt: str, history: Turns = (), where: str = "row") -> str:
         """Text of everything before the reply: system turn, user turn, and the assistant's turn up to its content.
 
+        Args:
+            prompt: The content of the user turn.
+            history: The turns before it, ``(role, text)`` each.
+            where: Name of the row in messages.
+
         Raises:
-            CalibrationError: The template fails on this prompt, changes more of it than white space, or writes another
-                text around it than around other prompts.
+            CalibrationError: The template fails on these turns, changes more of them than white space, or writes
+                another text around them than around others.
         """
+        if history:
+            return self._histories.opening(history, prompt, where)
         try:
             text = self._render(prompt, open=True)
         except CalibrationError as error:  # what a template raises may quote the prompt
@@ -131,7 +144,7 @@ class ChatTemplate:
                 f"{expected} text that is not yet rendered, got the chat template's {quoted(header)} at its beginning; "
                 f"{way_out}"
             )
-        if what != "prompt" and self._turns.ends_thought and begins_thought(text):
+        if what in _REPLIES and self._turns.ends_thought and begins_thought(text):
             raise CalibrationError(
                 f"{expected} a reply without a thought, since the chat template ends the thinking block before it, got "
                 "one that opens another; take the thought out, or tell the template to think with "

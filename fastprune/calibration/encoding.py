@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastprune.calibration.chat_template import ChatTemplate
+from fastprune.calibration.conversations import Turns
 from fastprune.calibration.examples import UNSCORED, Example
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
@@ -26,7 +27,8 @@ class Encoder:
     r"""Turns text into token ids, with one tokenizer and one format.
 
     ``raw`` is ``[BOS] | tok(prompt + "\n") | tok(prefill) | tok(response)``; ``chat`` is the tokenizer's template
-    around a single user turn with the assistant's turn opened, then prefill, response and the end of the turn.
+    around a user turn, after the turns of a row's history, with the assistant's turn opened, then prefill, response and
+    the end of the turn.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
@@ -91,23 +93,32 @@ class Encoder:
         self._prefix = _bos(tokenizer, bos)
         self.facts = {"format": format, "bos": {"rule": bos, "ids": self._prefix}, "template": None}
 
-    def context(self, prompt: str, prefill: str = "", *, where: str = "row") -> list[int]:
+    def context(self, prompt: str, prefill: str = "", *, history: Turns = (), where: str = "row") -> list[int]:
         """Token ids of everything before the scored response; generation continues them.
 
         Args:
             prompt: The request.
             prefill: Start of the reply that counts as context.
+            history: What came before the prompt, as of a :class:`Row`; for ``chat`` alone.
             where: Name of the row in messages.
 
         Raises:
-            CalibrationError: The template fails, or the text is already a rendered conversation.
+            CalibrationError: The template fails, the text is already a rendered conversation, or there is a history in
+                the raw format.
         """
         if self._template is None:
+            if history:
+                raise CalibrationError(
+                    f"{where}: history: expected none with {setting('format', 'raw')}, which has no way to join turns, "
+                    f"got {len(history)} turns; use {setting('format', 'chat')}"
+                )
             opening = self.with_bos(self.tokens(prompt + "\n"))
         else:
+            for number, (_, text) in enumerate(history, start=1):
+                self._template.check_text(text, f"history, turn {number}", where)
             self._template.check_text(prompt, "prompt", where)
             self._template.check_text(prefill, "prefill", where)
-            opening = self.tokens(self._template.opening(prompt))
+            opening = self.tokens(self._template.opening(prompt, history, where))
         return opening + self.tokens(prefill)
 
     def example(self, row: Row, *, where: str = "row", finish: str | None = None) -> Example:
@@ -127,7 +138,7 @@ class Encoder:
         """
         if row.id is not None:
             where = f"{where} (id {row.id!r})"
-        context = self.context(row.prompt, row.prefill, where=where)
+        context = self.context(row.prompt, row.prefill, history=row.history, where=where)
         if self._template is not None:
             self._template.check_text(row.response, "response", where)
         response = self.tokens(row.response)

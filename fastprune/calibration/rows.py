@@ -1,26 +1,38 @@
 """Rows of a calibration or evaluation set, from wherever they are kept.
 
-In: the path of a CSV or JSONL file, a list of dicts, or anything that yields dicts (a Hugging Face ``datasets``
-object). Out: :class:`Row` objects, checked column by column, so that later code can rely on their types.
+In: the path of a file, a data frame, a ``datasets`` object, or anything that yields dicts; the layouts and types are
+listed in ``docs/data.md``. Out: :class:`Row` objects, checked value by value, so that later code can rely on their
+types, and what was recognized.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
-from fastprune.errors import CalibrationError, NotFoundError, warn
+from fastprune.calibration.cells import FINISHES, shown
+from fastprune.calibration.conversations import Turns
+from fastprune.calibration.known_layouts import FIELDS, REQUIRED
+from fastprune.calibration.layouts import Columns, Layout, check_mapping, recognize
+from fastprune.calibration.readers import Records, check_unique, read_file, union
+from fastprune.calibration.row_values import GENERATE, row_values
+from fastprune.errors import CalibrationError, setting, warn
 
-REQUIRED = ("prompt", "response")
-OPTIONAL = ("prefill", "category", "id", "finish")
-FINISHES = ("stop", "length")  # as generation servers call them
+__all__ = [
+    "FINISHES",
+    "Row",
+    "Rows",
+    "Table",
+    "describe",
+    "describe_row",
+    "read_rows",
+    "read_table",
+    "read_texts_or_rows",
+]
+
 # Optional columns whose absence changes the experiment, so that a misspelt one is worth a warning. The cutoff takes
 # "prefix" and "categories" for one of them, but not "preference" or "prompt_id".
 _MISSPELT = ("prefill", "category", "finish")
@@ -39,6 +51,8 @@ class Row:
         id: Name of the row in messages and reports.
         extra: Every other column, unchanged.
         finish: How the reply ended: ``"stop"`` by itself, ``"length"`` at a token limit, ``None`` unknown.
+        history: What came before the prompt, ``(role, text)`` each: a system text or none, then exchanges of user and
+            assistant; context, never scored.
     """
 
     prompt: str
@@ -48,63 +62,135 @@ class Row:
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     finish: str | None = None
+    history: Turns = ()
+
+    def to_record(self) -> dict[str, Any]:
+        """The row as JSON data in our own layout, from which :func:`read_rows` makes an equal row.
+
+        Fields without a value are left out, ``prompt`` and ``response`` never.
+        """
+        own = {name: getattr(self, name) for name in FIELDS}
+        own["history"] = [{"role": role, "content": text} for role, text in self.history]
+        return {**self.extra, **{name: value for name, value in own.items() if value or name in REQUIRED}}
+
+
+class Table(Sequence[Row]):
+    """The rows of one source, with what was recognized in it; taken wherever rows are.
+
+    Attributes:
+        name: Of the source, in messages.
+        layout: What was recognized; its text is one line for people.
+    """
+
+    def __init__(self, rows: Iterable[Row], name: str, layout: Layout) -> None:
+        self._rows = tuple(rows)
+        self.name = name
+        self.layout = layout
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Table: ...
+    def __getitem__(self, index: int | slice) -> Row | Table:
+        if isinstance(index, slice):
+            return Table(self._rows[index], self.name, self.layout)
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Table({self.layout})"  # numbers and names, no text
 
 
 Rows = str | Path | Iterable[Row | Mapping[str, Any]]
-"""Where rows come from: the path of a file, or the rows themselves."""
+"""Where rows come from: the path of a file, or the rows themselves, as mappings, data frame or :class:`Table`."""
 
 
-def read_rows(path_or_rows: Rows) -> list[Row]:
+def read_rows(source: Rows, *, columns: Columns | None = None, references: bool = True) -> list[Row]:
     """Read rows from a file or from memory.
 
-    Files are UTF-8, with or without a byte order mark. A CSV needs a header; blank lines of a JSONL file are skipped.
-    ``prefill``, ``category``, ``id`` and ``finish`` may be absent, ``None``, NaN or NA, as ``datasets`` and pandas
+    The layout is recognized by the names of the columns: our own (``prompt, response[, prefill, category, id, finish,
+    history]``), those of AdvBench, Alpaca, HarmBench and others, conversations, and one prompt a line; ``docs/data.md``
+    lists them, and the types of files. Optional values may be absent, ``None``, NaN or NA, as ``datasets`` and pandas
     write missing values. Whole numbers are valid names in ``category`` and ``id``, also as floats (1.0 is "1").
 
     Args:
-        path_or_rows: Path of a ``.csv`` or ``.jsonl`` file, or an iterable of mappings with the columns ``prompt,
-            response[, prefill, category, id, finish]``. It is iterated once.
+        source: Path of a file; an iterable of mappings or rows, which is iterated once; a data frame of pandas, polars
+            or pyarrow; a ``datasets`` object.
+        columns: Columns by field where they are not to be recognized, e.g. ``{"prompt": "goal", "response": "target"}``
+            (also ``messages``); ``None`` for a field leaves it out.
+        references: Whether every row has to have a response; otherwise it is ``""`` where there is none.
 
     Returns:
         The rows in their order, at least one.
 
     Raises:
         NotFoundError: There is no such file.
-        CalibrationError: The kind of file is unknown, a column is missing, a line is not JSON, a value is not text, or
-            there are no rows. The message names the file and the line, or the number of the row (from 0).
+        ArgumentError: ``columns`` names a field or a column that there is not.
+        CalibrationError: The type of file is unknown, no layout is recognized or several are, a line is not JSON, a
+            value is not text, or there are no rows. The message names the file and the line, or the number of the row
+            (from 0), and never a text.
 
     Warns:
         FastpruneWarning: An unused column has nearly the name of an optional column that is absent.
     """
+    return list(read_table(source, columns=columns, references=references))
+
+
+def read_table(source: Rows, *, columns: Columns | None = None, references: bool = False) -> Table:
+    """As :func:`read_rows`, together with what was recognized; responses are not needed by default."""
+    mapping = check_mapping(columns)
+    if isinstance(source, Table) and not mapping:
+        if references:
+            _check_responses(source)
+        return source
+    records = _records(source, [column for column in mapping.values() if column is not None])
+    if not records.header:  # records bring their own columns, so all of them are looked at
+        items = list(records.items)
+        records = replace(records, items=items, columns=union(items))
+        if not items:
+            raise CalibrationError(f"{records.name}: expected at least one row, got none")
+    place = records.name if records.header else next(iter(records.items))[1]
+    layout = recognize(records.columns, mapping, place, lines=records.lines)
+    if references and not layout.has_response:
+        raise _no_response(place, layout)
     rows: list[Row] = []
     misspelt: dict[str, str] = {}
     seen: set[frozenset] = set()
-    for record, where in _records(path_or_rows):
-        rows.append(_row(record, where))
-        if (columns := frozenset(record)) not in seen:  # most rows have the same columns
-            seen.add(columns)
-            misspelt.update(_misspelt(record))
+    for record, where in records.items:
+        rows.append(Row(**row_values(record, where, layout, blank=records.blank, references=references)))
+        if (keys := frozenset(record)) not in seen:  # most rows have the same columns
+            seen.add(keys)
+            misspelt.update(_misspelt(record, layout, mapping))
     if not rows:
-        raise CalibrationError(f"{describe(path_or_rows)}: expected at least one row, got none")
+        raise CalibrationError(f"{records.name}: expected at least one row, got none")
     for column, meant in misspelt.items():
-        warn(f"{describe(path_or_rows)}: column {column!r} is not used; did you mean {meant!r}?")
-    return rows
+        warn(f"{records.name}: column {column!r} is not used; did you mean {meant!r}?")
+    layout = replace(layout, table=records.name, files=records.files, rows=len(rows))
+    return Table(rows, records.name, replace(layout, without_response=sum(not row.response for row in rows)))
 
 
-def read_texts_or_rows(source: str | Path | Iterable[str | Row | Mapping[str, Any]]) -> list[str] | list[Row]:
+def read_texts_or_rows(
+    source: str | Path | Iterable[str | Row | Mapping[str, Any]], *, references: bool = True
+) -> list[str] | list[Row]:
     """Read texts if every item is a string, else rows as :func:`read_rows` does; a single string is a path."""
-    if isinstance(source, (str, Path)):
-        return read_rows(source)
+    if isinstance(source, (str, Path, Table)) or _is_frame(source):
+        return read_rows(cast("Rows", source), references=references)
     _check_yields_rows(source)
     items = list(source)
     texts = [item for item in items if isinstance(item, str)]
     # strings among rows are refused by read_rows, which names the first
-    return texts if texts and len(texts) == len(items) else read_rows(cast("list[Row | Mapping[str, Any]]", items))
+    if texts and len(texts) == len(items):
+        return texts
+    return read_rows(cast("list[Row | Mapping[str, Any]]", items), references=references)
 
 
-def describe(path_or_rows: object) -> str:
+def describe(source: object) -> str:
     """Name of a source in messages: its path, or ``rows`` for rows in memory."""
-    return str(path_or_rows) if isinstance(path_or_rows, (str, Path)) else "rows"
+    if isinstance(source, Table):
+        return source.name
+    return str(source) if isinstance(source, (str, Path)) else "rows"
 
 
 def describe_row(name: str, index: int, row: Row) -> str:
@@ -112,101 +198,54 @@ def describe_row(name: str, index: int, row: Row) -> str:
     return f"{name}, row {index}" + (f" (id {row.id!r})" if row.id is not None else "")
 
 
-def _records(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
-    if not isinstance(source, (str, Path)):
-        yield from _from_memory(source)
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise NotFoundError(f"{path}: expected a file of rows, found none")
-    match path.suffix.lower():
-        case ".csv":
-            reader = _from_csv
-        case ".jsonl" | ".ndjson":
-            reader = _from_jsonl
-        case suffix:
-            raise CalibrationError(f"{path}: expected a .csv or .jsonl file, got the suffix {suffix!r}")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: expected UTF-8 text, byte {error.start} is not ({error.reason})") from error
+def _records(source: Any, mapped: Sequence[str]) -> Records:
+    if isinstance(source, (str, Path)):
+        return read_file(Path(source), mapped)
+    name = describe(source)
+    columns: Sequence[Any] | None
+    if _is_frame(source):
+        items, columns = _of_frame(source)
+        check_unique(columns, name)
+    else:
+        _check_yields_rows(source)
+        items = source
+        columns = getattr(source, "column_names", None)  # a datasets object can be refused before it is read
+    places = ((record, f"{name}, row {number}") for number, record in enumerate(items))
+    named = ((_mapping(record, where), where) for record, where in places)
+    return Records(name, named, list(columns or ()), header=columns is not None)
 
 
-def _from_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    lines = _csv_lines(path)
-    columns = lines[0][1] if lines else []
-    _check_columns(columns, str(path))
-    if len(set(columns)) < len(columns):
-        raise CalibrationError(f"{path}: expected each column once, got the header {columns}")
-    # an empty cell of a CSV means no value; the keys of absent optional values show that the column exists
-    empty = dict.fromkeys((name for name in OPTIONAL if name in columns), None)
-    for number, cells in lines[1:]:
-        where = f"{path}, line {number}"
-        if len(cells) != len(columns):
-            raise CalibrationError(
-                f"{where}: expected {len(columns)} fields as in the header {columns}, got {len(cells)}"
-            )
-        record = zip(columns, cells, strict=True)
-        yield empty | {name: cell for name, cell in record if cell or name in REQUIRED}, where
+def _mapping(record: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(record, Row):
+        return {**record.extra, **{name: getattr(record, name) for name in FIELDS}}
+    if not isinstance(record, Mapping):
+        raise CalibrationError(f"{where}: expected a mapping, got {type(record).__name__}")
+    return record
 
 
-def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
-    """Rows that are not blank, header first, each with the number of its first line."""
-    limit = csv.field_size_limit(2**31 - 1)  # 131,072 characters by default; the limit is process-wide
-    lines, begin = [], 1
-    try:
-        # csv needs newline="" to keep line breaks inside quotes as written
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                if cells:
-                    lines.append((begin, cells))
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        raise CalibrationError(f"{path}, line {begin}: the row that begins here is not valid CSV ({error})") from error
-    finally:
-        csv.field_size_limit(limit)
-    return lines
+def _is_frame(source: object) -> bool:
+    """Whether it is a table of pandas, polars or pyarrow, which yields columns and not rows."""
+    return any(hasattr(source, name) for name in ("itertuples", "to_dicts", "to_pylist"))
 
 
-def _from_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise CalibrationError(f"{where}: not valid JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise CalibrationError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            yield record, where
-
-
-def _from_memory(source: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
-    _check_yields_rows(source)
-    columns = getattr(source, "column_names", None)  # a datasets object can be refused before it is read
-    if columns is not None:
-        _check_columns(list(columns), "rows")
-    for number, record in enumerate(source):
-        where = f"rows, row {number}"
-        if isinstance(record, Row):
-            record = {**record.extra, **{name: getattr(record, name) for name in REQUIRED + OPTIONAL}}
-        if not isinstance(record, Mapping):
-            raise CalibrationError(f"{where}: expected a mapping, got {type(record).__name__}")
-        yield record, where
+def _of_frame(source: Any) -> tuple[Iterable[Any], list[Any]]:
+    if hasattr(source, "itertuples"):
+        return source.to_dict("records"), list(source.columns)
+    if hasattr(source, "to_dicts"):
+        return source.to_dicts(), list(source.columns)
+    return source.to_pylist(), list(source.column_names)
 
 
 def _check_yields_rows(source: Any) -> None:
     """Refuse objects whose iteration yields names of columns or splits instead of rows."""
     if isinstance(source, Mapping):
+        keys = sorted(map(str, source))[:8]
         raise CalibrationError(
-            f"expected an iterable of mappings, got one {type(source).__name__} with the keys "
-            f"{sorted(map(str, source))[:8]}; of several splits pass one, of a table of columns pass its rows",
+            f"expected an iterable of mappings, got one {type(source).__name__} with the keys {shown(keys)}; of "
+            "several splits pass one, such as data['train'], of a table of columns pass its rows",
             argument="rows",
         )
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a pandas DataFrame
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a data frame of another kind
         raise CalibrationError(
             f"expected an iterable of mappings, got a {type(source).__name__}; pass its .to_dict('records')",
             argument="rows",
@@ -217,70 +256,27 @@ def _check_yields_rows(source: Any) -> None:
         )
 
 
-def _check_columns(columns: list[str], where: str) -> None:
-    missing = [name for name in REQUIRED if name not in columns]
-    if missing:
+def _check_responses(table: Table) -> None:
+    if not table.layout.has_response:
+        raise _no_response(table.name, table.layout)
+    lacking = next((index for index, row in enumerate(table) if not row.response), None)
+    if lacking is not None:
         raise CalibrationError(
-            f"{where}: expected the column{'s' * (len(missing) > 1)} {' and '.join(missing)}, got {columns or 'none'}"
+            f"{describe_row(table.name, lacking, table[lacking])}: response: expected text, got none; {GENERATE}"
         )
 
 
-def _row(record: Mapping[str, Any], where: str) -> Row:
-    _check_columns(list(record), where)
-    return Row(
-        prompt=_text(record["prompt"], "prompt", where),
-        response=_text(record["response"], "response", where),
-        prefill="" if _absent(record.get("prefill")) else _text(record["prefill"], "prefill", where),
-        category=_name(record.get("category"), "category", where),
-        id=_name(record.get("id"), "id", where),
-        finish=_finish(record.get("finish"), where),
-        extra={key: value for key, value in record.items() if key not in REQUIRED + OPTIONAL},
+def _no_response(where: str, layout: Layout) -> CalibrationError:
+    return CalibrationError(
+        f"{where}: expected the column response, got {shown(layout.columns)}; name the column with "
+        f"{setting('columns', {'response': 'COLUMN'})}, or let the model write responses with `fastprune generate`"
     )
 
 
-def _misspelt(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _misspelt(record: Mapping[str, Any], layout: Layout, mapping: Columns) -> Iterator[tuple[str, str]]:
     """Unused columns, each with the absent optional column whose name is nearly the same."""
-    absent = [name for name in _MISSPELT if name not in record]
+    absent = [name for name in _MISSPELT if name not in mapping and layout.sources.get(name, (name,))[0] not in record]
     for column in record:
-        if absent and isinstance(column, str) and column not in REQUIRED + OPTIONAL:
+        if absent and isinstance(column, str) and column not in layout.used:
             for meant in difflib.get_close_matches(column.strip().lower(), absent, n=1, cutoff=_ALIKE):
                 yield column, meant
-
-
-def _absent(value: Any) -> bool:
-    if isinstance(value, Real):
-        return math.isnan(value)
-    return value is None or type(value).__name__ in ("NAType", "NaTType")  # of pandas, which is not imported here
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise CalibrationError(f"{where}: {column}: expected a string, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but tokenizers refuse it
-        raise CalibrationError(
-            f"{where}: {column}: expected valid Unicode, got half a surrogate pair at character {error.start}"
-        ) from error
-    return value
-
-
-def _name(value: Any, column: str, where: str) -> str | None:
-    if _absent(value):
-        return None
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = cast("float", value)
-        if math.isfinite(number) and number == int(number):
-            return str(int(number))  # pandas turns whole numbers into floats where one is missing
-    return _text(value, column, where)
-
-
-def _finish(value: Any, where: str) -> str | None:
-    if _absent(value):
-        return None
-    if not isinstance(value, str) or value not in FINISHES:
-        raise CalibrationError(
-            f"{where}: finish: expected one of {FINISHES}, got another {type(value).__name__}; leave it empty where it "
-            "is not known, and drop rows that ended otherwise"
-        )
-    return value

@@ -15,6 +15,7 @@ import torch
 
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, count_holding
 from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
+from fastprune.calibration.layouts import Columns
 from fastprune.calibration.rows import FINISHES, Row, Rows, describe, read_rows
 from fastprune.errors import CalibrationError, positive_integer, setting, warn
 
@@ -144,6 +145,7 @@ def load_calibration(
     path_or_rows: Rows,
     tokenizer: Any,
     *,
+    columns: Columns | None = None,
     format: str = "raw",
     max_length: int | None = None,
     bos: str | bool = "auto",
@@ -160,6 +162,7 @@ def load_calibration(
     Args:
         path_or_rows: As for :func:`fastprune.calibration.read_rows`.
         tokenizer: A Hugging Face tokenizer.
+        columns: Columns by field where they are not to be recognized, e.g. ``{"prompt": "goal", "prefill": "target"}``.
         format: ``"raw"`` or ``"chat"``.
         max_length: Rows of more tokens than this are left out; ``None`` keeps all.
         bos: For ``raw``: ``"auto"`` begins with BOS if the tokenizer does so by default, ``False`` never (the published
@@ -174,8 +177,8 @@ def load_calibration(
 
     Raises:
         NotFoundError: There is no such file.
-        ArgumentError: ``format``, ``tokenizer``, ``max_length``, ``bos``, ``finish``, ``template_args`` or ``system``
-            is not usable.
+        ArgumentError: ``columns``, ``format``, ``tokenizer``, ``max_length``, ``bos``, ``finish``, ``template_args`` or
+            ``system`` is not usable.
         CalibrationError: The data cannot be read, a row has nothing to score or is already a rendered conversation, the
             chat template would change the experiment, or no row is left.
 
@@ -190,7 +193,7 @@ def load_calibration(
     kept: list[Example] = []
     rows: list[Row] = []  # those behind `kept`
     too_long = 0
-    for number, row in enumerate(read_rows(path_or_rows)):
+    for number, row in enumerate(read_rows(path_or_rows, columns=columns)):
         example = encoder.example(row, where=f"{source}, row {number}", finish=finish)
         if max_length is not None and len(example) > max_length:
             too_long += 1

@@ -54,7 +54,7 @@ def generate(
         ArgumentError: An argument is out of range, or the tokens do not fit the model.
         ScoringError: The model's logits are NaN.
     """
-    items = read_texts_or_rows(rows_or_prompts)
+    items = read_texts_or_rows(rows_or_prompts, references=False)
     rows = [Row(prompt=item, response="") if isinstance(item, str) else item for item in items]
     if prefill is not None:
         prefills = [prefill] * len(rows) if isinstance(prefill, str) else list(prefill)
@@ -79,7 +79,7 @@ def encode_contexts(encoder: Encoder, rows: Sequence[Row], *, name: str = "rows"
     contexts = []
     for index, row in enumerate(rows):
         where = describe_row(name, index, row)
-        context = encoder.context(row.prompt, row.prefill, where=where)
+        context = encoder.context(row.prompt, row.prefill, history=row.history, where=where)
         if not context:
             raise CalibrationError(f"{where}: prompt: expected at least one token to continue, got none")
         contexts.append(context)

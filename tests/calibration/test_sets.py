@@ -126,7 +126,7 @@ def test_a_csv_cell_may_be_long(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", "prompt,answer\na,b\n", r"a\.csv: expected the column response, got \['prompt', 'answer'\]"),
-        ("a.csv", "question,answer\na,b\n", "expected the columns prompt and response, got"),
+        ("a.csv", "ask,reply\na,b\n", r"expected the columns prompt and response, got \['ask', 'reply'\]"),
         ("a.csv", "", "expected the columns prompt and response, got none"),
         ("a.csv", "prompt,response\n", "expected at least one row, got none"),
         ("a.csv", "prompt,response\na,b\nc\n", r"a\.csv, line 3: expected 2 fields"),
@@ -146,7 +146,7 @@ def test_a_csv_cell_may_be_long(tmp_path):
         ("a.jsonl", '{"prompt": "a", "response": "b", "prefill": ["c"]}', "prefill: expected a string, got list"),
         ("a.jsonl", '{"prompt": "a", "response": "b", "id": true}', "id: expected a string, got bool"),
         ("a.jsonl", '{"prompt": "a", "response": "\\ud800"}', "half a surrogate pair at character 0"),
-        ("a.txt", "a", r"expected a \.csv or \.jsonl file, got the suffix '\.txt'"),
+        ("a.xml", "a", r"expected a \.csv or \.jsonl file, got the suffix '\.xml'"),
         ("a", "a", "got the suffix ''"),
     ],
 )
