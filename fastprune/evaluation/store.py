@@ -94,13 +94,7 @@ def open_store(folder: Path, facts: Mapping[str, Any], masks: Mapping[str, Mappi
         if head.get("facts"):
             _check_facts(folder, head["facts"], facts)
         known = head.get("masks", {})
-        for name, mask in masks.items():
-            if name in known and known[name]["digest"] != mask["digest"]:
-                raise ArgumentError(
-                    f"expected the mask that {folder} calls {name!r}, got another one of that name; rename its file, "
-                    "or name another folder",
-                    argument="masks",
-                )
+        _check_names(folder, known, masks)
         updated = {
             "version": VERSION,
             "facts": dict(facts),
@@ -227,6 +221,24 @@ def _check_facts(folder: Path, known: Mapping[str, Any], facts: Mapping[str, Any
                 f"expected a store of the same {name}, got {folder}, whose answers are of another one "
                 f"({_differing(known.get(name), given.get(name))}); name another folder",
                 argument="store",
+            )
+
+
+def _check_names(folder: Path, known: Mapping[str, Mapping[str, Any]], masks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse one name for two masks, and two names for one: answers are told apart by the names."""
+    names = {mask["digest"]: name for name, mask in known.items()}
+    for name, mask in masks.items():
+        if name in known and known[name]["digest"] != mask["digest"]:
+            raise ArgumentError(
+                f"expected the mask that {folder} calls {name!r}, got another one of that name; rename its file, or "
+                "name another folder",
+                argument="masks",
+            )
+        if names.setdefault(mask["digest"], name) != name:
+            raise ArgumentError(
+                f"expected masks that differ, got {name!r}, which has the weights of {names[mask['digest']]!r}; leave "
+                "it out, or name another folder",
+                argument="masks",
             )
 
 
