@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastprune
+from fastprune.cli.columns import ColumnsOption, read_tables
 from fastprune.cli.encoding import (
     BosOption,
     FormatOption,
@@ -60,9 +61,7 @@ def _check_options(
 def evaluate(
     run: Run,
     model: ModelFolder,
-    harm: Annotated[
-        Path | None, ROWS, typer.Option(help="Held-out harmful rows (prompt, response[, prefill, category]).")
-    ] = None,
+    harm: Annotated[Path | None, ROWS, typer.Option(help="Held-out harmful rows, in a layout of docs/data.md.")] = None,
     skills: Annotated[Path | None, ROWS, typer.Option(help="Benign rows with a column `skill`.")] = None,
     recognition: Annotated[Path | None, ROWS, typer.Option(help="Yes/no rows: is this request harmful?")] = None,
     mask: Annotated[
@@ -72,6 +71,7 @@ def evaluate(
     attack: AttackOption = "prefilling",
     judge: JudgeOption = "exact",
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
+    columns: ColumnsOption = None,
     format: FormatOption = None,
     bos: BosOption = None,
     template_args: TemplateArgsOption = None,
@@ -98,11 +98,12 @@ def evaluate(
     masks, patched = _named(mask or ()), stored_patch(model)
     tokenizer = load_tokenizer(model)
     known = known_encodings({name: chosen.metadata for name, chosen in masks.items()})
+    tables = read_tables(run, {"harm": harm, "skills": skills, "recognition": recognition}, columns)
     suite = EvaluationSuite(
         tokenizer,
-        harm_rows=harm,
-        skill_rows=skills,
-        recognition_rows=recognition,
+        harm_rows=tables.get("harm"),
+        skill_rows=tables.get("skills"),
+        recognition_rows=tables.get("recognition"),
         **encoding_of(tokenizer, model, format, bos, template_args, system, known).arguments(),
         attack=str(attack),
         judges={"harm": JUDGES[judge].judge} if harm is not None else None,

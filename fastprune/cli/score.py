@@ -13,6 +13,7 @@ import typer
 
 import fastprune
 from fastprune.cli.app import pasted
+from fastprune.cli.columns import ColumnsOption, read_tables
 from fastprune.cli.encoding import (
     BosOption,
     FinishOption,
@@ -49,13 +50,12 @@ if TYPE_CHECKING:
 def score(
     run: Run,
     model: ModelFolder,
-    harm: Annotated[
-        Path, ROWS, typer.Option(help="Rows of the behavior to remove: CSV or JSONL with prompt, response[, prefill].")
-    ],
+    harm: Annotated[Path, ROWS, typer.Option(help="Rows of the behavior to remove, in a layout of docs/data.md.")],
     benign: Annotated[Path | None, ROWS, typer.Option(help="Rows of the behavior to keep.")] = None,
     out: Annotated[Path, OutputFile("scores"), typer.Option(help="File to write the scores to.")] = Path(
         "scores.safetensors"
     ),
+    columns: ColumnsOption = None,
     format: FormatOption = None,
     bos: BosOption = None,
     finish: FinishOption = None,
@@ -100,10 +100,10 @@ def score(
         tokenizer = load_tokenizer(model)
         encoding = encoding_of(tokenizer, model, format, bos, template_args, system).arguments()
         finishes = finish_of(finish)
+        tables = read_tables(run, {"harm": harm, "benign": benign}, columns, references=True)
         sets = {
-            role: fastprune.load_calibration(path, tokenizer, max_length=max_length, finish=finishes[role], **encoding)
-            for role, path in (("harm", harm), ("benign", benign))
-            if path is not None
+            role: fastprune.load_calibration(table, tokenizer, max_length=max_length, finish=finishes[role], **encoding)
+            for role, table in tables.items()
         }
         criteria = {"harm": listed(harm_criterion), "benign": listed(benign_criterion)}
         if is_first():

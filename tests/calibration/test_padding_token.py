@@ -8,8 +8,7 @@ from support.architectures import HARM, VOCAB, build, pad, stateful
 
 import fastprune
 from fastprune.calibration import CalibrationSet, micro_batches
-from fastprune.evaluation.forward import Forward
-from fastprune.evaluation.generation import _continue_batch
+from fastprune.evaluation.decoding import Query, continue_queries
 
 USED = {token for example in HARM for token in example.input_ids}
 
@@ -53,10 +52,8 @@ def test_nor_do_they_where_the_caller_has_padded_or_the_model_runs_whole() -> No
 
 
 def test_prompts_of_a_generation_are_padded_with_their_own_tokens() -> None:
-    contexts = [list(example.input_ids) for example in HARM]
-    limits, stop = torch.full((len(contexts),), 1), torch.tensor([-1])
+    queries = [Query(example.input_ids, 1, f"row {index}") for index, example in enumerate(HARM)]
     found, expected = (
-        _continue_batch(Forward(model), contexts, limits, stop)
-        for model in (poisoned("Llama", float("nan")), build("Llama"))
+        continue_queries(model, queries, ()) for model in (poisoned("Llama", float("nan")), build("Llama"))
     )
     assert found == expected

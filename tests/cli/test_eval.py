@@ -81,7 +81,7 @@ def test_results_are_shown_though_the_report_cannot_be_written(
     assert run(*evaluate, "--out", tmp_path / "report") == 1
     came = capsys.readouterr()
     assert "not pruned" in came.out
-    assert came.err == "fastprune: error: [Errno 28] No space left on device\n"
+    assert came.err.splitlines()[-1] == "fastprune: error: [Errno 28] No space left on device"
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, rows: dict[str, Path], capsys) -> None:

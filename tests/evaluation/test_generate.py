@@ -231,8 +231,9 @@ def test_rows_that_cannot_be_continued_are_named() -> None:
         generate(model, tokenizer, [], max_new_tokens=3)
     with pytest.raises(CalibrationError, match=r"row 1 \(id 'b'\): prompt: expected at least one token"):
         generate(model, tokenizer, [Row("w1", "", id="a"), Row(" ", "", id="b")], max_new_tokens=3)
-    with pytest.raises(CalibrationError, match=r"row 0: expected the column response"):
-        generate(model, tokenizer, [{"prompt": "w1"}], max_new_tokens=3)
+    with pytest.raises(CalibrationError, match=r"row 0: expected the column prompt"):
+        generate(model, tokenizer, [{"response": "w1"}], max_new_tokens=3)
+    assert len(generate(model, tokenizer, [{"prompt": "w1"}], max_new_tokens=3)) == 1  # no reference is used
     tokenizer.add_tokens(["new"])
     with pytest.raises(ArgumentError, match=r"row 1 has token id \d+.*another model"):
         generate(model, tokenizer, ["w1", "new"], max_new_tokens=3)
