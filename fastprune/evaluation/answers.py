@@ -15,6 +15,9 @@ from typing import Any, Self, overload
 from fastprune.calibration.rows import Row
 from fastprune.errors import ArtifactError
 
+KINDS = ("harm", "refusal", "skill", "over_refusal", "explanation")
+"""Kinds of rows, as stores, options and records call them."""
+
 UNPRUNED = "none"
 """Name of the unpruned model among the masks."""
 

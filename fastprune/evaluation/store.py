@@ -215,7 +215,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
 
 def _check_facts(folder: Path, known: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     given = json.loads(json.dumps(facts))
-    for name in sorted({*known, *given}):
+    for name in {**known, **given}:
         if known.get(name) != given.get(name):
             raise ArgumentError(
                 f"expected a store of the same {name}, got {folder}, whose answers are of another one "
@@ -245,7 +245,7 @@ def _check_names(folder: Path, known: Mapping[str, Mapping[str, Any]], masks: Ma
 def _differing(known: Any, given: Any) -> str:
     """The first value that differs, as text."""
     if isinstance(known, dict) and isinstance(given, dict):
-        for name in sorted({*known, *given}):
+        for name in {**known, **given}:
             if known.get(name) != given.get(name):
                 return f"{name}: {_differing(known.get(name), given.get(name))}"
     return f"{_short(known)} in the store, {_short(given)} now"

@@ -21,9 +21,6 @@ from fastprune.evaluation.generation import encode_contexts, stop_ids
 from fastprune.evaluation.thoughts import read_reply
 from fastprune.model.positions import trained_length
 
-KINDS = ("harm", "refusal", "skill", "over_refusal", "explanation")
-"""Kinds of rows, as stores, options and records call them."""
-
 Budget = int | Mapping[str, int] | None
 """Limit of new tokens: for all kinds of rows, or by kind; ``None``: the length of a row's reference plus one token."""
 
@@ -34,7 +31,7 @@ class Task:
 
     Attributes:
         name: Its name in messages, such as that of a skill.
-        kind: One of :data:`KINDS`.
+        kind: One of :data:`fastprune.evaluation.answers.KINDS`.
         rows: The rows as the model is asked them.
         contexts: Token ids of each row's ``prompt | prefill``.
         budgets: Limit of new tokens for each row.
