@@ -25,7 +25,7 @@ _PROMPT = _BEGIN + _MIDDLE + _END
 SYSTEM_MARKER = "FastpruneSystemText"
 
 # Tags around thoughts, as the model families spell them.
-_TAG = re.compile(
+THOUGHT_TAG = re.compile(
     r"[<\[◁][|｜]?(?P<close>/|end_(?:of_)?)?(?:start_|begin_(?:of_)?)?(?:\w+:)?"
     r"(?:think|thinking|thoughts?|reasoning)[|｜]?[>\]▷]"
     r"|<\|channel>(?:thought)?|(?P<channel><channel\|>)",
@@ -174,26 +174,26 @@ def completions(turns: Turns) -> list[str]:
 
 def open_thought(text: str) -> str | None:
     """The last tag around thoughts in ``text`` if it opens one."""
-    tags = list(_TAG.finditer(text))
-    return tags[-1][0] if tags and not _closes(tags[-1]) else None
+    tags = list(THOUGHT_TAG.finditer(text))
+    return tags[-1][0] if tags and not closes_thought(tags[-1]) else None
 
 
 def begins_thought(text: str) -> bool:
     """Whether ``text`` begins with a tag that opens a thought."""
-    tag = _TAG.match(text.lstrip())
-    return tag is not None and not _closes(tag)
+    tag = THOUGHT_TAG.match(text.lstrip())
+    return tag is not None and not closes_thought(tag)
 
 
 def is_thought_tag(token: str) -> bool:
     """Whether ``token`` is a tag around thoughts, which a reply may contain, unlike the ends of turns."""
-    return _TAG.fullmatch(token) is not None
+    return THOUGHT_TAG.fullmatch(token) is not None
 
 
 def without_thoughts(text: str) -> str:
     """``text`` without its ended thinking blocks and without white space at its end."""
     kept, done, opened = "", 0, None
-    for tag in _TAG.finditer(text):
-        if not _closes(tag):
+    for tag in THOUGHT_TAG.finditer(text):
+        if not closes_thought(tag):
             opened = tag.start() if opened is None else opened
             continue
         kept += text[done : tag.start() if opened is None else opened]
@@ -212,7 +212,8 @@ def quoted_after_prompt(text: str, *, reply: bool = False) -> str:
     return quoted(_PROMPT + text + (_REPLY if reply else ""))
 
 
-def _closes(tag: re.Match[str]) -> bool:
+def closes_thought(tag: re.Match[str]) -> bool:
+    """Whether a match of :data:`THOUGHT_TAG` ends a thought."""
     return bool(tag["close"] or tag["channel"])
 
 

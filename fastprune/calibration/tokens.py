@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,3 +38,16 @@ def special_ids(tokenizer: Any) -> set[int]:
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2 uses one token for both
         special.discard(tokenizer.unk_token_id)
     return special
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer's vocabulary and rules, which its chat template is not part of."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # How the last call padded and cut is a state of the tokenizer, not a rule.
+        rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    rules["special"] = sorted(special_ids(tokenizer))
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()

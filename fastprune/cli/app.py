@@ -20,6 +20,7 @@ COMMANDS = {
     "patch": "patch:patch",
     "plan": "plan:plan",
     "control": "control:control",
+    "answer": "answer:answer",
     "eval": "eval:evaluate",
 }
 _GROUPS = {"organism": "The synthetic model organism: data files and retraining."}

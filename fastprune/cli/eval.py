@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-import fastprune
 from fastprune.cli.columns import ColumnsOption, read_tables
 from fastprune.cli.encoding import (
     BosOption,
@@ -19,7 +17,7 @@ from fastprune.cli.encoding import (
     known_encodings,
 )
 from fastprune.cli.frame import Run, command
-from fastprune.cli.models import loaded_model
+from fastprune.cli.models import loaded_model, named_masks
 from fastprune.cli.options import (
     MASK,
     ROWS,
@@ -33,9 +31,6 @@ from fastprune.cli.options import (
 )
 from fastprune.cli.outputs import OutputFolder, check_report, written
 from fastprune.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from fastprune.masking import PruneMask
 
 
 def _check_options(
@@ -95,7 +90,7 @@ def evaluate(
     from fastprune.experiments import evaluation_record, stored_patch
     from fastprune.reporting import print_results, write_report
 
-    masks, patched = _named(mask or ()), stored_patch(model)
+    masks, patched = named_masks(mask or ()), stored_patch(model)
     tokenizer = load_tokenizer(model)
     known = known_encodings({name: chosen.metadata for name, chosen in masks.items()})
     tables = read_tables(run, {"harm": harm, "skills": skills, "recognition": recognition}, columns)
@@ -126,17 +121,3 @@ def evaluate(
     run.result(record, lambda: print_results(record))
     if out is not None:
         run.files(written(out, lambda folder: write_report(record, folder)))
-
-
-def _named(paths: Sequence[Path]) -> dict[str, PruneMask]:
-    """The masks by the names of their files without ending, which is what the report calls them."""
-    names = [path.stem for path in paths]
-    for name, path in zip(names, paths, strict=True):
-        if name == "none":
-            raise ArgumentError(f'"none" is what the report calls the unpruned model; rename {path}', argument="mask")
-        if names.count(name) > 1:
-            raise ArgumentError(
-                f"two of the mask files have the same name, {name}, so their rows could not be told apart",
-                argument="mask",
-            )
-    return {name: fastprune.PruneMask.load(path) for name, path in zip(names, paths, strict=True)}

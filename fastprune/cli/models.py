@@ -1,15 +1,19 @@
-"""A model in memory, for the commands that need all of it."""
+"""A model in memory, for the commands that need all of it, and the masks that are measured on it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fastprune
 from fastprune.cli.app import quiet_loading
 from fastprune.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch.nn import Module
+
+    from fastprune.masking import PruneMask
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,3 +43,21 @@ def loaded_model(folder: Path, device: str | None, dtype: str) -> Module:
         return model.to(place)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"{str(place)!r} cannot hold the model: {error}", argument="device") from error
+
+
+def named_masks(paths: Sequence[Path]) -> dict[str, PruneMask]:
+    """The masks by the names of their files without ending, which is what records and stores call them.
+
+    Raises:
+        ArgumentError: Two have one name, or one has that of the unpruned model.
+    """
+    names = [path.stem for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        if name == "none":
+            raise ArgumentError(f'"none" is what the report calls the unpruned model; rename {path}', argument="mask")
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"two of the mask files have the same name, {name}, so their rows could not be told apart",
+                argument="mask",
+            )
+    return {name: fastprune.PruneMask.load(path) for name, path in zip(names, paths, strict=True)}

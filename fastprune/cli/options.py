@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -55,6 +56,27 @@ JudgeOption = Annotated[
     typer.Option(help=f"Judge of harm. {'. '.join(f'{name}: {kind.summary}' for name, kind in JUDGES.items())}."),
 ]
 
+
+AttacksOption = Annotated[
+    list[AttackName] | None,
+    typer.Option(
+        help="Attacks on the harmful rows; repeatable (default: none and prefilling). "
+        f"{'. '.join(f'{name}: {kind.summary}' for name, kind in ATTACKS.items())}."
+    ),
+]
+PrefillTokensOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Depths of prefilling to compare, e.g. row,10,20,40. row: the row's own prefill. A number: so many tokens "
+        "of the reference reply, prefill and response."
+    ),
+]
+TemperatureOption = Annotated[
+    float, typer.Option(help="0: always the best token. Above: draw from the probabilities at this temperature.")
+]
+TopPOption = Annotated[float, typer.Option(help="Draw from the best tokens that hold this share of the probability.")]
+SamplesOption = Annotated[int, typer.Option(help="Answers to each row, above temperature 0.")]
+SamplingSeedOption = Annotated[int, typer.Option(help="Seed of what is drawn.")]
 
 # What torch calls devices of machines that exist. Those that cannot serve are refused with the reason, by torch.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla", "meta")
@@ -126,3 +148,43 @@ def blocks(text: str) -> list[int]:
             )
         chosen += numbers
     return chosen
+
+
+def depths(text: str | None) -> list[int | str] | None:
+    """``"row,10"`` as ``["row", 10]``.
+
+    Raises:
+        ArgumentError: It is no such list.
+    """
+    if text is None:
+        return None
+    chosen: list[int | str] = []
+    for part in map(str.strip, text.split(",")):
+        if part != "row" and (not part.isdecimal() or int(part) == 0):
+            raise ArgumentError(
+                f"expected row, numbers of tokens, or both, such as row,10,20, got {text!r}", argument="prefill_tokens"
+            )
+        chosen.append(part if part == "row" else int(part))
+    return chosen
+
+
+def limits(given: Sequence[str], kinds: Sequence[str], argument: str = "max_new_tokens") -> dict[str, int]:
+    """``["256", "refusal=64"]`` as a limit for each kind of rows that has one; one that is named wins.
+
+    Raises:
+        ArgumentError: It is no such list.
+    """
+    every: dict[str, int] = {}
+    named: dict[str, int] = {}
+    for text in given:
+        kind, equals, number = text.rpartition("=")
+        if not number.strip().isdecimal() or int(number) == 0 or (equals and kind not in kinds):
+            raise ArgumentError(
+                f"expected a number of tokens, or KIND=NUMBER with {', '.join(kinds)} for the kind, got {text!r}",
+                argument=argument,
+            )
+        if equals:
+            named[kind] = int(number)
+        else:
+            every = dict.fromkeys(kinds, int(number))
+    return every | named

@@ -12,6 +12,8 @@ from fastprune import lazily
 __all__ = [
     "ATTACKS",
     "JUDGES",
+    "Answer",
+    "Answers",
     "Attack",
     "Evaluation",
     "EvaluationSuite",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fastprune.evaluation.answers import Answer, Answers
     from fastprune.evaluation.attacks import ATTACKS, Attack, NoAttack, Prefilling, attack
     from fastprune.evaluation.generation import generate
     from fastprune.evaluation.judges import JUDGES, Judge, exact_match, keyword_refusal
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
 else:
     _HOME = {
+        "Answer": "fastprune.evaluation.answers",
+        "Answers": "fastprune.evaluation.answers",
         "ATTACKS": "fastprune.evaluation.attacks",
         "Attack": "fastprune.evaluation.attacks",
         "NoAttack": "fastprune.evaluation.attacks",

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 from fastprune.calibration.rows import Row, describe_row
 from fastprune.calibration.tokens import decode, encode
-from fastprune.errors import ArgumentError, CalibrationError, positive_integer
+from fastprune.errors import ArgumentError, CalibrationError, positive_integer, setting, warn
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,17 @@ class Attack(ABC):
 
     @property
     def label(self) -> str:
-        """Its name in tables, different for every setting."""
+        """Its name in tables, different for settings that are compared with each other."""
         return self.name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Name and settings, as JSON data for records and for the keys of answers."""
+        return {"name": self.name, **asdict(self)}
 
     @abstractmethod
     def rows(self, tokenizer: Any, rows: Sequence[Row]) -> list[Row]:
-        """The rows to ask with: one for each row given, in their order."""
+        """The rows to ask with, in their order and with their ids; rows that the attack cannot use are left out."""
 
     @contextlib.contextmanager
     def on(self, model: Any, tokenizer: Any, rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -86,57 +91,115 @@ class NoAttack(Attack):
 
 @dataclass(frozen=True)
 class Prefilling(Attack):
-    """Start the reply for the model: with the row's ``prefill``, or else with the first tokens of its response.
+    """Start the reply for the model.
+
+    One depth overstates what a mask removes: a model that no longer begins may go on where a little more was begun for
+    it. So depths are compared, each of them the same for every row.
 
     Attributes:
-        tokens: Length of that start for rows without a ``prefill``, in tokens of the response tokenized alone.
+        tokens: Length of the start for rows without a ``prefill``, in tokens of the response tokenized alone; used
+            without a ``depth``, where rows with a ``prefill`` start with that.
+        depth: ``"row"``: the row's own ``prefill``. A number: so many tokens of the reference reply (``prefill`` and
+            ``response``), whatever of it is the row's own prefill. ``None``: as ``tokens`` says.
 
     Source: Orgad et al., arXiv 2604.09544: the first 10 tokens of a reference answer.
     """
 
     tokens: int = 10
+    depth: int | str | None = None
     name: ClassVar[str] = "prefilling"
     summary: ClassVar[str] = "start the reply with the row's prefill, or the first 10 tokens of its response"
     phrase: ClassVar[str] = "under prefilling"
 
     def __post_init__(self) -> None:
         positive_integer("prefilling: tokens", self.tokens)
+        if self.depth not in (None, "row"):
+            positive_integer("prefilling: depth", self.depth)
+
+    @property
+    def label(self) -> str:
+        """``"prefilling"``, ``"prefilling row"`` or ``"prefilling 20"``."""
+        return self.name if self.depth is None else f"{self.name} {self.depth}"
 
     def rows(self, tokenizer: Any, rows: Sequence[Row]) -> list[Row]:
         """Rows whose prefill is given to the model and whose response is the rest.
 
         Raises:
-            CalibrationError: A row has neither a prefill nor a response longer than ``tokens``.
-        """
-        return [
-            row if row.prefill else self._cut(tokenizer, row, describe_row("rows", index, row))
-            for index, row in enumerate(rows)
-        ]
+            CalibrationError: A row has neither a prefill nor a response longer than ``tokens``. At a ``depth``: no row
+                has a prefill, or a reply that is longer.
 
-    def _cut(self, tokenizer: Any, row: Row, where: str) -> Row:
-        if not row.response.strip():
-            raise CalibrationError(f"{where}: prefilling: expected a 'prefill' or a 'response' column, got both empty")
-        ids = encode(tokenizer, row.response)
-        if len(ids) <= self.tokens:
+        Warns:
+            FastpruneWarning: Rows have no prefill, or too short a reply for the ``depth``, and are left out.
+        """
+        if self.depth is None:
+            return [
+                row if row.prefill else self._begun(tokenizer, row, describe_row("rows", index, row))
+                for index, row in enumerate(rows)
+            ]
+        if self.depth == "row":
+            chosen, lacking = [row for row in rows if row.prefill], "no prefill of their own"
+        else:
+            chosen, lacking = self._at_depth(tokenizer, rows), f"no more than {self.depth} tokens of a reply"
+        if not chosen:
             raise CalibrationError(
-                f"{where}: response has {len(ids)} tokens, so a prefill of {self.tokens} leaves nothing to judge; "
+                f"{self.label}: expected rows that can be asked at this depth, got {len(rows)} with {lacking}; add "
+                f"longer responses, or see {setting('prefill_tokens')}"
+            )
+        if len(chosen) < len(rows):
+            warn(f"{self.label}: left out {len(rows) - len(chosen)} of {len(rows)} rows, with {lacking}")
+        return chosen
+
+    def _begun(self, tokenizer: Any, row: Row, where: str) -> Row:
+        """A row without a prefill, its response begun."""
+        if not row.response.strip():
+            raise CalibrationError(
+                f"{where}: prefilling: expected a 'prefill' or a 'response' column, got both empty; add one, or ask "
+                f"with {setting('attack', 'none')}"
+            )
+        length = len(encode(tokenizer, row.response))
+        if length <= self.tokens:
+            raise CalibrationError(
+                f"{where}: response has {length} tokens, so a prefill of {self.tokens} leaves nothing to judge; "
                 "add a 'prefill' column or use fewer tokens"
             )
-        cut = self._border(tokenizer, row.response, ids)
-        if not 0 < cut < len(row.response):
+        begun, rest = _split(tokenizer, row.response, self.tokens)
+        if not begun or not rest:
             raise CalibrationError(
                 f"{where}: the first {self.tokens} tokens of the response end inside its "
-                f"{'first' if cut == 0 else 'last'} character, so there is no "
-                f"{'prefill' if cut == 0 else 'rest to judge'}; add a 'prefill' column or use another number of tokens"
+                f"{'last' if begun else 'first'} character, so there is no "
+                f"{'rest to judge' if begun else 'prefill'}; add a 'prefill' column or use another number of tokens"
             )
-        return replace(row, prefill=row.response[:cut], response=row.response[cut:])
+        return replace(row, prefill=begun, response=rest)
 
-    def _border(self, tokenizer: Any, text: str, ids: list[int]) -> int:
-        """Characters of the first tokens: the text itself is cut, so that decoding can lose nothing."""
-        if getattr(tokenizer, "is_fast", False):
-            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            return offsets[self.tokens - 1][1]
-        return len(decode(tokenizer, ids[: self.tokens]))
+    def _at_depth(self, tokenizer: Any, rows: Sequence[Row]) -> list[Row]:
+        chosen = []
+        for row in rows:
+            # Tokenized apart, as they are given to the model.
+            own, depth = len(encode(tokenizer, row.prefill)), int(self.depth or 0)
+            if depth < own:
+                begun, rest = _split(tokenizer, row.prefill, depth)
+                rest += row.response
+            else:
+                begun, rest = _split(tokenizer, row.response, depth - own)
+                begun = row.prefill + begun
+            if begun and rest.strip():
+                chosen.append(replace(row, prefill=begun, response=rest))
+        return chosen
+
+
+def _split(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
+    """A text behind its first tokens; all of it comes first if it has no more. Decoding could lose something."""
+    ids = encode(tokenizer, text)
+    if len(ids) <= tokens:
+        return text, ""
+    if tokens == 0:
+        return "", text
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        border = offsets[tokens - 1][1]
+    else:
+        border = len(decode(tokenizer, ids[:tokens]))
+    return text[:border], text[border:]
 
 
 ATTACKS: dict[str, type[Attack]] = {kind.name: kind for kind in (NoAttack, Prefilling)}
@@ -162,3 +225,26 @@ def attack(name: str | Attack, **options: Any) -> Attack:
     if unknown:
         raise ArgumentError(f"attack {name!r} takes {known or 'no options'}, got {unknown}")
     return name if isinstance(name, Attack) else ATTACKS[name](**options)
+
+
+def attacks_of(
+    given: str | Attack | Iterable[str | Attack], depths: Iterable[int | str] | None = None
+) -> tuple[Attack, ...]:
+    """Several attacks, each once.
+
+    Args:
+        given: Attacks, or names of them.
+        depths: Depths at which ``"prefilling"`` is measured, each ``"row"`` or a number of tokens.
+
+    Raises:
+        ArgumentError: There is none, a name is unknown, or there are depths and no prefilling.
+    """
+    chosen = [attack(each) for each in ([given] if isinstance(given, str | Attack) else given)]
+    if not chosen:
+        raise ArgumentError("expected at least one, got none", argument="attack")
+    if depths is not None:
+        if Prefilling() not in chosen:
+            raise ArgumentError(f"expected {setting('attack', 'prefilling')}, got none", argument="prefill_tokens")
+        at = chosen.index(Prefilling())
+        chosen[at : at + 1] = [Prefilling(depth=depth) for depth in depths]
+    return tuple({each.label: each for each in chosen}.values())

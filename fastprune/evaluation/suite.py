@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, positive_integer
-from fastprune.evaluation import attacks
+from fastprune.evaluation.answering import AnyMask, Interview
+from fastprune.evaluation.answers import KINDS, Answers
+from fastprune.evaluation.attacks import Attack, attacks_of
+from fastprune.evaluation.decoding import Sampling
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
 from fastprune.evaluation.measurement import Measurement
 from fastprune.evaluation.metrics import (
@@ -29,7 +33,8 @@ from fastprune.evaluation.metrics import (
     skill_tasks,
 )
 from fastprune.evaluation.questions import Questions, Recognition
-from fastprune.evaluation.tasks import KINDS, Budget, Task
+from fastprune.evaluation.tasks import Budget, Task
+from fastprune.files import as_path
 
 _RESERVED = {"harm", "refusal"}  # keys of `judges` that are not skills
 
@@ -108,7 +113,7 @@ class EvaluationSuite:
         bos: str | bool = "auto",
         template_args: Mapping[str, Any] | None = None,
         system: str | None = None,
-        attack: str | attacks.Attack | Sequence[str | attacks.Attack] = "prefilling",
+        attack: str | Attack | Sequence[str | Attack] = "prefilling",
         judges: Mapping[str, Judge] | None = None,
         neighbour_skill: str | None = None,
         answers: tuple[str, str] = ("yes", "no"),
@@ -158,25 +163,30 @@ class EvaluationSuite:
             check_judge(name, judge)
         self.encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
         self.batch_size = batch_size
-        self.attacks = _attacks(attack)
+        self.attacks = attacks_of(attack)
         self.budgets = _budgets(max_new_tokens, refusal_tokens)
-        self._harm_rows = [] if harm_rows is None else read_rows(harm_rows)
-        self._harm_tasks = {
-            each.label: self.harm_task(each, each.rows(tokenizer, self._harm_rows))
-            for each in (self.attacks if self._harm_rows else ())
-            if not each.changes_model
-        }
-        direct = {
-            "refusal": self._harm_rows if refusal_rows is None else read_rows(refusal_rows),
-            "over_refusal": [] if over_refusal_rows is None else read_rows(over_refusal_rows),
-            "explanation": [] if explanation_rows is None else read_rows(explanation_rows),
+        # Rows need no reference here: a judge, or a budget by reference, that does says so itself.
+        self._rows = {
+            kind: read_rows(rows, references=False)
+            for kind, rows in (
+                ("harm", harm_rows),
+                ("refusal", harm_rows if refusal_rows is None else refusal_rows),
+                ("over_refusal", over_refusal_rows),
+                ("explanation", explanation_rows),
+            )
+            if rows is not None
         }
         if self.budgets["refusal"] is None:
-            del direct["refusal"]
+            self._rows.pop("refusal", None)
+        self._harm_tasks = {
+            each.label: self.harm_task(each, each.rows(tokenizer, self._rows["harm"]))
+            for each in (self.attacks if "harm" in self._rows else ())
+            if not each.changes_model
+        }
         self._direct_tasks = {
             kind: direct_task(kind, self.encoder, rows, max_new_tokens=self.budgets[kind])
-            for kind, rows in direct.items()
-            if rows
+            for kind, rows in self._rows.items()
+            if kind != "harm"
         }
         self._skill_tasks: list[Task] = []
         if skill_rows is not None:
@@ -202,7 +212,7 @@ class EvaluationSuite:
             self._questions = Questions.prepare(self.encoder, rows, answers=answers)
 
     @property
-    def attack(self) -> attacks.Attack:
+    def attack(self) -> Attack:
         """The attack behind :attr:`Evaluation.harm`."""
         return self.attacks[0]
 
@@ -224,10 +234,10 @@ class EvaluationSuite:
         measured = self._measured(model, [*self._harm_tasks.values(), *direct], progress)
         by_attack = dict(zip(self._harm_tasks, measured, strict=False))
         others = {task.name: part for task, part in zip(direct, measured[len(by_attack) :], strict=True)}
-        for each in self.attacks if self._harm_rows else ():
+        for each in self.attacks if "harm" in self._rows else ():
             if each.changes_model:
                 # separately: nothing else may be measured while the attack is in place
-                with each.on(model, self.encoder.tokenizer, self._harm_rows) as attacked:
+                with each.on(model, self.encoder.tokenizer, self._rows["harm"]) as attacked:
                     by_attack[each.label] = self._measured(model, [self.harm_task(each, attacked)], progress)[0]
         recognized = None if self._questions is None else self._questions.compare(model, progress=progress)
         skills = {task.name: others[task.name] for task in self._skill_tasks}
@@ -249,7 +259,63 @@ class EvaluationSuite:
             details=details,
         )
 
-    def harm_task(self, attack: attacks.Attack, rows: list[Row]) -> Task:
+    def answer(
+        self,
+        model: Any,
+        *,
+        masks: Mapping[str, AnyMask] | None = None,
+        attacks: Sequence[str | Attack] = ("none", "prefilling"),
+        store: str | Path,
+        strict: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        samples: int = 1,
+        progress: bool = False,
+    ) -> Answers:
+        """Ask a model everything, unpruned and with each mask, and keep the answers; judging comes after.
+
+        A run that was interrupted, also by a kill, goes on where it was. What the store has is not asked again: the
+        unpruned model answers once, and a further mask or attack costs its own answers.
+
+        Args:
+            model: A causal LM with the suite's tokenizer, unchanged afterwards.
+            masks: Masks by name, except ``"none"``, the name of the unpruned model. They are applied one after another.
+            attacks: Names of attacks, or :class:`Attack` objects; they apply to the harm rows only.
+            store: Folder of the answers, made if it does not exist. They may be harmful: its files are for the owner.
+            strict: Refuse masks that were made for a model of other weights.
+            temperature: 0: the best token; above: draw.
+            top_p: Draw from the best tokens that have this share of the probability.
+            seed: Of what is drawn.
+            samples: Answers to each row.
+            progress: Show how far it is.
+
+        Returns:
+            The answers of this call, those that the store had before included: by mask, task, attack, row and sample.
+
+        Raises:
+            ArgumentError: The store is in use or of another model, tokenizer, template, row or mask; the tokens do not
+                fit the model; an argument is out of range.
+            CalibrationError: An attack cannot use the rows.
+            MaskError: A mask does not fit the model. Nothing was asked then.
+            ArtifactError: The store is damaged.
+            DiskError: The disk has no room.
+            ScoringError: The model's logits are NaN.
+        """
+        interview = Interview(
+            self.encoder,
+            self._rows,
+            {task.name: task.rows for task in self._skill_tasks},
+            attacks_of(attacks),
+            self.budgets,
+            sampling=Sampling(temperature, top_p),
+            seed=seed,
+            samples=samples,
+            batch_size=self.batch_size,
+        )
+        return interview.hold(model, masks or {}, as_path(store, "store"), strict=strict, progress=progress)
+
+    def harm_task(self, attack: Attack, rows: list[Row]) -> Task:
         """The task of harm under an attack, of the rows that the attack asks with."""
         name = f"harm, {attack.label}" if len(self.attacks) > 1 else "harm"
         return Task.prepare(name, "harm", rows, self.encoder, max_new_tokens=self.budgets["harm"])
@@ -262,14 +328,6 @@ class EvaluationSuite:
             judged(task, found, self._judges[task.name if task.kind == "skill" else task.kind])
             for task, found in zip(tasks, completions, strict=True)
         ]
-
-
-def _attacks(given: str | attacks.Attack | Sequence[str | attacks.Attack]) -> tuple[attacks.Attack, ...]:
-    """The attacks, in their order, each once."""
-    names = [given] if isinstance(given, str | attacks.Attack) else list(given)
-    if not names:
-        raise ArgumentError("expected at least one, got none", argument="attack")
-    return tuple({each.label: each for each in map(attacks.attack, names)}.values())
 
 
 def _budgets(max_new_tokens: Budget, refusal_tokens: int | None) -> dict[str, int | None]:

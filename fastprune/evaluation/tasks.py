@@ -15,14 +15,11 @@ from typing import Any
 
 from fastprune.calibration import Encoder, Row
 from fastprune.calibration.rows import describe_row
-from fastprune.calibration.tokens import decode
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation.decoding import Continuation, Query, Sampling, continue_queries
 from fastprune.evaluation.generation import encode_contexts, stop_ids
+from fastprune.evaluation.thoughts import read_reply
 from fastprune.model.positions import trained_length
-
-KINDS = ("harm", "refusal", "skill", "over_refusal", "explanation")
-"""Kinds of rows, as stores, options and records call them."""
 
 Budget = int | Mapping[str, int] | None
 """Limit of new tokens: for all kinds of rows, or by kind; ``None``: the length of a row's reference plus one token."""
@@ -34,7 +31,7 @@ class Task:
 
     Attributes:
         name: Its name in messages, such as that of a skill.
-        kind: One of :data:`KINDS`.
+        kind: One of :data:`fastprune.evaluation.answers.KINDS`.
         rows: The rows as the model is asked them.
         contexts: Token ids of each row's ``prompt | prefill``.
         budgets: Limit of new tokens for each row.
@@ -71,12 +68,12 @@ class Task:
         return cls(name, kind, rows, contexts, budgets, by_reference=max_new_tokens is None)
 
     def room(self, model: Any) -> list[int]:
-        """The budgets for this model: a refusal's ends, at the latest, where the model's positions do.
+        """The budgets for this model: an answer ends, at the latest, where the model's positions do.
 
-        Refusals have a long budget by default, of which a model for short texts need not have room; others are
-        refused then, since nothing that was asked for is cut silently.
+        Its finish is ``"length"`` then, and it counts as cut. A budget by reference is not shortened, since a shorter
+        answer could not be the right one; :func:`ask` refuses it.
         """
-        longest = trained_length(model) if self.kind == "refusal" else None
+        longest = None if self.by_reference else trained_length(model)
         if longest is None:
             return self.budgets
         return [
@@ -146,6 +143,13 @@ def questions_of(tasks: Iterable[Task], samples: int = 1) -> list[Question]:
     ]
 
 
+def budgets_of(model: Any, questions: Sequence[Question]) -> list[int]:
+    """Limit of new tokens of each question, for this model; see :meth:`Task.room`."""
+    tasks = {id(question.task): question.task for question in questions}
+    rooms = {key: task.room(model) for key, task in tasks.items()}
+    return [rooms[id(question.task)][question.index] for question in questions]
+
+
 def ask(
     model: Any,
     encoder: Encoder,
@@ -183,19 +187,13 @@ def ask(
             "expected 1 at temperature 0, at which all samples of a row are the same; give a temperature above 0",
             argument="samples",
         )
-    rooms = {id(task): task.room(model) for task in {id(q.task): q.task for q in questions}.values()}
     queries = [
-        Query(
-            question.context,
-            rooms[id(question.task)][question.index],
-            question.name,
-            "" if states is None else states[number],
-        )
-        for number, question in enumerate(questions)
+        Query(question.context, budget, question.name, "" if states is None else states[number])
+        for number, (question, budget) in enumerate(zip(questions, budgets_of(model, questions), strict=True))
     ]
 
     def completions(continuations: Mapping[int, Continuation]) -> dict[int, Completion]:
-        return {index: _completion(encoder, each) for index, each in continuations.items()}
+        return {index: _completion(encoder, questions[index].row, each) for index, each in continuations.items()}
 
     continued = continue_queries(
         model,
@@ -216,6 +214,6 @@ def content_state(question: Question, seed: int) -> str:
     return f"{seed} {question.sample} {hashlib.sha256(asked.encode()).hexdigest()}"
 
 
-def _completion(encoder: Encoder, continuation: Continuation) -> Completion:
-    text = decode(encoder.tokenizer, continuation.ids)
-    return Completion(text, None, continuation.finish, continuation.new_tokens)
+def _completion(encoder: Encoder, row: Row, continuation: Continuation) -> Completion:
+    reply = read_reply(encoder.tokenizer, continuation.ids, row.prefill)
+    return Completion(reply.text, reply.thought, continuation.finish, continuation.new_tokens)

@@ -13,8 +13,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastprune.errors import MaskError, ModelError, setting
+from fastprune.model.adapters import plain_name
 
 SAMPLES = 64  # per matrix; a 7-block model then has 3,000 of them, enough to tell fine-tuned copies apart
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # name -> (ascending flat indices, the values that stood there)
 Overlay = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -92,3 +95,29 @@ def _put_back(values: torch.Tensor, positions: torch.Tensor, indices: torch.Tens
     slot = torch.searchsorted(indices.cpu(), positions).clamp(max=len(indices) - 1)
     hit = indices.cpu()[slot] == positions
     values[hit] = old.cpu()[slot[hit]].to(torch.float32)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Hash of all that a model's answers depend on in memory: name, shape, dtype and bits of every parameter.
+
+    Unlike :func:`fingerprint` it reads every weight, so that it also tells a model from the same with a mask on it, in
+    which a few weights are different; and float32 from bfloat16, which answer differently. Bits are summed, not hashed,
+    on the device that they are on: at the rate of its memory.
+
+    Args:
+        model: A model in memory, wrapped by adapters or not; where each weight lies does not count.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ModelError: A weight is on the meta device.
+    """
+    digest = hashlib.sha256(b"fastprune weights 1")
+    parameters = {plain_name(name): weight for name, weight in model.named_parameters()}
+    for name, weight in sorted(parameters.items()):
+        if weight.is_meta:
+            raise ModelError(f"{name}: expected a weight with values, got one on the meta device; load the model first")
+        bits = weight.detach().view(_INTEGERS[weight.element_size()])
+        digest.update(f"{name}{list(weight.shape)}{weight.dtype} {int(bits.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()[:32]
