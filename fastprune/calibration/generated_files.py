@@ -68,13 +68,12 @@ def partial_replies(path: Path, key: Mapping[str, Any], *, restart: bool = False
     with JsonLines(place, "out") as lines:
         if lines.records and (other := lines.records[0].get("key")) != given:
             if not restart:
-                different = next(
-                    (name for name in given if not isinstance(other, dict) or other.get(name) != given[name]), "key"
-                )
+                known = other if isinstance(other, dict) else {}
+                different = next((name for name, value in given.items() if known.get(name) != value), "key")
                 raise ArgumentError(
-                    f"expected a name without unfinished replies, got {path}, of which another run with another "
-                    f"{different} has left {len(lines.records) - 1} in {place}; run that command again to finish them, "
-                    "remove the file, or name another",
+                    f"expected a name without unfinished replies, got {path}, of which a run with another "
+                    f"{different.replace('_', ' ')} has left {len(lines.records) - 1} in {place}; run that command "
+                    "again to finish them, remove the file, or name another",
                     argument="out",
                 )
             lines.clear()
