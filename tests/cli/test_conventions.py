@@ -51,12 +51,13 @@ def calls(made: dict[str, Path], folder: Path) -> dict[str, tuple[object, ...]]:
         "patch": ("patch", MODEL, made["mask"], "--no-strict", "--out", folder / "pruned"),
         "plan": ("plan", MODEL),
         "control": ("control", MODEL, made["mask"], "--out", folder / "c.safetensors"),
+        "generate": ("generate", MODEL, made["eval_harm"], "--max-new-tokens", 3, "--out", folder / "rows.jsonl"),
         "eval": ("eval", MODEL, "--mask", made["mask"], "--harm", made["eval_harm"], "--out", folder / "report"),
         "organism export": ("organism", "export", "--out", folder / "rows"),
     }
 
 
-QUICK = ("score", "select", "patch", "plan", "control", "eval", "organism export")
+QUICK = ("score", "select", "patch", "plan", "control", "generate", "eval", "organism export")
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -166,7 +167,7 @@ def test_every_command_has_the_common_options(name: str, capsys) -> None:
         found = found.commands[word]
     options = {option for parameter in found.params for option in parameter.opts}
     assert {"--json", "--quiet"} <= options
-    assert ("--force" in options) == (name not in ("plan", "patch"))
+    assert ("--force" in options) == (name not in ("plan", "patch", "answer"))  # a store is added to
     assert all(parameter.help for parameter in found.params), "an option without help"
 
 
