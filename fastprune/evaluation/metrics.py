@@ -152,7 +152,7 @@ def refusal(
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     judge = keyword_refusal() if judge is None else judge
     check_judge("refusal", judge)
-    task = direct_task("refusal", encoder, read_rows(rows), max_new_tokens=max_new_tokens)
+    task = direct_task("refusal", encoder, read_rows(rows, references=False), max_new_tokens=max_new_tokens)
     [completions] = answered(model, encoder, [task], batch_size=batch_size, progress=progress)
     return judged(task, completions, judge)
 
