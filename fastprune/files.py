@@ -151,21 +151,28 @@ def private_replacing(path: Path) -> Iterator[Path]:
 class JsonLines:
     """A file of JSON objects, one a line, that grows by one write a line and is for its owner alone (mode 0600).
 
-    A kill leaves whole lines and perhaps a torn last one, which is cut off when the file is opened again. One process
-    at a time may write: the caller holds a lock.
+    A kill leaves whole lines and perhaps a torn last one, which is cut off when the file is opened again.
 
     Args:
         path: Made if it does not exist; its folder has to.
+        argument: How messages call it.
 
     Raises:
+        ArgumentError: Another process is writing to it.
         ArtifactError: A line before the last one is no JSON object.
         DiskError: The disk is full, or a quota is met.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, argument: str) -> None:
         self.path = path
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
+            if not try_lock(self._handle) or not _is_still(path, self._handle):  # its last writer may have removed it
+                raise ArgumentError(
+                    f"expected a file that nobody else is writing to, got {path}, which another process is writing to "
+                    "now; wait for its end, or name another",
+                    argument=argument,
+                )
             os.fchmod(self._handle, 0o600)
             records, size = _whole_lines(path)
             if size < os.fstat(self._handle).st_size:
@@ -188,6 +195,11 @@ class JsonLines:
             if not is_full(error):
                 raise
             raise _full(self.path, error) from error
+
+    def clear(self) -> None:
+        """Begin anew."""
+        os.ftruncate(self._handle, 0)
+        self.records = []
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ COMMANDS = {
     "organism train": "organism:train",
     "organism export": "organism:export",
     "demo": "demo:demo",
+    "generate": "generate:generate",
     "score": "score:score",
     "select": "select:select",
     "patch": "patch:patch",

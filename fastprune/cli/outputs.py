@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastprune.artifact import kind_of
+from fastprune.calibration.generated_files import is_generated, partial_path
 from fastprune.errors import ArgumentError, DiskError, FastpruneError
 from fastprune.files import check_space, claimed, inside, try_lock
 
@@ -25,10 +26,10 @@ _Written = TypeVar("_Written")
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A parameter that names the artifact that a command writes.
+    """A parameter that names the file that a command writes.
 
     Attributes:
-        kind: As in :mod:`fastprune.artifact`.
+        kind: As in :mod:`fastprune.artifact`, or ``"rows"``.
     """
 
     kind: str
@@ -53,7 +54,7 @@ def output_file(
 
     Args:
         out: The file.
-        kind: What it will be, as in :mod:`fastprune.artifact`.
+        kind: What it will be, as for :class:`OutputFile`.
         inputs: Files that the command reads, and folders of which it reads files.
         journal: Folder that is removed when the output is written.
         force: Replace a file of the same kind.
@@ -81,7 +82,7 @@ def output_file(
         )
     if out.suffix == ".safetensors" and _is_checkpoint(folder := Path(os.path.realpath(out)).parent):
         raise _among_weights(out, folder)
-    continued = journal is not None and (journal / "journal.jsonl").is_file()
+    continued = partial_path(out).exists() or (journal is not None and (journal / "journal.jsonl").is_file())
     _check_replaceable(out, kind, force or continued)
     with claimed(out, "out"):
         yield
@@ -214,7 +215,9 @@ def _check_replaceable(out: Path, kind: str, force: bool) -> None:
     """An empty file may be replaced, and with ``force`` one of the same kind; anything else is never replaced."""
     if not out.exists() or (out.is_file() and out.stat().st_size == 0):
         return
-    found = kind_of(out) if out.is_file() else None
+    found = None
+    if out.is_file():
+        found = "rows" if is_generated(out) else kind_of(out)
     if found != kind:
         what = f"{out}, a {found} file" if found else f"{out}, which fastprune did not write"
         raise ArgumentError(

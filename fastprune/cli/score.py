@@ -78,6 +78,12 @@ def score(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    forget_text: Annotated[
+        bool,
+        typer.Option(
+            "--forget-text", help="Drop the texts of rows that `generate` wrote, once the scores are written."
+        ),
+    ] = False,
 ) -> None:
     """Score every weight for harm and for benign use, in one pass over both sets.
 
@@ -134,6 +140,9 @@ def score(
                 "the scores are in the journal too: {again} writes them without another pass",
             ):
                 written(out, scores.save)
+            if forget_text:
+                for path in filter(None, (harm, benign)):
+                    _forget(run, path)
             run.result(_facts(scores, sets, out), str(scores))
             protect, prune = _fractions(scores)
             options = ("-q", prune) if benign is None else ("-p", protect, "-q", prune)
@@ -163,6 +172,15 @@ def _show_sets(run: Run, sets: Mapping[str, CalibrationSet]) -> None:
             f"{refusals * len(harm):.0f} of the {len(harm)} harm replies are refusals; a mask of what the model "
             "refuses with can be measured in memory, and may not be written into a checkpoint"
         )
+
+
+def _forget(run: Run, path: Path) -> None:
+    from fastprune.calibration.generated_files import forget_texts, is_generated
+
+    if is_generated(path):
+        run.talk(f"texts dropped: {forget_texts(path)} rows of {path}")
+    else:
+        note(f"{path} keeps its texts: `generate` did not write it, or it was changed since")
 
 
 def _facts(scores: Scores, sets: Mapping[str, CalibrationSet], out: Path) -> dict[str, Any]:

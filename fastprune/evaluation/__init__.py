@@ -28,6 +28,7 @@ __all__ = [
     "evaluate",
     "exact_match",
     "generate",
+    "generate_rows",
     "harm",
     "keyword_refusal",
     "perplexity",
@@ -39,6 +40,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastprune.evaluation.answers import Answer, Answers
     from fastprune.evaluation.attacks import ATTACKS, Attack, NoAttack, Prefilling, attack
+    from fastprune.evaluation.generated_rows import generate_rows
     from fastprune.evaluation.generation import generate
     from fastprune.evaluation.judges import JUDGES, Judge, exact_match, keyword_refusal
     from fastprune.evaluation.likelihood import Perplexity, perplexity
@@ -55,6 +57,7 @@ else:
         "NoAttack": "fastprune.evaluation.attacks",
         "Prefilling": "fastprune.evaluation.attacks",
         "attack": "fastprune.evaluation.attacks",
+        "generate_rows": "fastprune.evaluation.generated_rows",
         "generate": "fastprune.evaluation.generation",
         "JUDGES": "fastprune.evaluation.judges",
         "Judge": "fastprune.evaluation.judges",

@@ -104,7 +104,7 @@ def open_store(folder: Path, facts: Mapping[str, Any], masks: Mapping[str, Mappi
         if updated != head:
             with private_replacing(folder / _HEAD) as temporary:
                 temporary.write_text(json.dumps(updated, indent=1))
-        with JsonLines(folder / _ROWS) as rows, JsonLines(folder / _ANSWERS) as answers:
+        with JsonLines(folder / _ROWS, "store") as rows, JsonLines(folder / _ANSWERS, "store") as answers:
             yield AnswerStore(folder, rows, answers)
 
 

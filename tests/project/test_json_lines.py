@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.errors import ArtifactError, DiskError
+from fastprune.errors import ArgumentError, ArtifactError, DiskError
 from fastprune.files import JsonLines, private_replacing, read_json_lines
 
 TEXTS = st.text(max_size=20)
@@ -27,7 +27,7 @@ def open_umask():
 @given(records=RECORDS, torn=st.integers(0, 60))
 def test_what_was_written_before_a_torn_line_is_read(tmp_path_factory, records: list[dict], torn: int) -> None:
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
-    with JsonLines(path) as lines:
+    with JsonLines(path, "out") as lines:
         assert lines.records == []
         for record in records:
             lines.append(record)
@@ -38,7 +38,7 @@ def test_what_was_written_before_a_torn_line_is_read(tmp_path_factory, records: 
     path.write_bytes(left)
     whole = records[: sum(end <= len(left) for end in ends)]
     assert read_json_lines(path) == whole
-    with JsonLines(path) as lines:
+    with JsonLines(path, "out") as lines:
         assert lines.records == whole
         lines.append({"next": 1})
     assert read_json_lines(path) == [*whole, {"next": 1}]
@@ -48,7 +48,7 @@ def test_what_was_written_before_a_torn_line_is_read(tmp_path_factory, records: 
 def test_a_damaged_line_in_the_middle_is_said_by_its_number(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n' + damage + b'{"a": 2}\n')
-    for opened in (read_json_lines, JsonLines):
+    for opened in (read_json_lines, lambda path: JsonLines(path, "out")):
         with pytest.raises(ArtifactError, match=r"lines\.jsonl, line 2: expected a JSON object"):
             opened(path)
     assert len(path.read_bytes()) == 18 + len(damage)
@@ -57,7 +57,7 @@ def test_a_damaged_line_in_the_middle_is_said_by_its_number(tmp_path: Path, dama
 def test_only_the_owner_can_read_them(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.touch(0o644)
-    with JsonLines(path) as lines:
+    with JsonLines(path, "out") as lines:
         lines.append({"a": 1})
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with private_replacing(tmp_path / "file") as temporary:
@@ -70,7 +70,7 @@ def test_only_the_owner_can_read_them(tmp_path: Path) -> None:
 def test_a_line_is_one_write_and_a_short_one_is_finished(tmp_path: Path, monkeypatch) -> None:
     sizes, write = [], os.write
     monkeypatch.setattr(os, "write", lambda handle, data: sizes.append(len(data)) or write(handle, data))
-    with JsonLines(tmp_path / "lines.jsonl") as lines:
+    with JsonLines(tmp_path / "lines.jsonl", "out") as lines:
         lines.append({"text": "é" * 5000})
         assert len(sizes) == 1
         monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
@@ -87,9 +87,19 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_line(tmp_path: Path, monkey
             raise OSError(28, "No space left on device")
         return write(handle, data[:5])
 
-    with JsonLines(tmp_path / "lines.jsonl") as lines:
+    with JsonLines(tmp_path / "lines.jsonl", "out") as lines:
         lines.append({"a": 1})
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(DiskError, match=r"lines\.jsonl: its disk is full"):
             lines.append({"a": 2})
     assert (tmp_path / "lines.jsonl").read_bytes() == b'{"a": 1}\n'
+
+
+def test_two_at_once_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    with JsonLines(path, "out") as lines:
+        with pytest.raises(ArgumentError, match=r"out: expected a file that nobody else is writing to"):
+            JsonLines(path, "out")
+        lines.append({"a": 1})
+        assert read_json_lines(path) == [{"a": 1}]
+    JsonLines(path, "out").__exit__()
