@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from fastprune.evaluation.answers import Answer, Answers
+    from fastprune.evaluation.answers import Answer
     from fastprune.evaluation.attacks import ATTACKS, Attack, NoAttack, Prefilling, attack
     from fastprune.evaluation.generated_rows import generate_rows
     from fastprune.evaluation.generation import generate
@@ -47,11 +47,12 @@ if TYPE_CHECKING:
     from fastprune.evaluation.measurement import Measurement
     from fastprune.evaluation.metrics import Utility, harm, refusal, utility
     from fastprune.evaluation.questions import Recognition, recognition
+    from fastprune.evaluation.stored_answers import Answers
     from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
 else:
     _HOME = {
         "Answer": "fastprune.evaluation.answers",
-        "Answers": "fastprune.evaluation.answers",
+        "Answers": "fastprune.evaluation.stored_answers",
         "ATTACKS": "fastprune.evaluation.attacks",
         "Attack": "fastprune.evaluation.attacks",
         "NoAttack": "fastprune.evaluation.attacks",

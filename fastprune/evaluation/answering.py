@@ -19,11 +19,12 @@ from fastprune.calibration import Encoder, Row
 from fastprune.calibration.rows import describe_row
 from fastprune.calibration.tokens import tokenizer_hash
 from fastprune.errors import ArgumentError, positive_integer, setting
-from fastprune.evaluation.answers import UNPRUNED, Answer, Answers, StoredRow
+from fastprune.evaluation.answers import UNPRUNED, Answer, StoredRow
 from fastprune.evaluation.attacks import Attack, NoAttack
 from fastprune.evaluation.decoding import Sampling
 from fastprune.evaluation.metrics import direct_task
 from fastprune.evaluation.store import AnswerStore, open_store
+from fastprune.evaluation.stored_answers import Answers
 from fastprune.evaluation.tasks import Completion, Question, Task, ask, budgets_of, questions_of
 from fastprune.model.fingerprint import weights_digest
 

@@ -1,16 +1,15 @@
-"""Answers as data: what one model said to one row, under one mask and attack, and which row that was.
+"""One answer as data: what a model said to a row, under a mask and an attack, and which row that was.
 
-In: lines of a store. Out: :class:`Answers`, which judges read without the model. Loads no torch.
+In: lines of a store. Out: :class:`Answer` and :class:`StoredRow`. Loads no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 from fastprune.calibration.rows import Row
 from fastprune.errors import ArtifactError
@@ -106,73 +105,6 @@ class Answer:
     def without_texts(self) -> dict[str, Any]:
         """As a line, without what could be harmful."""
         return asdict(self) | dict.fromkeys(("prefill", "text", "thought"))
-
-
-class Answers(Sequence[Answer]):
-    """Answers with their rows.
-
-    Attributes:
-        rows: The rows by ``(task, id)``.
-    """
-
-    def __init__(self, answers: Iterable[Answer], rows: Iterable[StoredRow]) -> None:
-        self._answers = list(answers)
-        self.rows: dict[tuple[str, str], StoredRow] = {(row.task, row.id): row for row in rows}
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Answers:
-        """The answers of a store, in the order in which they were given.
-
-        Raises:
-            NotFoundError: There is no such folder.
-            ArtifactError: It is no store, of a later version, damaged, or holds no answer.
-        """
-        from fastprune.evaluation.store import read_store
-
-        rows, answers = read_store(Path(folder))
-        if not answers:
-            raise ArtifactError(f"{folder}: expected a store with answers, got one without any; run `fastprune answer`")
-        return cls(answers, rows)
-
-    def row_of(self, answer: Answer) -> StoredRow:
-        """The row that an answer belongs to."""
-        return self.rows[answer.task, answer.row]
-
-    def counts(self) -> list[dict[str, Any]]:
-        """For each mask, task and attack: number of ``answers``, those ``cut`` by length, and ``unanswered`` ones."""
-        groups: dict[str, list[Answer]] = {}
-        for answer in self._answers:
-            groups.setdefault(json.dumps([answer.mask, answer.task, answer.attack]), []).append(answer)
-        return [
-            {
-                "mask": group[0].mask,
-                "task": group[0].task,
-                "attack": group[0].attack,
-                "answers": len(group),
-                "cut": sum(answer.finish == "length" for answer in group),
-                "unanswered": sum(answer.unanswered for answer in group),
-                "new_tokens": sum(answer.new_tokens for answer in group),
-            }
-            for group in groups.values()
-        ]
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __iter__(self) -> Iterator[Answer]:
-        return iter(self._answers)
-
-    @overload
-    def __getitem__(self, index: int) -> Answer: ...
-    @overload
-    def __getitem__(self, index: slice) -> Answers: ...
-    def __getitem__(self, index: int | slice) -> Answer | Answers:
-        if isinstance(index, slice):
-            return Answers(self._answers[index], self.rows.values())
-        return self._answers[index]
-
-    def __repr__(self) -> str:
-        return f"Answers({len(self)} answers to {len(self.rows)} rows)"
 
 
 def row_of_line(line: Mapping[str, Any], where: str) -> StoredRow:

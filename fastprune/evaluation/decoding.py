@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fastprune.errors import ArgumentError, positive_integer
 from fastprune.evaluation.forward import Forward, check_finite, inference
+from fastprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,13 @@ def continue_queries(
             [query.name for query in queries],
         )
         stop_ids = torch.tensor(sorted(stop), dtype=torch.int64)
-        for batch in tqdm(batches, desc="generate", unit="batch", disable=None if progress else True):
-            found = _continue_batch(forward, [queries[index] for index in batch], stop_ids, sampling)
-            new = {index: each for index, each in zip(batch, found, strict=True) if index not in finished}
-            continued |= new
-            if on_batch is not None:
-                on_batch(new)
+        with Progress(sum(map(len, batches)), "answering", "row", progress) as bar:
+            for batch in batches:
+                found = _continue_batch(forward, [queries[index] for index in batch], stop_ids, sampling, bar)
+                new = {index: each for index, each in zip(batch, found, strict=True) if index not in finished}
+                continued |= new
+                if on_batch is not None:
+                    on_batch(new)
     return continued
 
 
@@ -161,7 +162,7 @@ def batches_of(queries: Sequence[Query], batch_size: int) -> list[list[int]]:
 
 
 def _continue_batch(
-    forward: Forward, queries: Sequence[Query], stop: torch.Tensor, sampling: Sampling
+    forward: Forward, queries: Sequence[Query], stop: torch.Tensor, sampling: Sampling, bar: Progress
 ) -> list[Continuation]:
     device = forward.device
     input_ids, attention_mask = _pad_left([query.context for query in queries], device)
@@ -172,7 +173,8 @@ def _continue_batch(
     lengths, stopped = limits.clone(), torch.zeros_like(finished)
     columns: list[torch.Tensor] = []
     past = None
-    for step in range(int(limits.max())):
+    longest = int(limits.max())
+    for step in range(longest):
         logits, past = forward(input_ids, attention_mask, past=past, use_cache=True, last=True, ends=ends)
         tokens = choose(logits[:, -1]).to(device)
         columns.append(tokens)
@@ -181,7 +183,9 @@ def _continue_batch(
         stopped |= ended
         finished |= ended | (step + 1 >= limits)
         if bool(finished.all()):
+            bar.advance(len(queries) * (longest - step) / longest)
             break
+        bar.advance(len(queries) / longest)
         # a model without a cache is given the whole sequence again
         input_ids = tokens[:, None] if past is not None else torch.cat([input_ids, tokens[:, None]], dim=1)
         attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)

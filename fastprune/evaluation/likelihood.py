@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastprune.calibration import Encoder, Example, MicroBatch, Row, micro_batches, read_texts_or_rows
 from fastprune.calibration.encoding import check_finish
 from fastprune.calibration.examples import UNSCORED
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer
 from fastprune.evaluation.forward import check_finite, inference
+from fastprune.progress import Progress
 
 # Logits are raised to float32 for this many tokens at a time: 0.5 GB with a vocabulary of 128 k.
 _CHUNK = 1024
@@ -43,8 +43,8 @@ def log_probabilities(model: Any, batches: Sequence[MicroBatch], *, progress: bo
         ScoringError: The model's logits are NaN.
     """
     sums = torch.zeros(sum(len(batch.example_indices) for batch in batches), dtype=torch.float64)
-    with inference(model) as forward:
-        for batch in tqdm(batches, desc="log-probabilities", unit="batch", disable=None if progress else True):
+    with inference(model) as forward, Progress(len(batches), "log-probabilities", "batch", progress) as bar:
+        for batch in bar.each(batches):
             sequences = [ids[:n] for ids, n in zip(batch.input_ids.tolist(), batch.lengths.tolist(), strict=True)]
             forward.check(sequences, [0] * len(sequences), [f"example {index}" for index in batch.example_indices])
             input_ids, mask = batch.input_ids.to(forward.device), batch.attention_mask.to(forward.device)

@@ -16,7 +16,7 @@ from typing import Any
 from fastprune.calibration import Encoder, Row, read_rows
 from fastprune.errors import ArgumentError, positive_integer
 from fastprune.evaluation.answering import AnyMask, Interview
-from fastprune.evaluation.answers import KINDS, Answers
+from fastprune.evaluation.answers import KINDS
 from fastprune.evaluation.attacks import Attack, attacks_of
 from fastprune.evaluation.decoding import Sampling
 from fastprune.evaluation.judges import Judge, exact_match, keyword_refusal
@@ -33,6 +33,7 @@ from fastprune.evaluation.metrics import (
     skill_tasks,
 )
 from fastprune.evaluation.questions import Questions, Recognition
+from fastprune.evaluation.stored_answers import Answers
 from fastprune.evaluation.tasks import Budget, Task
 from fastprune.files import as_path
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from fastprune.calibration import CalibrationSet, load_calibration, read_rows
 from fastprune.errors import ArgumentError, NotFoundError
@@ -36,6 +35,7 @@ from fastprune.experiments.btap import (
 from fastprune.experiments.record import environment, mask_row
 from fastprune.masking import PruneMask
 from fastprune.organism import NEIGHBOUR, STAGES, Language, export_data, load_organism
+from fastprune.progress import Progress
 from fastprune.scoring.score import score
 from fastprune.scoring.scores import Scores
 
@@ -119,18 +119,18 @@ class _Stages:
     """A progress bar over named stages that also measures the seconds of each."""
 
     def __init__(self, total: int, progress: bool) -> None:
-        self._bar = tqdm(total=total, desc="demo", unit="stage", disable=None if progress else True, leave=False)
+        self._bar = Progress(total, "demo", "stage", progress)
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def begin(self, text: str) -> None:
-        self._bar.set_postfix_str(text)
+        self._bar.note(text)
 
     def end(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._since, 3)
         self._since = now
-        self._bar.update()
+        self._bar.advance()
 
     def close(self) -> None:
         self._bar.close()

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from fastprune.errors import ArgumentError, positive_integer
 from fastprune.organism.checkpoints import STAGES, round_weights_, save_checkpoint
 from fastprune.organism.language import Language
 from fastprune.organism.mixture import IGNORED, Batch, Conversation, alignment_batch, base_batch, pack
 from fastprune.organism.tokenizer import MAX_LENGTH, build_tokenizer
+from fastprune.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -167,11 +167,11 @@ def _until_refusing(model: LlamaForCausalLM, language: Language, losses: Iterato
 def _run(losses: Iterator[float], total: int, stage: str, progress: bool) -> int:
     """Take all steps and return their number."""
     taken = 0
-    with tqdm(total=total, desc=stage, unit="step", disable=None if progress else True) as bar:
+    with Progress(total, stage, "step", progress) as bar:
         for loss in losses:
             taken += 1
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
+            bar.note(f"loss {loss:.3f}")
+            bar.advance()
     return taken
 
 

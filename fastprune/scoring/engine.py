@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from fastprune.calibration import CalibrationLoader, MicroBatch
 from fastprune.errors import ScoringError
@@ -23,6 +22,7 @@ from fastprune.model.matrices import Matrix
 from fastprune.model.weights import EMBEDDING, Weights
 from fastprune.model.whole_view import WholeView
 from fastprune.planning.segments import needs
+from fastprune.progress import Progress
 from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.journal import Journal, NullJournal
 from fastprune.scoring.overflow import NotFiniteError, overflow
@@ -114,14 +114,14 @@ class Pass:
         end = journal.unfinished(len(self._parts))
         ready = journal.ready(self._boundaries, end)
         total = sum(map(len, self._batches.values())) * (max(0, end - 1 - ready) + end)
-        with tqdm(total=total, desc="scoring", unit="step", disable=None if self._show else True, leave=False) as bar:
+        with Progress(total, "scoring", "step", self._show) as bar:
             if end:
                 self._prologue(ready, end)
             for number in range(ready, end - 1):
                 self._forward(number, end, bar)
                 journal.add_boundary(self._boundaries, f"boundary-{number + 1}")
             for number in reversed(range(end)):
-                bar.set_postfix_str(f"blocks {self._parts[number].start}-{self._parts[number].stop - 1}")
+                bar.note(f"blocks {self._parts[number].start}-{self._parts[number].stop - 1}")
                 self._backward(number, sink, bar)
                 journal.add_segment(number, self._gradients, f"gradient-{number}" if number else None)
                 self._boundaries.drop(f"boundary-{number}")
@@ -140,7 +140,7 @@ class Pass:
         self._processes.barrier()
 
     @torch.no_grad()
-    def _forward(self, number: int, end: int, bar: tqdm) -> None:
+    def _forward(self, number: int, end: int, bar: Progress) -> None:
         """Bring every micro-batch to the upper boundary of a segment; the last one runs in :meth:`_backward` only."""
         part = self._parts[number]
         following = needs(self._parts, number + 1, backward=number + 2 == end)
@@ -149,10 +149,10 @@ class Pass:
                 hidden = self._boundaries.get(f"boundary-{number}", item)
                 leaving = self._view.run(part.start, part.stop, hidden, self._arguments[item])
                 self._boundaries.put(f"boundary-{number + 1}", item, leaving)
-                bar.update()
+                bar.advance()
         self._processes.barrier()
 
-    def _backward(self, number: int, sink: Sink, bar: tqdm) -> None:
+    def _backward(self, number: int, sink: Sink, bar: Progress) -> None:
         """Form the statistics of a segment, one set after the other, and hand them out."""
         matrices = self._view.matrices_of(self._parts[number])
         following = needs(self._parts, number - 1, backward=True)
@@ -167,7 +167,7 @@ class Pass:
                             self._one_micro_batch(number, item, batch, capture, statistics, losses)
                         except NotFiniteError as error:
                             raise self._explained(error, batch) from None
-                        bar.update()
+                        bar.advance()
                     statistics.finish(self._scale)
                 if statistics.wants_gradients and number == len(self._parts) - 1:
                     sink.add_losses(role, losses.cpu())

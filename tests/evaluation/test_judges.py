@@ -71,7 +71,7 @@ class TestAttacks:
             ("prefill", {}, re.escape(f"one of {sorted(ATTACKS)}")),
             (None, {}, "got None"),
             ("none", {"tokens": 3}, r"takes no options, got \['tokens'\]"),
-            ("prefilling", {"length": 3}, r"takes \['tokens'\], got \['length'\]"),
+            ("prefilling", {"length": 3}, r"takes \['tokens', 'depth'\], got \['length'\]"),
             ("prefilling", {"tokens": 0}, "tokens: expected a positive integer"),
             (NoAttack(), {"tokens": 3}, "no options"),
         ],

@@ -305,7 +305,7 @@ class TestSuite:
             ({"harm_rows": []}, CalibrationError, "at least one row, got none"),
             ({"recognition_rows": []}, CalibrationError, "at least one row, got none"),
             ({"skill_rows": {"one": []}}, CalibrationError, "at least one row, got none"),
-            ({"harm_rows": [{"prompt": "w1"}]}, CalibrationError, "row 0: expected the column response"),
+            ({"harm_rows": [{"prompt": "w1"}]}, CalibrationError, "row 0: prefilling: expected a 'prefill' or a 'resp"),
             ({"harm_rows": [{"prompt": "w1", "response": ""}]}, CalibrationError, "row 0.*'response'"),
             ({"skill_rows": {"one": [{"prompt": "w1", "response": ""}]}}, CalibrationError, "one, row 0: column 'resp"),
             ({"skill_rows": {"harm": HARM}}, ArgumentError, r"cannot be called \['harm'\]"),
