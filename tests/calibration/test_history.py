@@ -124,6 +124,9 @@ def test_a_turn_that_the_template_changes_is_refused_and_one_that_it_trims_is_no
     joined = chatml().replace("{{ m.content }}", "{{ m.content|replace(' ', '') }}")
     with pytest.raises(CalibrationError, match="shows the prompt once and as it is"):
         quiet(joined)
+    earlier = chatml("{{ m.content if loop.last else m.content|replace(' ', '') }}")
+    with pytest.raises(CalibrationError, match="changes by more than white space"):
+        quiet(earlier).opening("Hi", EARLIER)
     trimmed = chatml().replace("{{ m.content }}", "{{ m.content|trim }}")
     assert f"user\n{MARK} one<" in quiet(trimmed).opening(" Hi ", EARLIER)
 
