@@ -244,7 +244,7 @@ class _Names:
         self._by_folded: dict[str, list[str]] = {}
         for name in columns:
             if isinstance(name, str):
-                self._by_folded.setdefault(name.strip().casefold(), []).append(name)
+                self._by_folded.setdefault(name.casefold(), []).append(name)
 
     @property
     def folded(self) -> frozenset[str]:

@@ -251,7 +251,7 @@ def _parquet(path: Path) -> Records:
         ) from error
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # what is inside a file is an OSError to Arrow
         raise CalibrationError(
             f"{path}: expected a parquet file, got one that cannot be read ({type(error).__name__})"
         ) from None

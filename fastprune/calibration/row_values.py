@@ -12,7 +12,7 @@ from typing import Any
 from fastprune.calibration import cells
 from fastprune.calibration.conversations import Turns, check_history, is_turns, only_reply, parse_turns, split
 from fastprune.calibration.layouts import Layout
-from fastprune.errors import CalibrationError
+from fastprune.errors import CalibrationError, setting
 
 GENERATE = "leave such rows out, or let the model write responses with `fastprune generate`"
 
@@ -102,12 +102,14 @@ class _Record:
         if not references and self._missing(self._record.get(self.column("response"))):
             return ""
         value = self._present("response")
-        if cells.absent(value):
-            raise CalibrationError(
-                f"{self.place('response')}: expected a string, got {type(value).__name__}; {GENERATE}"
-            )
         if is_turns(value):
             return only_reply(parse_turns(value, self.column("response"), self._where), self.place("response"))
+        if not isinstance(value, str):
+            other = f"or name another column with {setting('columns', {'response': 'COLUMN'})} (None: no responses)"
+            raise CalibrationError(
+                f"{self.place('response')}: expected a string, got {type(value).__name__}; "
+                f"{GENERATE if cells.absent(value) else f'leave such rows out, {other}'}"
+            )
         return cells.text(value, self.column("response"), self._where)
 
     def _history(self) -> Turns:

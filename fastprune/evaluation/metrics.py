@@ -111,7 +111,7 @@ def harm(
     chosen = attacks.attack(attack)
     check_judge("harm", judge)
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
-    with chosen.on(model, tokenizer, read_rows(rows)) as attacked:
+    with chosen.on(model, tokenizer, read_rows(rows, references=False)) as attacked:
         task = Task.prepare("harm", "harm", attacked, encoder, max_new_tokens=max_new_tokens)
         [completions] = answered(model, encoder, [task], batch_size=batch_size, progress=progress)
         return judged(task, completions, judge)
@@ -152,7 +152,7 @@ def refusal(
     encoder = Encoder(tokenizer, format=format, bos=bos, template_args=template_args, system=system)
     judge = keyword_refusal() if judge is None else judge
     check_judge("refusal", judge)
-    task = direct_task("refusal", encoder, read_rows(rows), max_new_tokens=max_new_tokens)
+    task = direct_task("refusal", encoder, read_rows(rows, references=False), max_new_tokens=max_new_tokens)
     [completions] = answered(model, encoder, [task], batch_size=batch_size, progress=progress)
     return judged(task, completions, judge)
 
@@ -251,9 +251,9 @@ def _by_skill(rows: Rows | Mapping[str, Rows]) -> dict[str, list[Row]]:
     if isinstance(rows, Mapping):
         if not rows:
             raise CalibrationError("expected rows of at least one skill, got none", argument="skills")
-        return {skill: read_rows(part) for skill, part in rows.items()}
+        return {skill: read_rows(part, references=False) for skill, part in rows.items()}
     skills: dict[str, list[Row]] = {}
-    for index, row in enumerate(read_rows(rows)):
+    for index, row in enumerate(read_rows(rows, references=False)):
         skill = row.extra.get("skill")
         if not isinstance(skill, str) or not skill:
             raise CalibrationError(f"{describe_row('skills', index, row)}: column 'skill' is missing or not text")

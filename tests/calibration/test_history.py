@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 from support.chat_templates import EMPTY, OFF_ONLY, PLAIN, chatml, template, tokenizer
+from support.real_model import FOLDER, is_made
 
 from fastprune.calibration import Encoder, Row, load_calibration
 from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.tokens import encode
+from fastprune.checkpoint.load import load_tokenizer
 from fastprune.errors import CalibrationError, FastpruneWarning
 
 MARK = "Zanzibar"  # in every text of a row, and in no message
@@ -122,6 +124,9 @@ def test_a_turn_that_the_template_changes_is_refused_and_one_that_it_trims_is_no
     joined = chatml().replace("{{ m.content }}", "{{ m.content|replace(' ', '') }}")
     with pytest.raises(CalibrationError, match="shows the prompt once and as it is"):
         quiet(joined)
+    earlier = chatml("{{ m.content if loop.last else m.content|replace(' ', '') }}")
+    with pytest.raises(CalibrationError, match="changes by more than white space"):
+        quiet(earlier).opening("Hi", EARLIER)
     trimmed = chatml().replace("{{ m.content }}", "{{ m.content|trim }}")
     assert f"user\n{MARK} one<" in quiet(trimmed).opening(" Hi ", EARLIER)
 
@@ -200,3 +205,14 @@ def test_the_raw_format_has_no_way_to_join_turns(history):
         load_calibration(rows, tokenizer(None))
     with pytest.raises(CalibrationError, match="history: expected none"):
         Encoder(tokenizer(None)).context("Hi", history=history)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not is_made(), reason="python tests/support/real_model.py makes the model")
+@pytest.mark.parametrize("history", [EARLIER, SYSTEM, LONG], ids=["earlier", "system", "long"])
+def test_a_real_template_and_its_tokens(history):
+    made = load_tokenizer(FOLDER)
+    turns = [{"role": role, "content": text} for role, text in (*history, ("user", "And\nnow?"))]
+    opening = made.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = Encoder(made, format="chat").context("And\nnow?", "Well", history=history)
+    assert ids == encode(made, opening) + encode(made, "Well")

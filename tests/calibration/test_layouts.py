@@ -228,3 +228,22 @@ def test_names_of_another_case_are_only_taken_where_the_layout_is_not_our_own():
         assert read_rows([{"Prompt": "a", "Response": "b", "Prefill": "c"}])[0].prefill == "c"
     with pytest.warns(FastpruneWarning, match="column 'prefil' is not used"):
         read_rows([{"goal": "a", "target": "b", "prefil": "c"}])
+
+
+def test_a_column_serves_one_field():
+    rows = [{"goal": "a", "category": "b", "target": "c"}]
+    assert read_rows(rows, columns={"prompt": "goal", "response": "category"}) == [Row("a", "b", extra={"target": "c"})]
+
+
+def test_the_history_of_another_layout_is_something_else_and_said_to_be_unused():
+    """LLaMA-Factory's column of that name holds pairs of question and answer."""
+    table = read_table([{"instruction": "a", "output": "b", "history": [["c", "d"]]}])
+    assert list(table) == [Row("a", "b", extra={"history": [["c", "d"]]})]
+    assert str(table.layout).endswith('(Alpaca; not used: "history")')
+
+
+def test_a_space_in_a_header_is_part_of_the_name(tmp_path):
+    """As the values would begin with the space, too."""
+    (tmp_path / "a.csv").write_text("prompt, response\na, b\n")
+    with pytest.raises(CalibrationError, match=r"expected the column response, got \['prompt', '<column 2>'\]"):
+        read_rows(tmp_path / "a.csv")

@@ -48,6 +48,11 @@ REFUSED = {
     "half-goal.jsonl": (json.dumps({"goal": f"{MARK} \ud800", "target": "a"}), "goal: expected valid Unicode"),
     "number.jsonl": (json.dumps({**FULL, "prompt": 3}), "line 1: prompt: expected a string, got int"),
     "none.jsonl": (json.dumps({**FULL, "response": None}), "response: expected a string, got NoneType; leave such"),
+    "choice.jsonl": (
+        json.dumps({"question": f"{MARK} a", "answer": 3}),
+        r"answer: .* got int; .*\{'response': 'COLUMN'\}",
+    ),
+    "torn.parquet": (b"PAR1" + f"{MARK}".encode() * 9 + b"\x09\0\0\0PAR1", r"cannot be read \(OSError\)"),
     "late.jsonl": (json.dumps(FULL) + f'\n{{"prompt": "{MARK} a"}}', r"line 2: expected the column response, got"),
     "dict.jsonl": (json.dumps({**FULL, "category": {MARK: True}}), r"got dict; leave .* columns=\{'category': None\}"),
     "history.jsonl": (json.dumps({**FULL, "history": spoken("user")}), "history: expected the turns before a prompt"),
