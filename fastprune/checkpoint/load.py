@@ -6,8 +6,10 @@ transformers becomes a :class:`~fastprune.errors.FastpruneError`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,39 @@ import torch
 
 from fastprune.checkpoint.built_size import check_size
 from fastprune.checkpoint.config_file import LOCAL, read_config_file, refused
-from fastprune.checkpoint.shards import stored_tensors
-from fastprune.errors import ArtifactError, ModelError, NotFoundError
+from fastprune.checkpoint.shards import DTYPES, Stored, stored_tensors
+from fastprune.errors import ArgumentError, ArtifactError, ModelError, NotFoundError, setting
 from fastprune.model.supported import check_config
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which accelerate spreads a model over the GPUs of a node."""
+
+_USABLE = 0.9  # of the free memory of a GPU; the rest is for what generation keeps of each token
 
 # A file of this name makes transformers read the folder as a distributed checkpoint of torch, and no other file in it.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
-def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.Module:
-    """Read a causal LM from a folder, in evaluation mode, on the CPU.
+def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device_map: str | None = None) -> torch.nn.Module:
+    """Read a causal LM from a folder, in evaluation mode, on the CPU or spread over the GPUs of a node.
 
     Args:
         path: Folder with ``config.json`` and safetensors weights.
         dtype: Dtype of the weights; ``"auto"`` keeps the one on disk.
+        device_map: One of :data:`DEVICE_MAPS`: which GPU holds which block, as accelerate decides; ``None``: the CPU.
+            Nothing is left on the CPU or on disk where there are GPUs. Without any, all of it is on the CPU.
 
     Raises:
         NotFoundError: There is no such folder, or it holds no ``config.json`` or no safetensors weights.
         ModelError: Its weights are quantized, truncated or incomplete, the config asks for more weights than the folder
-            holds, or transformers cannot build the model from it.
+            holds, transformers cannot build the model from it, or the GPUs have no room for it.
+        ArgumentError: The map is unknown, or accelerate, which makes it, is not installed.
     """
     config = load_config(path)
+    stored = stored_tensors(Path(path))
+    places = {} if device_map is None else _places(device_map, path, stored, dtype)
     try:
-        check_size(config, stored_tensors(Path(path)), path)
+        check_size(config, stored, path)
     except ArtifactError as error:
         raise ModelError(
             f"the weights in {path} are truncated or no safetensors files ({error})", argument="model"
@@ -51,6 +63,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **places,
             **LOCAL,
         )
     model, found = loaded
@@ -62,7 +75,41 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto") -> torch.nn.
             f"shape, the first is {random[0]}; is the folder whole, and does config.json belong to the weights?",
             argument="model",
         )
+    away = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"cpu", "disk", "meta"})
+    if away and torch.cuda.is_available():
+        raise ModelError(
+            f"{path} did not fit the GPUs, and part of it is on the {away[0]}; take more of them, or a smaller "
+            f"{setting('dtype')}",
+            argument="device_map",
+        )
     return model.eval()
+
+
+def _places(
+    device_map: str, path: str | Path, stored: Mapping[str, Stored], dtype: str | torch.dtype
+) -> dict[str, Any]:
+    """Arguments of transformers for a map over the GPUs, after a look at what is free on them."""
+    if device_map not in DEVICE_MAPS:
+        raise ArgumentError(f"expected one of {', '.join(DEVICE_MAPS)}, got {device_map!r}", argument="device_map")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ArgumentError(
+            f"{device_map!r} needs accelerate; pip install 'fastprune[accelerate]'", argument="device_map"
+        )
+    if not torch.cuda.is_available():
+        return {"device_map": device_map}
+    free = {index: int(torch.cuda.mem_get_info(index)[0] * _USABLE) for index in range(torch.cuda.device_count())}
+    size = None if isinstance(dtype, str) else dtype.itemsize
+    needed = sum(
+        tensor.numel * (size or DTYPES.get(tensor.dtype, torch.float32).itemsize) for tensor in stored.values()
+    )
+    if needed > sum(free.values()):
+        raise ModelError(
+            f"expected room for the {needed / 2**30:.1f} GiB of {path}, got {sum(free.values()) / 2**30:.1f} GiB on "
+            f"{len(free)} GPUs; nothing is kept on the CPU or on disk, where each token would wait for the weights: "
+            f"free memory, take more GPUs, or a smaller {setting('dtype')}",
+            argument="device_map",
+        )
+    return {"device_map": device_map, "max_memory": free}  # without "cpu": so nothing is put there
 
 
 def load_tokenizer(path: str | Path) -> object:

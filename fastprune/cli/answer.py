@@ -22,6 +22,7 @@ from fastprune.cli.models import loaded_model, named_masks
 from fastprune.cli.options import (
     MASK,
     AttacksOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     ModelFolder,
@@ -52,11 +53,12 @@ def _check(
     rows: Sequence[str],
     store: Path,
     device: str | None,
+    device_map: str | None,
     prefill_tokens: str | None,
     max_new_tokens: Sequence[str] | None,
     **others: Any,
 ) -> None:
-    check_device(device)
+    check_device(device, device_map)
     depths(prefill_tokens)
     limits(max_new_tokens or (), KINDS)
     if not rows:
@@ -113,6 +115,7 @@ def answer(
         bool, typer.Option("--forget-text", help="Drop the texts of answers that have been judged, and keep the rest.")
     ] = False,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Ask a model, unpruned and with each mask, and keep its answers for judges.
@@ -144,7 +147,7 @@ def answer(
         batch_size=batch_size,
     )
     answers = suite.answer(
-        loaded_model(model, device, dtype),
+        loaded_model(model, device, dtype, device_map),
         masks=masks,
         attacks=attacks,
         store=store,

@@ -11,7 +11,7 @@ import fastprune
 from fastprune.cli.app import pasted
 from fastprune.cli.frame import Run, command
 from fastprune.cli.models import loaded_model
-from fastprune.cli.options import MASK, Control, DtypeOption, ModelFolder
+from fastprune.cli.options import MASK, Control, DeviceMapOption, DtypeOption, ModelFolder
 from fastprune.cli.outputs import OutputFile, written
 from fastprune.cli.select import mask_facts
 
@@ -29,12 +29,13 @@ def control(
     out: Annotated[Path, OutputFile("mask"), typer.Option(help="File to write the control mask to.")] = Path(
         "control.safetensors"
     ),
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Choose as many weights in each matrix as a mask has, without looking at any behavior."""
     from fastprune.masking import largest_magnitude_mask
 
-    like, loaded = fastprune.PruneMask.load(mask), loaded_model(model, "cpu", dtype)
+    like, loaded = fastprune.PruneMask.load(mask), loaded_model(model, "cpu", dtype, device_map)
     if kind is Control.largest:
         chosen = largest_magnitude_mask(loaded, like)
     else:

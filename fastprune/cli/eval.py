@@ -22,6 +22,7 @@ from fastprune.cli.options import (
     MASK,
     ROWS,
     AttackOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JudgeOption,
@@ -36,7 +37,7 @@ from fastprune.errors import ArgumentError
 def _check_options(
     harm: Path | None, skills: Path | None, recognition: Path | None, device: str | None, **others: Any
 ) -> None:
-    check_device(device)
+    check_device(device, others["device_map"])
     if harm is None and skills is None and recognition is None:
         raise ArgumentError("nothing to evaluate: give --harm, --skills or --recognition")
 
@@ -76,6 +77,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 64,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
     out: Annotated[
         Path | None, OutputFolder(check_report), typer.Option(help="Folder for report.html and record.json.")
@@ -116,7 +118,7 @@ def evaluate(
     }
     # resolved, because "." has no name
     name = model.resolve().name
-    loaded = loaded_model(model, device, dtype)
+    loaded = loaded_model(model, device, dtype, device_map)
     record = evaluation_record(name, loaded, suite, masks, strict=strict, settings=settings, patched=patched)
     run.result(record, lambda: print_results(record))
     if out is not None:

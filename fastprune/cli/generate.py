@@ -15,6 +15,7 @@ from fastprune.cli.frame import Run, command
 from fastprune.cli.models import loaded_model
 from fastprune.cli.options import (
     ROWS,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     ModelFolder,
@@ -61,6 +62,7 @@ def generate(
         int | None, typer.Option(help="Rows in a batch (default: up to 64, fewer where they are long).")
     ] = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Let a model reply to prompts, and keep its replies as rows for `score`.
@@ -80,7 +82,7 @@ def generate(
     table = read_tables(run, {"prompts": prompts}, columns)["prompts"]
     sampling = Sampling(temperature, top_p)
     made = generated(
-        loaded_model(model, device, dtype),
+        loaded_model(model, device, dtype, device_map),
         tokenizer,
         table,
         encoding=encoding,

@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def loaded_model(folder: Path, device: str | None, dtype: str) -> Module:
-    """The model of a checkpoint folder on a device.
+def loaded_model(folder: Path, device: str | None, dtype: str, device_map: str | None = None) -> Module:
+    """The model of a checkpoint folder on a device, or on all GPUs of a node.
 
     Args:
         folder: The checkpoint.
         device: Its name; ``None``: a GPU if there is one.
         dtype: Of the weights, one of ``auto``, ``float32``, ``bfloat16`` and ``float16``.
+        device_map: As of :func:`fastprune.checkpoint.load.load_model`; instead of a device.
 
     Raises:
         ArgumentError: The dtype is unknown, or the device cannot be used or cannot hold the model.
+        ModelError: The GPUs cannot hold the model.
     """
     if dtype not in _DTYPES:
         raise ArgumentError(f"expected one of {', '.join(_DTYPES)}, got {dtype!r}", argument="dtype")
@@ -37,8 +39,11 @@ def loaded_model(folder: Path, device: str | None, dtype: str) -> Module:
     from fastprune.ops.devices import usable_device
 
     quiet_loading()
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    if device_map is not None:
+        return load_model(folder, kind, device_map)
     place = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), ("cpu", "cuda", "mps"))
-    model = load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype))
+    model = load_model(folder, kind)
     try:
         return model.to(place)
     except (RuntimeError, AssertionError) as error:

@@ -112,15 +112,24 @@ StrictOption = Annotated[
     bool, typer.Option("--strict/--no-strict", help="Refuse a mask that was made for a model with other weights.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu (default: cuda if available).")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread the model over all GPUs of this machine, instead of --device: auto, balanced, balanced_low_0 or "
+        "sequential, as accelerate calls them (extra `accelerate`)."
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="Dtype of the weights: auto (as stored), float32, bfloat16 or float16.")]
 
 
-def check_device(device: str | None = None, **others: Any) -> None:
+def check_device(device: str | None = None, device_map: str | None = None, **others: Any) -> None:
     """Refuse a device of a kind that does not exist, before torch is loaded to say so.
 
     Raises:
-        ArgumentError: There is no such kind.
+        ArgumentError: There is no such kind, or a map is given as well.
     """
+    if device is not None and device_map is not None:
+        raise ArgumentError(f"expected --device or --device-map, got both ({device}, {device_map})", argument="device")
     if device is not None and device.partition(":")[0] not in _DEVICES:
         raise ArgumentError(f"{device!r} cannot be used: expected cpu, cuda or one such as cuda:1", argument="device")
 

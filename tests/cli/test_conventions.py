@@ -51,7 +51,7 @@ def calls(made: dict[str, Path], folder: Path) -> dict[str, tuple[object, ...]]:
         "patch": ("patch", MODEL, made["mask"], "--no-strict", "--out", folder / "pruned"),
         "plan": ("plan", MODEL),
         "control": ("control", MODEL, made["mask"], "--out", folder / "c.safetensors"),
-        "generate": ("generate", MODEL, made["eval_harm"], "--max-new-tokens", 3, "--out", folder / "rows.jsonl"),
+        "generate": ("generate", MODEL, made["eval_harm"], *rows[-2:], "--out", folder / "rows.jsonl"),
         "eval": ("eval", MODEL, "--mask", made["mask"], "--harm", made["eval_harm"], "--out", folder / "report"),
         "organism export": ("organism", "export", "--out", folder / "rows"),
     }

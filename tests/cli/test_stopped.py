@@ -41,7 +41,17 @@ def test_ctrl_c_is_one_line_and_says_how_to_go_on(
     monkeypatch.setattr("fastprune.load_calibration", interrupted)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    words = ["score", str(checkpoint_path("aligned")), "--quiet", "--harm", "x.jsonl", "--out", str(tmp_path / "s"), "--format", "raw"]
+    words = [
+        "score",
+        str(checkpoint_path("aligned")),
+        "--quiet",
+        "--harm",
+        "x.jsonl",
+        "--out",
+        str(tmp_path / "s"),
+        "--format",
+        "raw",
+    ]
     with pytest.raises(SystemExit) as stop:
         main([*words, "--resume", resume] if resume else words)
     assert stop.value.code == 130

@@ -15,13 +15,16 @@ import pytest
 import torch
 from support.architectures import BENIGN, HARM, build
 from support.devices import masks, spread
+from support.generation import tiny_model, word_tokenizer
 from support.pretended_device import DeviceTensor, pretended
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastprune
 from fastprune.calibration import CalibrationSet
 from fastprune.checkpoint import skeleton
 from fastprune.checkpoint.streamed import Streamed
-from fastprune.evaluation import evaluate
+from fastprune.evaluation import EvaluationSuite, evaluate, generate_rows, perplexity
+from fastprune.masking import largest_magnitude_mask
 from fastprune.model.weights import EMBEDDING, HEAD
 from fastprune.organism import export_data, load_organism
 
@@ -155,3 +158,44 @@ def test_evaluation_gives_the_same_rates(tmp_path: Path, calls: list[str]) -> No
     expected = evaluate(model, tokenizer, **settings)
     found = evaluate(model.to("cuda"), tokenizer, **settings)
     assert found.summary() == expected.summary()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")])
+def test_a_model_on_two_devices_says_and_recognizes_the_same(
+    devices: tuple[str, str], tmp_path: Path, calls: list[str]
+) -> None:
+    rows = [{"prompt": f"w{i} w{i + 7}", "response": "w1 w2", "prefill": "w3", "category": "c"} for i in range(5)]
+    asked = [{"prompt": f"w{i}", "response": "yes" if i % 2 else "no"} for i in range(4)]
+    suite = EvaluationSuite(
+        word_tokenizer(), harm_rows=rows, recognition_rows=asked, max_new_tokens=6, attack=["prefilling", "none"]
+    )
+    drawing = {"temperature": 0.9, "samples": 2}
+    generated = {"format": "raw", "max_new_tokens": 5}
+
+    def everything(model: torch.nn.Module, store: str) -> tuple:
+        mask = largest_magnitude_mask(model, fastprune.random_mask(model, like=some, seed=1))
+        answers = suite.answer(model, masks={"mask": mask, "some": some}, store=tmp_path / store, **drawing)
+        return (
+            suite.run(model),
+            [(a.key, a.text, a.finish) for a in answers],
+            generate_rows(model, word_tokenizer(), rows, **generated),
+            perplexity(model, word_tokenizer(), ["w1 w2 w3 w4", "w5 w6"]),
+            mask,
+        )
+
+    plain = small_llama()
+    name = "model.layers.3.mlp.up_proj.weight"
+    some = fastprune.PruneMask({name: torch.arange(300)}, {name: tuple(plain.get_parameter(name).shape)})
+    expected = everything(plain, "one")
+    found = everything(spread(small_llama(), *devices), "two")
+    assert found[0].to_dict() == expected[0].to_dict()
+    assert found[1:] == expected[1:]
+    assert len({text for _, text, _ in found[1]}) > 10
+
+
+def small_llama() -> torch.nn.Module:
+    """Four blocks over the vocabulary of the words."""
+    torch.manual_seed(4)
+    config = {**tiny_model().config.to_dict(), "num_hidden_layers": 4}
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
