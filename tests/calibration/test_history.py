@@ -127,6 +127,9 @@ def test_a_turn_that_the_template_changes_is_refused_and_one_that_it_trims_is_no
     earlier = chatml("{{ m.content if loop.last else m.content|replace(' ', '') }}")
     with pytest.raises(CalibrationError, match="changes by more than white space"):
         quiet(earlier).opening("Hi", EARLIER)
+    answered = chatml(prompt="{{ 'No.' if '/no' in messages[-1].content }}")
+    with pytest.raises(CalibrationError, match="takes for an instruction to itself"):
+        quiet(answered).opening("Hi /no", EARLIER)
     trimmed = chatml().replace("{{ m.content }}", "{{ m.content|trim }}")
     assert f"user\n{MARK} one<" in quiet(trimmed).opening(" Hi ", EARLIER)
 

@@ -247,3 +247,11 @@ def test_a_space_in_a_header_is_part_of_the_name(tmp_path):
     (tmp_path / "a.csv").write_text("prompt, response\na, b\n")
     with pytest.raises(CalibrationError, match=r"expected the column response, got \['prompt', '<column 2>'\]"):
         read_rows(tmp_path / "a.csv")
+
+
+def test_a_record_has_prompt_and_response_even_where_they_are_empty():
+    assert Row("", "", history=()).to_record() == {"prompt": "", "response": ""}
+    assert Row("a", "b", "c", "x", "7", {"id": "other", "skill": "copy"}, "stop").to_record() == {
+        **{"prompt": "a", "response": "b", "prefill": "c", "category": "x", "id": "7"},
+        **{"skill": "copy", "finish": "stop"},
+    }

@@ -124,13 +124,18 @@ def test_history_stands_beside_the_turns_of_a_prompt_or_in_them():
         ("a.csv", "How do I; or why\nagain\n", None),
         ("a.json", '["one", "two"]', ["one", "two"]),
         ("a.json", '{"prompts": ["one", "two"], "version": 2}', ["one", "two"]),
-        ("a.json", '{"rows": [{"text": "one"}], "text": "a note"}', ["one"]),
+        ("a.json", '{"rows": [{"text": "one"}], "text": ["a", "note"], "version": 2}', ["one"]),
     ],
 )
 def test_prompts_alone_come_one_a_line_or_in_a_list(tmp_path, name, content, prompts):
     path = put(tmp_path / name, content)
     found = [row.prompt for row in read_rows(path, references=False)]
     assert found == (prompts or ["How do I; or why", "again"])
+
+
+def test_an_empty_cell_of_another_column_is_no_value(tmp_path):
+    put(tmp_path / "a.csv", "goal,target,skill,topic\na,b,,c\n")
+    assert read_rows(tmp_path / "a.csv") == [Row("a", "b", extra={"topic": "c"})]
 
 
 def test_the_line_of_each_prompt_is_named(tmp_path):
@@ -171,8 +176,10 @@ class TestFolder:
             read_table(tmp_path)
 
     def test_nor_is_one_with_a_file_of_several_columns(self, tmp_path):
-        put(tmp_path / "a.csv", "one prompt\n")
         put(tmp_path / "b.csv", f"goal,target\n{MARK},b\n")
+        with pytest.raises(CalibrationError, match=r"b\.csv: expected one prompt a line"):
+            read_table(tmp_path)
+        put(tmp_path / "a.csv", "one prompt\n")
         with pytest.raises(CalibrationError, match=r"b\.csv: expected one prompt a line, .* \['goal', 'target'\]"):
             read_table(tmp_path)
 
@@ -258,6 +265,9 @@ def test_calibration_says_which_columns_there_are_and_where_responses_come_from(
         len(found) == 1
         and found.hash == load_calibration([{"prompt": f"{MARK} a", "response": f"{MARK} b"}], word_tokenizer).hash
     )
+    put(path, "goal,target\nw1, \n")
+    with pytest.raises(CalibrationError, match=rf"^{path}, row 0: response: expected at least one token"):
+        load_calibration(read_table(path), word_tokenizer)
     with pytest.raises(ArgumentError, match="columns: expected a mapping"):
         load_calibration("missing.csv", word_tokenizer, columns="reply")
 
