@@ -13,6 +13,7 @@ from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.tokens import encode
 from fastprune.checkpoint.load import load_tokenizer
 from fastprune.errors import CalibrationError, FastpruneWarning
+from fastprune.evaluation.generation import encode_contexts
 
 MARK = "Zanzibar"  # in every text of a row, and in no message
 EARLIER = (("user", f" {MARK} one\n"), ("assistant", f"{MARK}  two\n\n- three"))
@@ -191,6 +192,7 @@ def test_the_example_of_a_row_is_its_conversation_and_its_set_has_another_hash()
     pieces = (chat.opening("Hi", EARLIER), "Well: ", "Ho", "<|end|>")
     opening, prefill, response, end = (encode(made, piece) for piece in pieces)
     assert encoder.context("Hi", "Well: ", history=EARLIER) == opening + prefill
+    assert encode_contexts(encoder, [row]) == [opening + prefill]  # generation asks with the same turns
     assert list(example.input_ids) == opening + prefill + response + end
     assert [label for label in example.labels if label >= 0] == response + end
     alone, other = Row("Hi", "Ho", "Well: "), Row("Hi", "Ho", "Well: ", history=SYSTEM)
