@@ -92,6 +92,11 @@ class Progress:
         return ", ".join([*parts, self._note] if self._note else parts)
 
 
+def announce(text: str) -> None:
+    """A line on standard error, before work that takes long."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def duration(seconds: float) -> str:
     """``"40 s"``, ``"3 min"`` or ``"2 h 5 min"``: as exact as people plan with."""
     if seconds < 90:

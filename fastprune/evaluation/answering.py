@@ -22,11 +22,13 @@ from fastprune.errors import ArgumentError, positive_integer, setting
 from fastprune.evaluation.answers import UNPRUNED, Answer, StoredRow
 from fastprune.evaluation.attacks import Attack, NoAttack
 from fastprune.evaluation.decoding import Sampling
+from fastprune.evaluation.estimate import answering_time
 from fastprune.evaluation.metrics import direct_task
 from fastprune.evaluation.store import AnswerStore, open_store
 from fastprune.evaluation.stored_answers import Answers
-from fastprune.evaluation.tasks import Completion, Question, Task, ask, budgets_of, questions_of
+from fastprune.evaluation.tasks import Completion, Question, Task, ask, budgets_of, queries_of, questions_of
 from fastprune.model.fingerprint import weights_digest
+from fastprune.progress import announce
 
 
 class AnyMask(Protocol):
@@ -136,7 +138,7 @@ class Interview:
         known = {name: {"digest": mask.digest, "weights": mask.total} for name, mask in masks.items()}
         keys: list[str] = []
         with open_store(folder, facts, known) as store:
-            self._check_room(store, model, 1 + len(masks))
+            self._begin(store, model, 1 + len(masks), progress)
             store.add_rows(self._stored)
             passes: dict[str, AnyMask | None] = {UNPRUNED: None, **masks}
             for name, mask in passes.items():
@@ -221,12 +223,17 @@ class Interview:
             unanswered=completion.is_unanswered,
         )
 
-    def _check_room(self, store: AnswerStore, model: Any, passes: int) -> None:
-        """At the most: answers may end before their limit, and some may be there already."""
+    def _begin(self, store: AnswerStore, model: Any, passes: int, progress: bool) -> None:
+        """Look at the disk's room, and say how long it may take: at the most, as answers may end before their limit."""
         questions = questions_of([each.task for each in self._together], self._samples)
-        n, tokens = len(questions), sum(budgets_of(model, questions))
-        missing = max(0, n * passes - len(store.answers))
-        store.check_room(missing, tokens * missing // max(1, n))
+        if not questions:
+            return
+        queries = queries_of(model, questions)
+        missing = max(0, len(queries) * passes - len(store.answers))
+        share = missing / len(queries)
+        store.check_room(missing, int(sum(query.budget for query in queries) * share))
+        if progress and (text := answering_time(model, queries, batch_size=self._batch_size, share=share)):
+            announce(f"answering takes {text}, the unpruned model and {passes - 1} masks")
 
     def _plain(self) -> list[Attack]:
         return [each for each in (self._attacks if self._harm else ()) if not each.changes_model]

@@ -146,7 +146,7 @@ def continue_queries(
         stop_ids = torch.tensor(sorted(stop), dtype=torch.int64)
         with Progress(sum(map(len, batches)), "answering", "row", progress) as bar:
             for batch in batches:
-                found = _continue_batch(forward, [queries[index] for index in batch], stop_ids, sampling, bar)
+                found = continue_batch(forward, [queries[index] for index in batch], stop_ids, sampling, bar)
                 new = {index: each for index, each in zip(batch, found, strict=True) if index not in finished}
                 continued |= new
                 if on_batch is not None:
@@ -161,9 +161,10 @@ def batches_of(queries: Sequence[Query], batch_size: int) -> list[list[int]]:
     return [order[len(order) * b // n_batches : len(order) * (b + 1) // n_batches] for b in range(n_batches)]
 
 
-def _continue_batch(
+def continue_batch(
     forward: Forward, queries: Sequence[Query], stop: torch.Tensor, sampling: Sampling, bar: Progress
 ) -> list[Continuation]:
+    """One batch of :func:`continue_queries`; ``bar`` moves by the number of queries."""
     device = forward.device
     input_ids, attention_mask = _pad_left([query.context for query in queries], device)
     limits = torch.tensor([query.budget for query in queries], device=device)

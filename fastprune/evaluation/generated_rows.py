@@ -22,9 +22,11 @@ from fastprune.calibration.rows import Rows
 from fastprune.calibration.tokens import tokenizer_hash
 from fastprune.errors import ArgumentError, CalibrationError, positive_integer, setting, warn
 from fastprune.evaluation.decoding import Sampling
-from fastprune.evaluation.tasks import Completion, Question, Task, ask, content_state, questions_of
+from fastprune.evaluation.estimate import answering_time
+from fastprune.evaluation.tasks import Completion, Question, Task, ask, content_state, queries_of, questions_of
 from fastprune.files import as_path, check_space
 from fastprune.model.fingerprint import weights_digest
+from fastprune.progress import announce
 
 # Padded tokens of a batch by default: the cache of an 8 B model takes 128 kB for each.
 _BATCH_TOKENS = 64 * 1024
@@ -180,6 +182,10 @@ def generated(
                 if lines is not None:
                     lines.append({"index": index, **_plain(reply)})
 
+        if progress:
+            left = 1 - len(replies) / len(questions)
+            if text := answering_time(model, queries_of(model, questions), batch_size=size, share=left):
+                announce(f"generating takes {text}")
         ask(
             model,
             encoder,

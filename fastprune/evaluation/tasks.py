@@ -150,6 +150,16 @@ def budgets_of(model: Any, questions: Sequence[Question]) -> list[int]:
     return [rooms[id(question.task)][question.index] for question in questions]
 
 
+def queries_of(model: Any, questions: Sequence[Question], states: Sequence[str] | None = None) -> list[Query]:
+    """The questions as the token loop takes them; ``states`` as for :func:`ask`."""
+    return [
+        Query(question.context, budget, question.name, state)
+        for question, budget, state in zip(
+            questions, budgets_of(model, questions), states or [""] * len(questions), strict=True
+        )
+    ]
+
+
 def ask(
     model: Any,
     encoder: Encoder,
@@ -187,10 +197,7 @@ def ask(
             "expected 1 at temperature 0, at which all samples of a row are the same; give a temperature above 0",
             argument="samples",
         )
-    queries = [
-        Query(question.context, budget, question.name, "" if states is None else states[number])
-        for number, (question, budget) in enumerate(zip(questions, budgets_of(model, questions), strict=True))
-    ]
+    queries = queries_of(model, questions, states)
 
     def completions(continuations: Mapping[int, Continuation]) -> dict[int, Completion]:
         return {index: _completion(encoder, questions[index].row, each) for index, each in continuations.items()}

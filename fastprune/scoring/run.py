@@ -22,13 +22,18 @@ from fastprune.model.self_check import checked_view
 from fastprune.model.weights import EMBEDDING, HEAD, Resident, Weights
 from fastprune.model.whole_view import WholeView
 from fastprune.ops.devices import usable_device
+from fastprune.planning.estimate import human
+from fastprune.planning.pace import seconds_of
 from fastprune.planning.plan import Plan, plan
 from fastprune.planning.segments import needs, split_blocks
+from fastprune.progress import announce, duration
 from fastprune.scoring.activation_store import ActivationStore
 from fastprune.scoring.journal import Journal, NullJournal
 from fastprune.scoring.processes import Processes
 from fastprune.scoring.provenance import inputs_of
 from fastprune.scoring.request import Request
+
+_MOMENT = 20.0  # seconds of which nothing need be said
 
 
 @contextlib.contextmanager
@@ -104,6 +109,17 @@ class Run:
             padded_tokens=[tokens for loader in loaders.values() for tokens in loader.padded_tokens],
             processes=sharing,
         )
+
+    def announce(self, chosen: Plan, loaders: Mapping[str, CalibrationLoader]) -> None:
+        """Say how long the pass will take, unless that is a moment."""
+        matrix = max(self.anatomy.matrices, key=lambda matrix: matrix.weight.numel()).weight
+        seconds = seconds_of(chosen, tuple(matrix.shape[-2:]), matrix.dtype, self.weights.device, self._processes.size)
+        if seconds < _MOMENT:
+            return
+        examples = sum(len(loader.calibration) for loader in loaders.values())
+        tokens = sum(sum(loader.padded_tokens) for loader in loaders.values())
+        reading = f"; {human(chosen.read_bytes)} are read meanwhile" if chosen.streamed else ""
+        announce(f"scoring takes about {duration(seconds)} for {examples} examples, {tokens:,} tokens{reading}")
 
     def view(self, chosen: Plan, loaders: Mapping[str, CalibrationLoader]) -> tuple[BlockView | WholeView, list[range]]:
         """The model as the pass drives it, frozen and checked, and its segments.

@@ -140,6 +140,8 @@ def _scored(request: Request, run: Run, processes: Processes) -> Scores:
     journal = run.journal()
     boundaries = run.store(plan, journal)
     gradients = journal.gradient_store(boundaries)
+    if request.progress and processes.rank == 0:
+        run.announce(plan, loaders)
     collector = Collector(view.matrices, request.criteria, request.fractions, request.backend, journal)
     for noted in journal.finished(journal.unfinished(len(parts)), gradients):
         collector.restore(noted)
