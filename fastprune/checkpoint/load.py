@@ -46,14 +46,14 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device_map: 
         ArgumentError: The map is unknown, or accelerate, which makes it, is not installed.
     """
     config = load_config(path)
-    stored = stored_tensors(Path(path))
-    places = {} if device_map is None else _places(device_map, path, stored, dtype)
     try:
+        stored = stored_tensors(Path(path))
         check_size(config, stored, path)
     except ArtifactError as error:
         raise ModelError(
             f"the weights in {path} are truncated or no safetensors files ({error})", argument="model"
         ) from error
+    places = {} if device_map is None else _places(device_map, path, stored, dtype)
     from transformers import AutoModelForCausalLM
 
     with refused("model", f"{path} cannot be loaded as a causal language model"):

@@ -21,23 +21,44 @@ from fastprune.cli.models import loaded_model, named_masks
 from fastprune.cli.options import (
     MASK,
     ROWS,
-    AttackOption,
     DeviceMapOption,
     DeviceOption,
     DtypeOption,
     JudgeOption,
+    MainAttacksOption,
     ModelFolder,
+    PrefillTokensOption,
     StrictOption,
     check_device,
+    depths,
+    limits,
 )
 from fastprune.cli.outputs import OutputFolder, check_report, written
 from fastprune.errors import ArgumentError
+
+_REFUSAL_TOKENS = 128  # as in fastprune.evaluation.metrics, which loads torch
+
+
+def _refusal_tokens(text: str) -> int | None:
+    """``"128"`` as a number, ``"off"`` as ``None``.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if text == "off":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentError(f"expected a number of tokens, or off, got {text!r}", argument="refusal_tokens")
+    return int(text)
 
 
 def _check_options(
     harm: Path | None, skills: Path | None, recognition: Path | None, device: str | None, **others: Any
 ) -> None:
     check_device(device, others["device_map"])
+    depths(others["prefill_tokens"])
+    limits(others["max_new_tokens"] or (), ("harm", "skill"))
+    _refusal_tokens(others["refusal_tokens"])
     if harm is None and skills is None and recognition is None:
         raise ArgumentError("nothing to evaluate: give --harm, --skills or --recognition")
 
@@ -64,7 +85,8 @@ def evaluate(
         list[Path] | None, MASK, typer.Option(help="Masks to measure, next to the unpruned model; repeatable.")
     ] = None,
     strict: StrictOption = True,
-    attack: AttackOption = "prefilling",
+    attack: MainAttacksOption = None,
+    prefill_tokens: PrefillTokensOption = None,
     judge: JudgeOption = "exact",
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
     columns: ColumnsOption = None,
@@ -73,8 +95,15 @@ def evaluate(
     template_args: TemplateArgsOption = None,
     system: SystemOption = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Length limit of answers (default: that of the reference plus one).")
+        list[str] | None,
+        typer.Option(
+            help="Length limit of answers in tokens, or harm=N or skill=N; repeatable (default: that of the reference "
+            "plus one)."
+        ),
     ] = None,
+    refusal_tokens: Annotated[
+        str, typer.Option(help="Length limit of answers to direct requests, or off: refusal is not measured.")
+    ] = str(_REFUSAL_TOKENS),
     batch_size: Annotated[int, typer.Option(help="Rows in a batch.")] = 64,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
@@ -89,6 +118,7 @@ def evaluate(
     """
     from fastprune.checkpoint.load import load_tokenizer
     from fastprune.evaluation import JUDGES, EvaluationSuite
+    from fastprune.evaluation.attacks import attacks_of
     from fastprune.experiments import evaluation_record, stored_patch
     from fastprune.reporting import print_results, write_report
 
@@ -102,18 +132,17 @@ def evaluate(
         skill_rows=tables.get("skills"),
         recognition_rows=tables.get("recognition"),
         **encoding_of(tokenizer, model, format, bos, template_args, system, known).arguments(),
-        attack=str(attack),
+        attack=attacks_of(map(str, attack or ("prefilling",)), depths(prefill_tokens)),
         judges={"harm": JUDGES[judge].judge} if harm is not None else None,
         neighbour_skill=neighbour,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=limits(max_new_tokens or (), ("harm", "skill")),
+        refusal_tokens=_refusal_tokens(refusal_tokens),
         batch_size=batch_size,
     )
     settings = {
-        "attack": str(attack),
         "judge": str(judge),
         **suite.encoder.facts,
         "neighbour": neighbour,
-        "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
     }
     # resolved, because "." has no name

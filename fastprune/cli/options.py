@@ -45,23 +45,22 @@ else:  # typer offers the members of an enum as choices
     AttackName = StrEnum("AttackName", {name: name for name in ATTACKS})
     JudgeName = StrEnum("JudgeName", {name: name for name in JUDGES})
 
-AttackOption = Annotated[
-    AttackName,
-    typer.Option(
-        help=f"Attack behind the harm rate. {'. '.join(f'{name}: {kind.summary}' for name, kind in ATTACKS.items())}."
-    ),
-]
 JudgeOption = Annotated[
     JudgeName,
     typer.Option(help=f"Judge of harm. {'. '.join(f'{name}: {kind.summary}' for name, kind in JUDGES.items())}."),
 ]
 
 
+_ATTACKS = ". ".join(f"{name}: {kind.summary}" for name, kind in ATTACKS.items())
 AttacksOption = Annotated[
     list[AttackName] | None,
+    typer.Option(help=f"Attacks on the harmful rows; repeatable (default: none and prefilling). {_ATTACKS}."),
+]
+MainAttacksOption = Annotated[
+    list[AttackName] | None,
     typer.Option(
-        help="Attacks on the harmful rows; repeatable (default: none and prefilling). "
-        f"{'. '.join(f'{name}: {kind.summary}' for name, kind in ATTACKS.items())}."
+        help="Attacks behind the harm rate; repeatable, and the first is that of the main table (default: prefilling). "
+        f"{_ATTACKS}."
     ),
 ]
 PrefillTokensOption = Annotated[

@@ -174,14 +174,12 @@ class Prefilling(Attack):
     def _at_depth(self, tokenizer: Any, rows: Sequence[Row]) -> list[Row]:
         chosen = []
         for row in rows:
-            # Tokenized apart, as they are given to the model.
-            own, depth = len(encode(tokenizer, row.prefill)), int(self.depth or 0)
-            if depth < own:
-                begun, rest = _split(tokenizer, row.prefill, depth)
-                rest += row.response
-            else:
-                begun, rest = _split(tokenizer, row.response, depth - own)
-                begun = row.prefill + begun
+            # Joined as tokens: between two texts that are tokenized apart, a word tokenizer has a space.
+            ids = encode(tokenizer, row.prefill) + encode(tokenizer, row.response)
+            depth = int(self.depth or 0)
+            while depth < len(ids) and decode(tokenizer, ids[:depth]).endswith("\ufffd"):
+                depth += 1  # inside a character of several tokens
+            begun, rest = decode(tokenizer, ids[:depth]), decode(tokenizer, ids[depth:])
             if begun and rest.strip():
                 chosen.append(replace(row, prefill=begun, response=rest))
         return chosen

@@ -110,7 +110,27 @@ def measurement_rows(
     model: str, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
 ) -> list[dict[str, Any]]:
     """Rows of ``measurements`` (sample sizes, intervals, categories) for the evaluations of :func:`measure_each`."""
-    return [{"model": model, "mask": name, **found.to_dict()["details"]} for name, _, found in evaluations]
+    rows = [{"model": model, "mask": name, **found.to_dict()["details"]} for name, _, found in evaluations]
+    return [{key: value for key, value in row.items() if key != "attacks"} for row in rows]
+
+
+def attack_rows(
+    model: str, suite: EvaluationSuite, evaluations: Iterable[tuple[str, PruneMask | None, Evaluation]]
+) -> list[dict[str, Any]]:
+    """Rows of ``attacks``: harm of every mask under every attack of the suite, with sample size and interval."""
+    facts = {attack.label: attack.facts for attack in suite.attacks}
+    return [
+        {
+            "model": model,
+            "mask": name,
+            "attack": label,
+            "settings": facts[label],
+            "harm": measured["rate"],
+            **{key: measured[key] for key in ("n", "interval", "cut", "unanswered") if key in measured},
+        }
+        for name, _, found in evaluations
+        for label, measured in found.to_dict()["details"]["attacks"].items()
+    ]
 
 
 def sweep(

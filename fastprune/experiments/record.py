@@ -6,7 +6,7 @@ In: masks and evaluations. Out: parts of a record (plain dicts).
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from fastprune.checkpoint.byte_edits import gather
 from fastprune.checkpoint.undo_file import UNDO_NAME, read_undo
 from fastprune.errors import ArtifactError
 from fastprune.evaluation import EvaluationSuite
-from fastprune.experiments.btap import measure_each, measurement_rows, result_rows
+from fastprune.experiments.btap import attack_rows, measure_each, measurement_rows, result_rows
 from fastprune.masking import PruneMask
 
 # The criterion that ranks weights by how much they promote the behavior; a selection by any other is a control.
 METHOD_CRITERION = "signed"
+_MANY = 0.1  # share of cut answers that is worth a note
 _FACTS = ("p", "q", "scope", "layers", "slice", "criteria", "seed", "like", "fingerprint")
 _SPARED = ("spared_by_benign", "spared_by_protect")
 
@@ -130,6 +131,7 @@ def evaluation_record(
     results, skills = result_rows(name, evaluations)
     measurements = measurement_rows(name, evaluations)
     notes = [] if strict else ["Masks were applied without asking whether they were made for this model."]
+    notes += _cut_notes(measurements)
     return {
         "schema": 1,
         "title": f"Evaluation of {name}",
@@ -137,7 +139,9 @@ def evaluation_record(
         "notes": notes,
         "environment": environment(),
         "settings": {
-            "attack": suite.attack.name,
+            "attack": suite.attack.label,
+            "attacks": [attack.label for attack in suite.attacks],
+            "max_new_tokens": {kind: limit for kind, limit in suite.budgets.items() if limit is not None},
             **(settings or {}),
             "strict": strict,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -148,7 +152,22 @@ def evaluation_record(
         "skills": skills,
         "masks": rows,
         "measurements": measurements,
+        "attacks": attack_rows(name, suite, evaluations),
     }
+
+
+def _cut_notes(measurements: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note for each kind of answers of which many ended at their limit: nobody knows what they would have become."""
+    notes = []
+    for kind in ("harm", "refusal"):
+        parts = [part for row in measurements if (part := row.get(kind)) and part.get("cut") is not None]
+        cut, n = sum(part["cut"] for part in parts), sum(part["n"] for part in parts)
+        if n and cut > _MANY * n:
+            notes.append(
+                f"{cut} of {n} answers behind the rates of {kind} ended at their length limit, and were judged by what "
+                "they are up to there."
+            )
+    return notes
 
 
 def _sizes(details: Mapping[str, Any]) -> dict[str, int]:

@@ -13,8 +13,8 @@ import torch
 from fastprune.planning.estimate import Plan
 
 # Share of the rate of plain matrix products that a pass reaches: in float32 42 % with small matrices to 71 % with
-# larger ones (docs/performance.md). In bfloat16 a CPU's products are faster, and what surrounds them is not: 16 % at hidden
-# size 576. Taken for GPUs too, where nothing has been measured.
+# larger ones (docs/performance.md). In bfloat16 a CPU's products are faster, and what surrounds them is not: 16 % at
+# hidden size 576. Taken for GPUs too, where nothing has been measured.
 _SHARE = {torch.bfloat16: 0.16, torch.float16: 0.16}
 _SHARE_FLOAT32 = 0.55
 _MOMENT = 0.1  # seconds

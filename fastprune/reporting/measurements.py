@@ -1,4 +1,4 @@
-"""Sample size and 95 % interval of each rate of a record, in total and for each category.
+"""Sample size, 95 % interval and cut answers of each rate of a record, in total and for each category.
 
 In: a record. Out: a table of text.
 """
@@ -23,7 +23,7 @@ def measurements_table(record: Mapping[str, Any]) -> Table:
         for row in record.get("measurements") or ()
         for name, part in _parts(row)
     ]
-    return Table(["model", "weights", "measured", "rate, %", "95 % interval", "rows"], rows)
+    return Table(["model", "weights", "measured", "rate, %", "95 % interval", "rows", "cut at the limit"], rows)
 
 
 def _parts(row: Mapping[str, Any]) -> Iterator[Part]:
@@ -46,7 +46,7 @@ def _with_categories(name: str, part: Mapping[str, Any] | None) -> Iterator[Part
             yield f"{name}, {clean(category)}", inner
 
 
-def _spread(part: Mapping[str, Any]) -> tuple[str, str]:
+def _spread(part: Mapping[str, Any]) -> tuple[str, str, str]:
     low, high = part.get("interval") or (None, None)
     interval = DASH if missing(low) or missing(high) else f"{rate_cell(low)} to {rate_cell(high)}"
-    return interval, count(part.get("n"))
+    return interval, count(part.get("n")), count(part.get("cut"))

@@ -44,7 +44,7 @@ WHAT_IT_IS = (
 )
 _KNOWN = {
     "schema", "title", "created", "environment", "model", "settings", "timings", "notes", "results", "dissociation",
-    "skills", "sweep", "heatmap", "transfer", "checks", "masks", "measurements",
+    "skills", "sweep", "heatmap", "transfer", "checks", "masks", "measurements", "attacks",
 }  # fmt: skip
 
 

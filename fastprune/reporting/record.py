@@ -266,13 +266,18 @@ def _patched(value: Any, where: str) -> None:
     _count(value["weights"], f'{where}["weights"]')
 
 
+def _interval(value: Any, where: str) -> None:
+    _matrix([value], where, 1, 2, _rate)
+
+
 def _measured(value: Any, where: str) -> None:
     """A rate with its sample size and interval, and the same for each category."""
     _mapping(value, where)
     _optional(value.get("rate"), f'{where}["rate"]', _rate)
     _optional(value.get("n"), f'{where}["n"]', _count)
-    if value.get("interval") is not None:
-        _matrix([value["interval"]], f'{where}["interval"]', 1, 2, _rate)
+    _optional(value.get("interval"), f'{where}["interval"]', _interval)
+    for key in ("cut", "unanswered"):
+        _optional(value.get(key), f'{where}["{key}"]', _count)
     _each_measured(value.get("by_category"), f'{where}["by_category"]')
 
 
@@ -300,6 +305,10 @@ _ROWS: dict[str, tuple[dict[str, Check], dict[str, Check]]] = {
     "measurements": (
         {"model": _name, "mask": _name},
         {"harm": _measured, "refusal": _measured, "recognition": _recognised, "skills": _each_measured},
+    ),
+    "attacks": (
+        {"model": _name, "mask": _name, "attack": _name},
+        {"harm": _rate, "n": _count, "interval": _interval, "cut": _count, "unanswered": _count},
     ),
     "sweep": ({"model": _name, "q": _share}, {"p": _share, "pruned": _count, **_RATE_CHECKS}),
     "checks": ({"claim": _name, "holds": _flag}, {"value": _number, "bound": _text}),

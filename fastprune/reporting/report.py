@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import ArgumentError
+from fastprune.reporting.attack_plot import attack_plot
 from fastprune.reporting.heatmaps import heatmap_plot, transfer_plot
 from fastprune.reporting.markdown import markdown
 from fastprune.reporting.page import page
@@ -22,7 +23,13 @@ from fastprune.reporting.plots import controls_plot, sweep_plot
 from fastprune.reporting.record import checked, dump, write_atomically
 
 _FILES = ("record.json", "report.html", "report.md")
-_PLOTS = {"sweep": sweep_plot, "controls": controls_plot, "heatmap": heatmap_plot, "transfer": transfer_plot}
+_PLOTS = {
+    "sweep": sweep_plot,
+    "controls": controls_plot,
+    "attacks": attack_plot,
+    "heatmap": heatmap_plot,
+    "transfer": transfer_plot,
+}
 
 
 def check_replaceable(folder: Path) -> None:
@@ -50,7 +57,7 @@ def write_report(record: Mapping[str, Any], out_dir: str | os.PathLike[str]) -> 
 
     Returns:
         The path of each file: ``record``, ``html``, ``markdown``, and for each plot that the record has data for
-        ``sweep``, ``controls``, ``heatmap``, ``transfer`` (PNG).
+        ``sweep``, ``controls``, ``attacks``, ``heatmap``, ``transfer`` (PNG).
 
     Raises:
         ArtifactError: The record is not valid; the message names the key. Nothing is written.

@@ -95,6 +95,53 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path, rows: dict[str, Path], 
     assert "Traceback" not in error
 
 
+def test_attacks_depths_and_limits_are_in_record_and_page(rows: dict[str, Path], tmp_path: Path, capsys) -> None:
+    mask = make_mask(tmp_path / "some.safetensors")
+    words = ["eval", checkpoint_path("aligned"), "--harm", rows["eval_harm"], "--format", "chat", "--mask", mask]
+    words += ["--attack", "prefilling", "--attack", "none", "--prefill-tokens", "row,1,4", "--max-new-tokens", "harm=2"]
+    assert run(*words, "--refusal-tokens", "3", "--out", tmp_path / "report", "--quiet") == 0
+    record = load_record(tmp_path / "report")
+    labels = ["prefilling row", "prefilling 1", "prefilling 4", "none"]
+    assert record["settings"]["attacks"] == labels and record["settings"]["attack"] == labels[0]
+    assert record["settings"]["max_new_tokens"] == {"harm": 2, "refusal": 3}
+    measured = [(row["mask"], row["attack"]) for row in record["attacks"]]
+    assert measured == [(name, label) for name in ("none", "some") for label in labels]
+    depths = [row["settings"]["depth"] for row in record["attacks"] if "depth" in row["settings"]]
+    assert depths == ["row", 1, 4] * 2
+    for row in record["results"]:
+        [first] = [r for r in record["attacks"] if r["mask"] == row["mask"] and r["attack"] == labels[0]]
+        assert row["harm"] == first["harm"] and first["n"] == 8
+    # the answers of the organism have three words: two tokens do not hold them
+    assert {row["cut"] for row in record["attacks"] if row["attack"] == "prefilling row"} == {8}
+    assert any("16 of 16 answers behind the rates of harm ended at their length limit" in n for n in record["notes"])
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Harm under each attack and depth" in page and "prefilling 4" in page
+    assert (tmp_path / "report" / "attacks.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert run(*words, "--refusal-tokens", "off", "--json", "--quiet") == 0
+    assert {row["refusal"] for row in json.loads(capsys.readouterr().out)["results"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prefill-tokens", "row,zero"), "--prefill-tokens: expected row, numbers of tokens, or both"),
+        (("--attack", "none", "--prefill-tokens", "10"), "--prefill-tokens: expected --attack prefilling, got none"),
+        (("--max-new-tokens", "rhyme=3"), "a number of tokens, or KIND=NUMBER with harm, skill for the kind, got"),
+        (("--max-new-tokens", "0"), "--max-new-tokens: expected a number of tokens"),
+        (("--refusal-tokens", "none"), "--refusal-tokens: expected a number of tokens, or off, got 'none'"),
+        (("--device", "cpu", "--device-map", "auto"), "--device: expected --device or --device-map, got both"),
+        (("--device-map", "cpu"), "--device-map: expected one of auto, balanced"),
+    ],
+)
+@pytest.mark.usefixtures("never_evaluated")
+def test_limits_depths_and_maps_are_refused_by_their_options(
+    words: tuple[str, ...], message: str, rows: dict[str, Path], capsys
+) -> None:
+    assert run("eval", checkpoint_path("aligned"), "--harm", rows["eval_harm"], "--format", "chat", *words) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_terminal_without_unicode_gets_the_numbers(
     rows: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +221,7 @@ def test_the_record_says_how_each_number_came_about(tmp_path: Path, rows: dict[s
     assert expected.items() <= chosen["first"].items()
 
     settings = record["settings"]
-    assert (settings["strict"], settings["dtype"], settings["max_new_tokens"]) == (False, "float32", None)
+    assert (settings["strict"], settings["dtype"], settings["max_new_tokens"]) == (False, "float32", {"refusal": 128})
     assert settings["n_eval"]["harm"] == settings["n_eval"]["recognition"] == 8
     assert record["notes"] == ["Masks were applied without asking whether they were made for this model."]
     assert [row["mask"] for row in record["measurements"]] == ["none", *chosen]

@@ -106,7 +106,12 @@ class TestWhatIsAsked:
                 tiny_model(), attacks=attacks, store=tmp_path / "store"
             )
         given = {(a.attack["depth"], a.row): a.prefill for a in answers if a.task == "harm"}
-        assert [given[depth, "r0"] for depth in ("row", 1, 3, 6)] == ["sure :", "sure", "sure :w2", "sure :w2 w3 w4 w5"]
+        assert [given[depth, "r0"] for depth in ("row", 1, 3, 6)] == [
+            "sure :",
+            "sure",
+            "sure : w2",
+            "sure : w2 w3 w4 w5",
+        ]
         assert [depth for depth, row in given if row == "short"] == [1]
 
     def test_samples_are_drawn_by_the_key(self, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_evaluation_of_some_model_shows_its_own_columns(tmp_path: Path) -> None:
 
 def test_sample_sizes_intervals_and_masks_are_shown(tmp_path: Path) -> None:
     part = {"rate": 0.25, "n": 8, "interval": [0.072, 0.591]}
-    measured = {"harm": {**part, "by_category": {"alder": part}}, "refusal": None, "skills": {"copy": part}}
+    measured = {"harm": {**part, "cut": 3, "by_category": {"alder": part}}, "refusal": None, "skills": {"copy": part}}
     measured["recognition"] = {"accuracy": part, "pairs": part, "yes_rate": 0.5}
     record = only(
         results=[{"model": "my-model", "mask": "none", "harm": 0.25}],
@@ -121,9 +121,9 @@ def test_sample_sizes_intervals_and_masks_are_shown(tmp_path: Path) -> None:
     page = Page(write_report(record, tmp_path)["html"].read_text(encoding="utf-8"))
     named = ["harm", "harm, alder", "refusal", "recognition", "recognition, pairs", "copy"]
     for name in named:
-        row = ["my-model", "not pruned", name, "25.0", "7.2 to 59.1", "8"]
+        row = ["my-model", "not pruned", name, "25.0", "7.2 to 59.1", "8", "3" if name == "harm" else "–"]
         assert (row in page.rows) == (name != "refusal"), name
-    assert ["my-model", "not pruned", "recognition, answered “harmful”", "50.0", "–", "–"] in page.rows
+    assert ["my-model", "not pruned", "recognition, answered “harmful”", "50.0", "–", "–", "–"] in page.rows
     assert "role: method, kind: selection, digest: abc123, q: 0.5" in page.words
     assert "Other entries of the record" not in page.words
 
