@@ -137,13 +137,15 @@ def answer(
     encoding = encoding_of(tokenizer, model, format, bos, template_args, system, known).arguments()
     tables = _tables(run, rows, columns)
     attacks = attacks_of(map(str, attack or ("none", "prefilling")), depths(prefill_tokens))
+    tokens = _LIMITS | limits(max_new_tokens or (), KINDS)
+    refusal = tokens.pop("refusal")
     suite = EvaluationSuite(
         tokenizer,
         **tables,
         **encoding,
         attack=attacks,
-        max_new_tokens=_LIMITS | limits(max_new_tokens or (), KINDS),
-        refusal_tokens=None,  # that of the limits, where there are rows for it
+        max_new_tokens=tokens,
+        refusal_tokens=refusal if "refusal_rows" in tables else None,  # else harmful rows would be asked
         batch_size=batch_size,
     )
     answers = suite.answer(

@@ -100,7 +100,8 @@ def generate(
     run.result({"rows": out, **made.counts}, _summary(made.counts, out))
     if left_out := left_out_text(made.counts):
         run.talk(left_out)
-    run.talk(f"next: {pasted('score', model, '--harm', out)} …, or with it as --benign")
+    following = pasted("score", model, "--harm", out, "--format", encoding["format"])
+    run.talk(f"next: {following} …, or with it as --benign")
 
 
 def _summary(counts: Mapping[str, Any], out: Path) -> str:
