@@ -30,13 +30,16 @@ _HELP = """Find the few weights that a language model needs for one behavior, re
 
 Start with `fastprune demo`. With a model of your own, a folder on disk:
 
-1. `fastprune score MODEL --harm harm.jsonl --benign benign.jsonl --out scores.safetensors`
+1. `fastprune generate MODEL prompts.csv --out harm.jsonl`, and the same for benign prompts
 
-2. `fastprune select scores.safetensors -p 5e-5 -q 1e-5 --out mask.safetensors`
+2. `fastprune score MODEL --harm harm.jsonl --benign benign.jsonl --out scores.safetensors`
 
-3. `fastprune eval MODEL --mask mask.safetensors --harm held_out.jsonl --skills skills.jsonl`
+3. `fastprune select scores.safetensors -p 5e-5 -q 1e-5 --out mask.safetensors`
 
-4. `fastprune patch MODEL mask.safetensors --out PRUNED_MODEL`
+4. `fastprune answer MODEL --rows held_out.csv --mask mask.safetensors --store answers`, or with a report at once
+`fastprune eval MODEL --harm held_out.jsonl --skills skills.jsonl --mask mask.safetensors --out report`
+
+5. `fastprune patch MODEL mask.safetensors --out PRUNED_MODEL`
 """
 
 
