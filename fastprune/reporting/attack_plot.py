@@ -39,6 +39,7 @@ def attack_plot(record: Mapping[str, Any]) -> Plot | None:
     attacks = list(dict.fromkeys(row["attack"] for row in rows if not missing(row.get("harm"))))
     if len(attacks) < 2:
         return None
+    kinds = list(dict.fromkeys(attack.partition(" ")[0] for attack in attacks))
     masks = ordered((row["mask"] for row in rows), MASKS)
     found = {(row["mask"], row["attack"]): row for row in rows}
 
@@ -54,10 +55,19 @@ def attack_plot(record: Mapping[str, Any]) -> Plot | None:
                 low, high = row.get("interval") or (None, None)
                 if not missing(low) and not missing(high):
                     axes.plot([place, place], [low, high], color=color, linewidth=1, zorder=2)
-            axes.plot(
-                places, values, color=color, linewidth=2 if role(record, mask) == "method" else 1.2, markersize=5,
-                marker=_MARKERS[number % len(_MARKERS)], label=short(mask_label(record, mask)).lstrip("_"), zorder=3,
-            )  # fmt: skip
+            style: dict[str, Any] = {
+                "color": color,
+                "linewidth": 2 if role(record, mask) == "method" else 1.2,
+                "marker": _MARKERS[number % len(_MARKERS)],
+                "markersize": 5,
+                "clip_on": False,
+                "zorder": 3,
+            }
+            label = short(mask_label(record, mask)).lstrip("_")
+            for kind in kinds:  # only depths of one attack are points of a line
+                here = [place for place, attack in enumerate(attacks) if attack.partition(" ")[0] == kind]
+                axes.plot([places[n] for n in here], [values[n] for n in here], label=label, **style)
+                label = "_"  # which matplotlib leaves out of the legend
         axes.set_xticks(range(len(attacks)), [short(clean(attack)) for attack in attacks])
         axes.set_ylim(0, 1.0)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100"])
@@ -70,7 +80,7 @@ def attack_plot(record: Mapping[str, Any]) -> Plot | None:
         title="Harm under each attack and depth",
         caption="A number is a depth: so many tokens of the reference reply are given to the model; “row” is the row's "
         "own prefill. Rows whose reply is too short for a depth are left out of it.",
-        reading="A mask that holds has a low line to the very right.",
+        reading="A mask that holds has low points under every attack.",
         finding=_finding(record, rows),
         draw=draw,
         size=(3.2 + 1.1 * len(attacks), 3.4),
