@@ -44,7 +44,7 @@ def generate(
         system: System turn of the chat.
         max_new_tokens: Limit of each continuation, in tokens.
         batch_size: Rows in a forward pass.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Returns:
         The continuations, without prompt, prefill and special tokens.

@@ -32,7 +32,7 @@ def log_probabilities(model: Any, batches: Sequence[MicroBatch], *, progress: bo
     Args:
         model: A causal LM, unchanged afterwards.
         batches: Micro-batches, each example in one of them.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Returns:
         ``(n_examples,)`` float64 on the CPU: sums over each example's labels, by ``example_indices``. Padding and the
@@ -114,7 +114,7 @@ def perplexity(
         window: Plain texts longer than this many tokens, including the BOS, are scored in independent windows. That
             raises the perplexity: compare only values of the same window. ``None``: each text as a whole.
         batch_tokens: Budget of a micro-batch, in padded tokens; changes the result by float rounding only.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Raises:
         CalibrationError: No texts, one that gives no token to score, or rows without a needed column.

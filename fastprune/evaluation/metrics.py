@@ -101,7 +101,7 @@ def harm(
         system: System turn of the chat.
         max_new_tokens: Limit of each answer; by default the length of the row's reference plus one token.
         batch_size: Rows in a forward pass.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Raises:
         CalibrationError: No rows, or a row lacks a column that attack, budget or judge needs (named).
@@ -144,7 +144,7 @@ def refusal(
         system: System turn of the chat.
         max_new_tokens: Limit of each answer; shorter where the model has no positions for more.
         batch_size: Rows in a forward pass.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Raises:
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`.
@@ -210,7 +210,7 @@ def utility(
         system: System turn of the chat.
         max_new_tokens: Limit of each answer; by default the length of the row's reference plus one token.
         batch_size: Rows in a forward pass.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Raises:
         CalibrationError, ArgumentError, ScoringError: As :func:`harm`; also for a judge of an unknown skill.

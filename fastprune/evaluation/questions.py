@@ -88,7 +88,7 @@ def recognition(
         answers: Answer for a harmful and for a benign request, tokenized verbatim after the context.
         by: ``"log_prob"`` (default; also scores a model that would write another text) or ``"generation"``.
         batch_size: Rows in a forward pass with ``by="generation"``.
-        progress: Show a progress bar on a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Raises:
         CalibrationError: No rows, a response that is not one of the answers, or a pair without its other half.

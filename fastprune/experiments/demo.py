@@ -142,7 +142,7 @@ def run_demo(data_dir: Path, settings: DemoSettings | None = None, *, progress: 
     Args:
         data_dir: Folder for the JSONL files of rows (made if missing), which are kept.
         settings: What to run; by default ``DemoSettings()``.
-        progress: Show a progress bar when standard error is a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
 
     Returns:
         The record with ``results``, ``skills``, ``measurements``, ``masks``, ``sweep``, ``heatmap``,

@@ -74,7 +74,7 @@ def score(
         statistics_dtype: Of the sums: ``"float32"`` or ``"float64"``.
         backend: Backend of the ops; ``None`` takes the best available for each. A named backend never falls back, so it
             has to serve them all: ``"torch"`` or, on the CPU, ``"cpp"``.
-        progress: Show a progress bar when standard error is a terminal.
+        progress: Show how far it is: a bar on a terminal, a line a minute elsewhere.
         host_memory: Host memory budget per process when the model is on a GPU, for hidden states between segments.
         offload: Where these are kept: ``"device"``, ``"host"`` or ``"disk"``; ``None``: the first that has room, and
             ``"disk"`` for a run with a journal.
