@@ -67,6 +67,13 @@ def test_only_the_owner_can_read_them(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
 
 
+def test_a_new_file_is_private_from_its_first_moment(tmp_path: Path, monkeypatch) -> None:
+    modes = []
+    monkeypatch.setattr(os, "fchmod", lambda handle, mode: modes.append(stat.S_IMODE(os.fstat(handle).st_mode)))
+    JsonLines(tmp_path / "lines.jsonl", "out").__exit__()
+    assert modes == [0o600]
+
+
 def test_a_line_is_one_write_and_a_short_one_is_finished(tmp_path: Path, monkeypatch) -> None:
     sizes, write = [], os.write
     monkeypatch.setattr(os, "write", lambda handle, data: sizes.append(len(data)) or write(handle, data))
