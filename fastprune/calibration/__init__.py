@@ -15,11 +15,14 @@ __all__ = [
     "Encoder",
     "Example",
     "MicroBatch",
+    "Overlap",
     "Row",
     "Table",
+    "check_overlap",
     "collect",
     "load_calibration",
     "micro_batches",
+    "overlap",
     "read_rows",
     "read_table",
     "read_texts_or_rows",
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from fastprune.calibration.encoding import Encoder
     from fastprune.calibration.examples import Example, MicroBatch, micro_batches
     from fastprune.calibration.from_loader import collect
+    from fastprune.calibration.leakage import Overlap, check_overlap, overlap
     from fastprune.calibration.rows import Row, Table, read_rows, read_table, read_texts_or_rows
     from fastprune.calibration.sets import CalibrationLoader, CalibrationSet, load_calibration
 else:
@@ -38,6 +42,9 @@ else:
         "MicroBatch": "fastprune.calibration.examples",
         "micro_batches": "fastprune.calibration.examples",
         "collect": "fastprune.calibration.from_loader",
+        "Overlap": "fastprune.calibration.leakage",
+        "check_overlap": "fastprune.calibration.leakage",
+        "overlap": "fastprune.calibration.leakage",
         "Row": "fastprune.calibration.rows",
         "Table": "fastprune.calibration.rows",
         "read_rows": "fastprune.calibration.rows",

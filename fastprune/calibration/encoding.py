@@ -15,6 +15,7 @@ from typing import Any
 from fastprune.calibration.chat_template import ChatTemplate
 from fastprune.calibration.conversations import Turns
 from fastprune.calibration.examples import UNSCORED, Example
+from fastprune.calibration.prompts import PromptHashes
 from fastprune.calibration.refusals import is_refusal
 from fastprune.calibration.rows import FINISHES, Row
 from fastprune.calibration.tokens import check_tokenizer, encode, special_ids
@@ -165,6 +166,7 @@ class Encoder:
             ends_turn=bool(closing),
             finish=row.finish or finish,
             refusal=is_refusal(row.prefill + row.response),
+            prompt=PromptHashes.of(row),
         )
 
     def tokens(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastprune.calibration.prompts import PromptHashes
 from fastprune.errors import CalibrationError, positive_integer
 
 UNSCORED = -100  # the label that cross-entropy ignores, as everywhere in this field
@@ -38,6 +39,7 @@ class Example:
         ends_turn: Whether the last label is the end-of-turn token of a chat template.
         finish: How the reply ended: ``"stop"``, ``"length"``, or ``None`` where that is not known.
         refusal: Whether the reply holds a refusal phrase; ``None`` where its text is not known.
+        prompt: Hashes of the prompt, by which it is found in other sets; ``None`` where its text is not known.
 
     Raises:
         CalibrationError: The two differ in length, the first token is scored, or no token is.
@@ -51,6 +53,7 @@ class Example:
     ends_turn: bool = field(default=False, compare=False)
     finish: str | None = field(default=None, compare=False)
     refusal: bool | None = field(default=None, compare=False)
+    prompt: PromptHashes | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.input_ids) != len(self.labels):

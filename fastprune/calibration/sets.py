@@ -16,6 +16,7 @@ import torch
 from fastprune.calibration.encoding import Encoder, check_finish, control_texts, count_holding
 from fastprune.calibration.examples import Example, MicroBatch, hash_examples, micro_batches
 from fastprune.calibration.layouts import Columns
+from fastprune.calibration.prompts import PromptIndex
 from fastprune.calibration.rows import FINISHES, Row, Rows, describe, read_rows
 from fastprune.errors import CalibrationError, positive_integer, setting, warn
 
@@ -71,6 +72,12 @@ class CalibrationSet:
         """Share of refusals, by keywords, among the replies whose text is known; ``None`` if no text is."""
         known = [example.refusal for example in self.examples if example.refusal is not None]
         return sum(known) / len(known) if known else None
+
+    @cached_property
+    def prompts(self) -> PromptIndex | None:
+        """Hashes of the prompts; ``None`` if the text of one is not known."""
+        known = [example.prompt for example in self.examples if example.prompt is not None]
+        return PromptIndex.of(known, [example.id for example in self]) if len(known) == len(self) else None
 
     def loader(self, batch_tokens: int = 4096) -> CalibrationLoader:
         """A loader of micro-batches of at most ``batch_tokens`` padded tokens, which can be iterated repeatedly."""

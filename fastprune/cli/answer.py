@@ -36,6 +36,7 @@ from fastprune.cli.options import (
     depths,
     limits,
 )
+from fastprune.cli.overlaps import AllowOverlapOption, check_overlaps
 from fastprune.errors import ArgumentError, NotFoundError
 from fastprune.evaluation.answers import KINDS
 from fastprune.files import inside
@@ -105,6 +106,7 @@ def answer(
     top_p: TopPOption = 1.0,
     samples: SamplesOption = 1,
     seed: SamplingSeedOption = 0,
+    allow_overlap: AllowOverlapOption = None,
     columns: ColumnsOption = None,
     format: FormatOption = None,
     bos: BosOption = None,
@@ -136,16 +138,19 @@ def answer(
     known = known_encodings({name: chosen.metadata for name, chosen in masks.items()})
     encoding = encoding_of(tokenizer, model, format, bos, template_args, system, known).arguments()
     tables = _tables(run, rows, columns)
+    check_overlaps(run, masks, tables, allow_overlap)
     attacks = attacks_of(map(str, attack or ("none", "prefilling")), depths(prefill_tokens))
     tokens = _LIMITS | limits(max_new_tokens or (), KINDS)
-    refusal = tokens.pop("refusal")
+    # Without rows for it, the harmful ones would be asked.
+    refusal = tokens.pop("refusal") if any(_kind_and_path(text)[0] == "refusal" for text in rows) else None
+    tokens.pop("refusal", None)
     suite = EvaluationSuite(
         tokenizer,
-        **tables,
+        **_arguments(rows, tables),
         **encoding,
         attack=attacks,
         max_new_tokens=tokens,
-        refusal_tokens=refusal if "refusal_rows" in tables else None,  # else harmful rows would be asked
+        refusal_tokens=refusal,
         batch_size=batch_size,
     )
     answers = suite.answer(
@@ -175,21 +180,25 @@ def _kind_and_path(text: str) -> tuple[str, Path]:
     return (kind, Path(path)) if equals and kind in KINDS else ("harm", Path(text))
 
 
-def _tables(run: Run, rows: Sequence[str], columns: Sequence[str] | None) -> dict[str, Any]:
-    """The rows as arguments of the suite."""
+def _tables(run: Run, rows: Sequence[str], columns: Sequence[str] | None) -> dict[str, Table]:
+    """The rows by kind, or by kind and file where a kind has several files; in the order of the option."""
     given = [_kind_and_path(text) for text in rows]
-    several = {kind for kind, _ in given if [each for each, _ in given].count(kind) > 1}
-    names = [f"{kind} {path.stem}" if kind in several else kind for kind, path in given]
+    kinds = [kind for kind, _ in given]
+    names = [f"{kind} {path.stem}" if kinds.count(kind) > 1 else kind for kind, path in given]
     if len(set(names)) < len(names):
         raise ArgumentError("expected each file once, and files of one kind by different names", argument="rows")
-    tables = read_tables(run, dict(zip(names, (path for _, path in given), strict=True)), columns)
-    suite: dict[str, Any] = {}
-    for name, (kind, path) in zip(names, given, strict=True):
+    return read_tables(run, dict(zip(names, (path for _, path in given), strict=True)), columns)
+
+
+def _arguments(rows: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Any]:
+    """The rows as arguments of the suite."""
+    arguments: dict[str, Any] = {}
+    for (kind, path), table in zip(map(_kind_and_path, rows), tables.values(), strict=True):
         if kind == "skill":
-            suite.setdefault("skill_rows", {}).update(_skills(tables[name], path.stem))
+            arguments.setdefault("skill_rows", {}).update(_skills(table, path.stem))
         else:
-            suite.setdefault(f"{kind}_rows", []).extend(tables[name])
-    return suite
+            arguments.setdefault(f"{kind}_rows", []).extend(table)
+    return arguments
 
 
 def _skills(table: Table, name: str) -> dict[str, list[Any]]:

@@ -34,6 +34,7 @@ from fastprune.cli.options import (
     limits,
 )
 from fastprune.cli.outputs import OutputFolder, check_report, written
+from fastprune.cli.overlaps import AllowOverlapOption, check_overlaps
 from fastprune.errors import ArgumentError
 
 _REFUSAL_TOKENS = 128  # as in fastprune.evaluation.metrics, which loads torch
@@ -89,6 +90,7 @@ def evaluate(
     prefill_tokens: PrefillTokensOption = None,
     judge: JudgeOption = "exact",
     neighbour: Annotated[str | None, typer.Option(help="The skill closest to harm in form.")] = None,
+    allow_overlap: AllowOverlapOption = None,
     columns: ColumnsOption = None,
     format: FormatOption = None,
     bos: BosOption = None,
@@ -126,6 +128,7 @@ def evaluate(
     tokenizer = load_tokenizer(model)
     known = known_encodings({name: chosen.metadata for name, chosen in masks.items()})
     tables = read_tables(run, {"harm": harm, "skills": skills, "recognition": recognition}, columns)
+    overlapping = check_overlaps(run, masks, tables, allow_overlap)
     suite = EvaluationSuite(
         tokenizer,
         harm_rows=tables.get("harm"),
@@ -144,6 +147,7 @@ def evaluate(
         **suite.encoder.facts,
         "neighbour": neighbour,
         "batch_size": batch_size,
+        **({"overlap": overlapping} if overlapping else {}),
     }
     # resolved, because "." has no name
     name = model.resolve().name

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastprune.artifact import read_artifact, write_artifact
+from fastprune.calibration.leakage import merged_calibration
 from fastprune.errors import ArgumentError, ArtifactError, MaskError
 from fastprune.masking.apply import Undo, applied, apply_indices_
 from fastprune.masking.storable import merged
@@ -187,6 +188,8 @@ class PruneMask(Mapping[str, torch.Tensor]):
                 metadata[key] = self.metadata[key]
         if sources := merged((self.metadata, other.metadata)):
             metadata["origins"] = sources
+        if calibration := merged_calibration((self.metadata, other.metadata)):
+            metadata["calibration"] = calibration
         return PruneMask({name: combine(a, other[name]) for name, a in self.items()}, self.shapes, metadata)
 
     def save(self, path: str | Path) -> Path:

@@ -81,6 +81,8 @@ def _facts_of(calibration: CalibrationSet, end_of_turn_share: float | None) -> d
         "n_tokens": sum(map(len, calibration)),
         "n_scored_tokens": sum(example.scored for example in calibration),
         "refusals": calibration.refusals,
+        # by which rows to be reported are found among those behind the scores
+        "prompts": None if calibration.prompts is None else calibration.prompts.facts(),
     }
 
 
