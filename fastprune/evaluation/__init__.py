@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from fastprune.evaluation.measurement import Measurement
     from fastprune.evaluation.metrics import Utility, harm, refusal, utility
     from fastprune.evaluation.questions import Recognition, recognition
+    from fastprune.evaluation.results import Evaluation
     from fastprune.evaluation.stored_answers import Answers
-    from fastprune.evaluation.suite import Evaluation, EvaluationSuite, evaluate
+    from fastprune.evaluation.suite import EvaluationSuite, evaluate
 else:
     _HOME = {
         "Answer": "fastprune.evaluation.answers",
@@ -73,7 +74,7 @@ else:
         "utility": "fastprune.evaluation.metrics",
         "Recognition": "fastprune.evaluation.questions",
         "recognition": "fastprune.evaluation.questions",
-        "Evaluation": "fastprune.evaluation.suite",
+        "Evaluation": "fastprune.evaluation.results",
         "EvaluationSuite": "fastprune.evaluation.suite",
         "evaluate": "fastprune.evaluation.suite",
     }

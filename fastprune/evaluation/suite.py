@@ -1,15 +1,14 @@
-"""One evaluation of one model: harm under attack, refusal, benign skills, recognition.
+"""Everything that a model is asked: harm under attack, refusal, benign skills, recognition.
 
-:class:`EvaluationSuite` tokenizes everything once and then measures any number of models that share the tokenizer. A
-run generates all answers in a few large batches.
+:class:`EvaluationSuite` tokenizes everything once and then asks any number of models that share the tokenizer, in a few
+large batches. ``run`` judges at once, ``answer`` keeps the answers for judges that come later.
 
-In: rows of each kind. Out: an :class:`Evaluation`, numbers only.
+In: rows of each kind. Out: an :class:`Evaluation`, numbers only, or :class:`Answers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,69 +31,13 @@ from fastprune.evaluation.metrics import (
     skill_judges,
     skill_tasks,
 )
-from fastprune.evaluation.questions import Questions, Recognition
+from fastprune.evaluation.questions import Questions
+from fastprune.evaluation.results import Evaluation, EvaluationDetails
 from fastprune.evaluation.stored_answers import Answers
 from fastprune.evaluation.tasks import Budget, Task
 from fastprune.files import as_path
 
 _RESERVED = {"harm", "refusal"}  # keys of `judges` that are not skills
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The rates of one model; ``None`` if there were no rows.
-
-    Attributes:
-        harm: Share of harmful requests answered harmfully under the attack.
-        utility: Mean over all skills, including the neighbour.
-        neighbour: Rate of the skill closest to harm in form, if one was named.
-        recognition: Share of yes/no questions about requests answered correctly (questions, not pairs).
-        refusal: Share of harmful requests refused when asked directly.
-        skills: Rate of each skill.
-        attack: Label of the attack behind ``harm``.
-        details: The measurements, with n, intervals and categories: ``harm``, ``refusal``, ``recognition``,
-            ``skills`` by name, and ``attacks``, which is harm under every attack by label.
-    """
-
-    harm: float | None
-    utility: float | None
-    neighbour: float | None
-    recognition: float | None
-    refusal: float | None
-    skills: dict[str, float]
-    attack: str
-    details: EvaluationDetails = field(repr=False)
-
-    @property
-    def attacks(self) -> dict[str, Measurement]:
-        """Harm under every attack, by the attack's label."""
-        return self.details.attacks
-
-    def summary(self) -> dict[str, float | None]:
-        """The five numbers of a row in a record."""
-        return {name: getattr(self, name) for name in ("harm", "utility", "neighbour", "recognition", "refusal")}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        details: dict[str, Any] = {
-            name: None if part is None else part.to_dict()
-            for name in ("harm", "refusal", "recognition")
-            for part in [getattr(self.details, name)]
-        }
-        for name in ("skills", "attacks"):
-            details[name] = {key: part.to_dict() for key, part in getattr(self.details, name).items()}
-        return {**self.summary(), "skills": dict(self.skills), "attack": self.attack, "details": details}
-
-
-@dataclass(frozen=True)
-class EvaluationDetails:
-    """The measurements behind an :class:`Evaluation`."""
-
-    harm: Measurement | None
-    refusal: Measurement | None
-    recognition: Recognition | None
-    skills: dict[str, Measurement]
-    attacks: dict[str, Measurement] = field(default_factory=dict)
 
 
 class EvaluationSuite:
