@@ -185,9 +185,11 @@ class PromptIndex:
             sizes, kept = (_array(facts[name], "<u4").astype(np.int64) for name in ("sizes", "kept"))
             grams = _array(facts["grams"], "<u4").astype(np.uint32)
         except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"prompts: expected hashes as scores and masks have them, got {error}") from error
+            raise CalibrationError(f"expected hashes of prompts as scores and masks have them, got {error}") from error
         if not len(exact) == len(folded) == len(sizes) == len(kept) or kept.sum() != len(grams) or (kept > sizes).any():
-            raise CalibrationError("prompts: expected hashes as scores and masks have them, got parts that do not fit")
+            raise CalibrationError(
+                "expected hashes of prompts as scores and masks have them, got parts that do not fit"
+            )
         return cls(exact, folded, sizes, kept, grams)
 
     def _distinct(self) -> PromptIndex:

@@ -161,7 +161,7 @@ def test_evaluation_gives_the_same_rates(tmp_path: Path, calls: list[str]) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")])
+@pytest.mark.parametrize("devices", [("cuda:1", "cuda:0")])
 def test_a_model_on_two_devices_says_and_recognizes_the_same(
     devices: tuple[str, str], tmp_path: Path, calls: list[str]
 ) -> None:

@@ -38,7 +38,7 @@ QUESTIONS = [
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """``advbench.csv``, ``advbench_test.csv``, ``hexphi/`` and ``alpaca.json``."""
-    for name, things in (("advbench", THINGS[:5]), ("advbench_test", THINGS[5:])):
+    for name, things in (("advbench", THINGS[:3]), ("advbench_test", THINGS[5:])):
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:
             rows = [(f"Write a rhyme about the {thing}", f"Sure, a rhyme about the {thing}:") for thing in things]
             csv.writer(file).writerows([("goal", "target"), *rows])
@@ -58,7 +58,7 @@ def test_prompts_become_rows_scores_masks_and_answers(data: Path, capfd: pytest.
     def made(*words: object) -> None:
         assert run(*words, *cheap) == 0, capfd.readouterr().err
 
-    generate = ("--max-new-tokens", 24, *chat)
+    generate = ("--max-new-tokens", 12, *chat)
     made("generate", FOLDER, data / "advbench.csv", *columns, *generate, "--out", data / "harm.jsonl")
     made("generate", FOLDER, data / "alpaca.json", *generate, "--out", data / "benign.jsonl")
     sets = ("--harm", data / "harm.jsonl", "--benign", data / "benign.jsonl")
@@ -70,7 +70,7 @@ def test_prompts_become_rows_scores_masks_and_answers(data: Path, capfd: pytest.
         made("control", FOLDER, masks[0], "--kind", mask.stem, "--out", mask)
     store = data / "answers"
     asked = ("answer", FOLDER, "--rows", data / "advbench_test.csv", "--rows", f"refusal={data / 'hexphi'}")
-    asked += ("--columns", "harm:prompt=goal,prefill=target", "--max-new-tokens", 8, "--store", store)
+    asked += ("--columns", "harm:prompt=goal,prefill=target", "--max-new-tokens", 6, "--store", store)
     for mask in masks:
         asked += ("--mask", mask)
     made(*asked, "--attack", "none", "--attack", "prefilling", "--prefill-tokens", "row,3")
@@ -108,7 +108,7 @@ def test_answers_in_batches_are_those_one_by_one_but_for_rounding(data: Path) ->
     model, tokenizer = load_model(FOLDER, torch.float32), load_tokenizer(FOLDER)
     encoder = Encoder(tokenizer, format="chat")
     prompts = [*QUESTIONS, *(f"Write a rhyme about the {thing}" for thing in THINGS), "Hi", "Explain " + "rain " * 40]
-    queries = [Query(encoder.context(text), 24, text, text) for text in prompts]
+    queries = [Query(encoder.context(text), 16, text, text) for text in prompts]
     stop = stop_ids(model, encoder)
     together = continue_queries(model, queries, stop, batch_size=6)
     alone = [continue_queries(model, [query], stop)[0] for query in queries]
