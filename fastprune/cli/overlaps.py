@@ -70,8 +70,9 @@ def check_overlaps(
         rows = prompts_of(table)
         clean = []
         for mask, chosen in masks.items():
-            if role not in (chosen.metadata.get("calibration") or {}):
-                continue  # of no calibration rows, or of none of this behavior
+            calibration = chosen.metadata.get("calibration") or {}
+            if role is None or (calibration and role not in calibration):
+                continue  # it was chosen without rows of this behavior; of a mask without facts that is not known
             prompts = prompts_of(chosen, role)
             if prompts is None or rows is None:
                 run.talk(f"{name}: not compared with the {role} calibration rows of {mask}, {UNKNOWN}")

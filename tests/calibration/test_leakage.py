@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import string
@@ -129,6 +130,32 @@ def test_copies_of_long_prompts_are_found_among_hashes_that_were_kept_in_part() 
     assert len(compared(kept, edited).pairs) == 50 and not compared(kept, others).pairs
 
 
+def test_hashes_that_were_kept_in_part_are_compared_as_far_as_both_are_known() -> None:
+    draw = random.Random(2)
+    words = [["".join(draw.choices(string.ascii_lowercase, k=4)) for _ in range(300)] for _ in range(100)]
+    facts = PromptIndex.of(PromptHashes.of(Row(" ".join(each), "")) for each in words).facts()
+    kept = PromptIndex.from_facts(facts)
+
+    def found(*texts: list[str]) -> int:
+        return len(compared(kept, PromptIndex.of(PromptHashes.of(Row(" ".join(text), "")) for text in texts)).pairs)
+
+    assert found(*(each[50:210] for each in words)) == 100  # a shorter prompt that is part of a longer one
+    # Of a short prompt one 5-gram is known to be shared, or two: too few for a verdict.
+    others = [[*each[50:56], "other", "words", str(n), "follow", "here", "now"] for n, each in enumerate(words)]
+    assert found(*others) == 0
+    assert found(*(each[:150] + other[:150] for each, other in itertools.pairwise(words))) == 0
+
+
+def test_ordinary_prompts_are_kept_whole_and_a_large_set_stays_small() -> None:
+    draw = random.Random(3)
+    for length, whole in ((28, True), (400, False)):
+        index = PromptIndex.of(PromptHashes.of(Row(" ".join(draw.choices(WORDS, k=length)), "")) for _ in range(824))
+        facts = index.facts()
+        assert len(json.dumps(facts)) < 150_000
+        kept = PromptIndex.from_facts(facts)
+        assert (kept.kept == kept.sizes).all() == whole
+
+
 class TestMasks:
     def scored(self, tmp_path: Path) -> fastprune.Scores:
         harm = [Row(f"MARKED words of a request number {i} about a thing", "a b c", id=f"h{i}") for i in range(6)]
@@ -178,8 +205,27 @@ class TestMasks:
         with pytest.raises(CalibrationError, match="first: expected rows whose prompts are known"):
             overlap(mask, [{"prompt": "a"}], role="harm")
 
+    def test_a_mask_of_masks_does_not_know_more_than_each_of_them(self, tmp_path: Path) -> None:
+        mask = self.scored(tmp_path).select(0.01, 0.1)
+        unknown = fastprune.PruneMask(dict(mask), mask.shapes)
+        asked = [{"prompt": "another one"}]
+        for combined in (mask | unknown, unknown & mask):
+            with pytest.raises(CalibrationError, match="first: expected rows whose prompts are known"):
+                overlap(combined, asked, role="harm")
+
 
 class TestCommands:
+    @pytest.mark.parametrize("metadata", [None, {"kind": "algebra", "origins": []}, {"calibration": {"harm": {}}}])
+    def test_a_mask_that_knows_no_rows_is_said_to_be_not_compared(self, metadata, tmp_path: Path, capsys) -> None:
+        """Regression: masks without facts about their rows were passed over in silence."""
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps({"prompt": "make t1 with k1 ?", "response": "fx6", "prefill": "sure :"}) + "\n")
+        name = "model.layers.0.mlp.up_proj.weight"
+        mask = fastprune.PruneMask({name: torch.arange(3)}, {name: (256, 128)}, metadata)
+        words = ("--format", "chat", "--mask", mask.save(tmp_path / "mask.safetensors"), "--store", tmp_path / "store")
+        assert run("answer", checkpoint_path("aligned"), "--rows", rows, *words) == 0
+        assert "harm: not compared with the harm calibration rows of mask" in capsys.readouterr().err
+
     def test_rows_behind_a_mask_are_refused_unless_allowed_by_name(self, tmp_path: Path, capsys) -> None:
         data, model = export_data(tmp_path / "data"), checkpoint_path("aligned")
         few = {name: tmp_path / path.name for name, path in data.items()}
